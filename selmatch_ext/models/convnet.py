@@ -1,0 +1,107 @@
+"""The ConvNet family of the distillation literature: [conv 3x3, norm, activation, 2x2 pool] x depth, then one linear layer.
+
+The layers sit in the same order as in the public code (`features` a Sequential, then `classifier`), so that its expert
+trajectories, lists of tensors in `model.parameters()` order, can be loaded.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+ACTIVATIONS = {
+    "AR": nn.ReLU,
+    "AL": lambda: nn.LeakyReLU(0.01),
+    "AS": nn.Sigmoid,
+    "ASwish": nn.SiLU,
+}
+POOLINGS = {"AP": nn.AvgPool2d, "MP": nn.MaxPool2d, "NP": None}
+
+
+def make_norm(kind, channels, height, width):
+    """A normalisation layer, or None for "NN". Instance norm is GroupNorm with a group per channel, as in the public code."""
+    if kind == "NN":
+        return None
+    if kind == "IN":
+        return nn.GroupNorm(channels, channels)
+    if kind == "GN":
+        return nn.GroupNorm(4, channels)
+    if kind == "LN":
+        return nn.LayerNorm([channels, height, width])
+    return nn.BatchNorm2d(channels)
+
+
+@dataclass(frozen=True)
+class ConvNetSettings:
+    """What the suffix of a ConvNet name says."""
+
+    depth: int = 3
+    width: int = 128
+    norm: str = "IN"
+    activation: str = "AR"
+    pooling: str = "AP"
+
+
+_TOKEN = re.compile(r"(?P<depth>D\d+)|(?P<width>W\d+)|(?P<activation>ASwish|AS|AR|AL)|(?P<pooling>NP|MP|AP)|(?P<norm>[BIGLN]N)")
+
+
+def parse_name(name):
+    """Settings of a ConvNet name such as "ConvNet", "ConvNetD4BN" or "ConvNetW64GNASMP"; None where it is no such name.
+
+    The parts (D<depth>, W<width>, norm BN/IN/GN/LN/NN, activation AR/AL/AS/ASwish, pooling AP/MP/NP) may stand in any
+    order, each at most once.
+    """
+    if not name.startswith("ConvNet"):
+        return None
+    position, found = len("ConvNet"), {}
+    while position < len(name):
+        match = _TOKEN.match(name, position)
+        if match is None or match.lastgroup in found:
+            return None
+        found[match.lastgroup] = match.group()
+        position = match.end()
+    for key in ("depth", "width"):
+        if key in found:
+            found[key] = int(found[key][1:])
+    return ConvNetSettings(**found)
+
+
+class ConvNet(nn.Module):
+    """ConvNet of `settings` for images of (channels, height, width). x: (B, channels, H, W) -> logits (B, classes).
+
+    With one input channel the first convolution pads by 3, so that 28x28 digits become 32x32 (as in the public code).
+    """
+
+    def __init__(self, channels, classes, image_size, settings=None):
+        super().__init__()
+        settings = ConvNetSettings() if settings is None else settings
+        height, width = image_size
+        layers, inputs = [], channels
+        for block in range(settings.depth):
+            padding = 3 if channels == 1 and block == 0 else 1
+            layers.append(nn.Conv2d(inputs, settings.width, kernel_size=3, padding=padding))
+            inputs = settings.width
+            height, width = height + 2 * padding - 2, width + 2 * padding - 2
+            norm = make_norm(settings.norm, inputs, height, width)
+            if norm is not None:
+                layers.append(norm)
+            layers.append(ACTIVATIONS[settings.activation]())
+            pooling = POOLINGS[settings.pooling]
+            if pooling is not None:
+                layers.append(pooling(kernel_size=2, stride=2))
+                height, width = height // 2, width // 2
+            if height < 1 or width < 1:
+                raise ValueError(
+                    f"image_size {image_size[0]}x{image_size[1]} is too small for depth {settings.depth}: "
+                    f"nothing is left after {block + 1} blocks; use fewer blocks (ConvNetD{block}...) or no pooling (NP)"
+                )
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(inputs * height * width, classes)
+
+    def embed(self, x):
+        """Features before the classifier. x: (B, C, H, W) -> (B, features)."""
+        return self.features(x).flatten(1)
+
+    def forward(self, x):
+        return self.classifier(self.embed(x))
