@@ -1,0 +1,1 @@
+"""Data sets, expert trajectories and distilled sets, and their files."""

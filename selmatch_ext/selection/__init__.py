@@ -1,0 +1,1 @@
+"""Which real images to keep: difficulty scores and the window over them."""
