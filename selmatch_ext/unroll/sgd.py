@@ -1,0 +1,190 @@
+"""`unrolled_sgd`: checks what it is given, then hands it to an engine."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..models.flat import parameter_count
+from . import autograd
+
+# An engine is a function (model, start, images, labels, lr, plan) -> theta of the arguments that `unrolled_sgd` has
+# checked; lr is then a tensor (N,) of the dtype and on the device of start.
+ENGINES = {"autograd": autograd.unroll}
+KEEP = ("nothing", "activations")
+GRADIENT = ("exact", "tesla")
+PRECISION = ("float32", "tf32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an engine is told beside its tensors."""
+
+    batches: list  # N int64 tensors on the images' device
+    augmentations: list | None  # N augmentations, or None
+    label_range: tuple | None  # (smallest, largest) integer label; None for float labels
+    keep: str
+    gradient: str
+    precision: str
+
+
+def unrolled_sgd(
+    model,
+    start,
+    images,
+    labels,
+    batches,
+    lr,
+    *,
+    augmentations=None,
+    engine="auto",
+    keep="nothing",
+    gradient="exact",
+    precision="float32",
+):
+    """Parameters after N steps of plain SGD from `start` on batches of `images`: a differentiable function.
+
+    Step i: theta_{i+1} = theta_i - lr_i * grad_theta CE(model(theta_i; A_i(images[batches[i]])), labels[batches[i]]),
+    CE the mean cross-entropy. Differentiable (once) in images, float labels, lr and start. This is the inner loop of
+    dataset distillation by matching training trajectories (MTT, arXiv 2203.11932, section 3.2).
+
+    The gradient is that of autograd through all N steps, but only the N parameter vectors are kept: the backward pass
+    is the adjoint recursion, which needs the graph of one step at a time.
+
+    `model` is never changed: a private copy of it runs, in train mode, so that BatchNorm uses batch statistics. Every
+    step starts from the buffers that the model has now. All its parameters are trained, whatever their
+    `requires_grad`; those that the loss does not reach stay as they are; shared ones count once. Dropout draws its
+    masks from torch's global generator, as in ordinary training, and the backward pass sees the same masks without
+    advancing it. An autocast around the call has no effect: `precision` alone decides.
+
+    Args:
+        model: nn.Module, images (B, C, H, W) -> logits (B, K).
+        start: (P,) float32 or float64, P = number of parameters, in `model.parameters()` order.
+        images: (n, C, H, W), dtype and device of start.
+        labels: (n,) integers in [0, K), or (n, K) probabilities of the dtype of start.
+        batches: N index tensors, each (B_i,) integers in [0, n), not empty; an image may occur any number of times.
+        lr: learning rate, 0-d or (N,) floating tensor, or a number.
+        augmentations: None, or N results of `sample_augmentation`, one a step.
+        engine: "autograd" (any module) or "auto", which picks the fastest that can run the model. "fused" has no
+            implementation in this version.
+        keep: "nothing" recomputes each step in the backward pass; "activations" keeps every step's graph from the
+            forward pass instead: faster, same gradient, memory grows with N.
+        gradient: "exact", or "tesla": the estimate of TESLA (arXiv 2211.10586), which holds theta_i fixed.
+        precision: "float32" (everything in the dtype of start), "tf32" (GPU only), or "bfloat16" (the model's
+            convolutions and products in bfloat16, parameters and updates in the dtype of start).
+
+    Returns:
+        (P,) the parameters after N steps.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, device, shape, length or range; the message names it.
+        NotImplementedError: engine="fused".
+    """
+    _check_choices(engine, keep, gradient, precision)
+    _check_tensors(model, start, images)
+    label_range = _check_labels(labels, start, images)
+    batches = _check_batches(batches, images)
+    if augmentations is not None:
+        augmentations = list(augmentations)
+        if len(augmentations) != len(batches):
+            raise ValueError(f"augmentations: {len(augmentations)} given for {len(batches)} batches; give one a batch")
+    if precision == "tf32" and start.device.type != "cuda":
+        raise ValueError(f'precision="tf32" needs CUDA tensors, start is on {start.device}')
+    plan = Plan(batches, augmentations, label_range, keep, gradient, precision)
+    return ENGINES["autograd"](model, start, images, labels, _learning_rates(lr, len(batches), start), plan)
+
+
+def _check_choices(engine, keep, gradient, precision):
+    if engine == "fused":
+        raise NotImplementedError(
+            'engine="fused" is not part of this version; use engine="autograd" (same gradient) or "auto"'
+        )
+    choices = (
+        ("engine", engine, ("auto", *ENGINES)),
+        ("keep", keep, KEEP),
+        ("gradient", gradient, GRADIENT),
+        ("precision", precision, PRECISION),
+    )
+    for name, value, allowed in choices:
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _check_tensors(model, start, images):
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, tensor in (("start", start), ("images", images)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if start.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"start must be float32 or float64, got {start.dtype}")
+    count = parameter_count(model)
+    if start.dim() != 1 or start.numel() != count:
+        raise ValueError(
+            f"start must have shape ({count},), the number of parameters of the model, got {tuple(start.shape)}"
+        )
+    if images.dtype != start.dtype:
+        raise TypeError(f"images must have the dtype of start, {start.dtype}, got {images.dtype}")
+    if images.dim() != 4:
+        raise ValueError(f"images must have shape (n, C, H, W), got {tuple(images.shape)}")
+    if images.device != start.device:
+        raise ValueError(f"images are on {images.device}, start is on {start.device}; put them on one device")
+    for name, parameter in model.named_parameters():
+        if parameter.device != start.device:
+            raise ValueError(f"parameter {name} of the model is on {parameter.device}, start is on {start.device}")
+
+
+def _check_labels(labels, start, images):
+    """(smallest, largest) of integer labels, None for probabilities. Their upper end is checked once K is known."""
+    if not isinstance(labels, torch.Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    if labels.device != start.device:
+        raise ValueError(f"labels are on {labels.device}, start is on {start.device}; put them on one device")
+    if labels.dim() == 0 or labels.shape[0] != images.shape[0]:
+        raise ValueError(f"labels must have one entry per image ({images.shape[0]}), got shape {tuple(labels.shape)}")
+    if labels.is_floating_point():
+        if labels.dtype != start.dtype:
+            raise TypeError(f"float labels must have the dtype of start, {start.dtype}, got {labels.dtype}")
+        if labels.dim() != 2:
+            raise ValueError(f"float labels are probabilities of shape (n, K), got shape {tuple(labels.shape)}")
+        return None
+    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        raise TypeError(f"labels must be integers or probabilities, got {labels.dtype}")
+    if labels.dim() != 1:
+        raise ValueError(f"integer labels must have shape (n,), got {tuple(labels.shape)}")
+    if labels.numel() == 0:
+        return None
+    smallest, largest = torch.stack(labels.aminmax()).tolist()
+    if smallest < 0:
+        raise ValueError(f"labels must not be negative, the smallest is {smallest}")
+    return smallest, largest
+
+
+def _check_batches(batches, images):
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches is empty: give at least one index tensor")
+    for i, batch in enumerate(batches):
+        if not isinstance(batch, torch.Tensor) or batch.dtype not in (torch.int64, torch.int32):
+            what = batch.dtype if isinstance(batch, torch.Tensor) else type(batch).__name__
+            raise TypeError(f"batches[{i}] must be an int64 tensor of indices, got {what}")
+        if batch.dim() != 1 or batch.numel() == 0:
+            raise ValueError(f"batches[{i}] must have shape (B,) with B of at least 1, got {tuple(batch.shape)}")
+    smallest, largest = torch.stack(torch.cat(batches).aminmax()).tolist()
+    if smallest < 0 or largest >= images.shape[0]:
+        raise ValueError(
+            f"batches must hold indices of the {images.shape[0]} images, from 0 to {images.shape[0] - 1}, "
+            f"got {smallest} to {largest}"
+        )
+    return [batch.to(images.device, torch.int64) for batch in batches]
+
+
+def _learning_rates(lr, count, start):
+    """lr as a (count,) tensor like start, differentiable in what was given."""
+    if isinstance(lr, (int, float)):
+        lr = torch.tensor(float(lr))
+    if not isinstance(lr, torch.Tensor) or not lr.is_floating_point():
+        what = lr.dtype if isinstance(lr, torch.Tensor) else type(lr).__name__
+        raise TypeError(f"lr must be a floating tensor or a number, got {what}")
+    if lr.shape not in ((), (count,)):
+        raise ValueError(f"lr must be 0-d or have shape ({count},), one for each batch, got {tuple(lr.shape)}")
+    return lr.to(start.device, start.dtype).expand(count)
