@@ -1,4 +1,4 @@
-"""The ConvNet family of the distillation literature: [conv 3x3, norm, activation, 2x2 pool] x depth, then one linear layer.
+"""The ConvNet family of the distillation literature: [conv 3x3, norm, activation, 2x2 pool] x depth, then a linear one.
 
 The layers sit in the same order as in the public code (`features` a Sequential, then `classifier`), so that its expert
 trajectories, lists of tensors in `model.parameters()` order, can be loaded.
@@ -7,7 +7,6 @@ trajectories, lists of tensors in `model.parameters()` order, can be loaded.
 import re
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 ACTIVATIONS = {
@@ -20,12 +19,19 @@ POOLINGS = {"AP": nn.AvgPool2d, "MP": nn.MaxPool2d, "NP": None}
 
 
 def make_norm(kind, channels, height, width):
-    """A normalisation layer, or None for "NN". Instance norm is GroupNorm with a group per channel, as in the public code."""
+    """The normalisation layer of a (B, channels, height, width) map, or None for "NN".
+
+    Instance norm is GroupNorm with a group per channel, as in the public code.
+    """
     if kind == "NN":
         return None
     if kind == "IN":
+        if height * width == 1:
+            raise ValueError("image_size is too small: instance norm of a map of one pixel forgets the image")
         return nn.GroupNorm(channels, channels)
     if kind == "GN":
+        if channels % 4:
+            raise ValueError(f"group norm has 4 groups, so the width must be a multiple of 4, got {channels}")
         return nn.GroupNorm(4, channels)
     if kind == "LN":
         return nn.LayerNorm([channels, height, width])
@@ -43,7 +49,9 @@ class ConvNetSettings:
     pooling: str = "AP"
 
 
-_TOKEN = re.compile(r"(?P<depth>D\d+)|(?P<width>W\d+)|(?P<activation>ASwish|AS|AR|AL)|(?P<pooling>NP|MP|AP)|(?P<norm>[BIGLN]N)")
+_TOKEN = re.compile(
+    r"(?P<depth>D\d+)|(?P<width>W\d+)|(?P<activation>ASwish|AS|AR|AL)|(?P<pooling>NP|MP|AP)|(?P<norm>[BIGLN]N)"
+)
 
 
 def parse_name(name):
@@ -64,7 +72,23 @@ def parse_name(name):
     for key in ("depth", "width"):
         if key in found:
             found[key] = int(found[key][1:])
+            if found[key] < 1:
+                raise ValueError(f"the {key} of network {name!r} must be at least 1")
     return ConvNetSettings(**found)
+
+
+def shrink(size, kernel, stride=1, padding=0):
+    """(height, width) of a map of that size after a convolution or pooling layer.
+
+    Raises ValueError where nothing is left.
+    """
+    height, width = ((side + 2 * padding - kernel) // stride + 1 for side in size)
+    if height < 1 or width < 1:
+        raise ValueError(
+            f"image_size is too small for this network: a map of {size[0]}x{size[1]} is left before a "
+            f"{kernel}x{kernel} window; take a network of less depth, or without pooling"
+        )
+    return height, width
 
 
 class ConvNet(nn.Module):
@@ -73,34 +97,26 @@ class ConvNet(nn.Module):
     With one input channel the first convolution pads by 3, so that 28x28 digits become 32x32 (as in the public code).
     """
 
-    def __init__(self, channels, classes, image_size, settings=None):
+    def __init__(self, channels, classes, image_size, settings):
         super().__init__()
-        settings = ConvNetSettings() if settings is None else settings
-        height, width = image_size
-        layers, inputs = [], channels
+        layers, inputs, size = [], channels, image_size
         for block in range(settings.depth):
             padding = 3 if channels == 1 and block == 0 else 1
             layers.append(nn.Conv2d(inputs, settings.width, kernel_size=3, padding=padding))
-            inputs = settings.width
-            height, width = height + 2 * padding - 2, width + 2 * padding - 2
-            norm = make_norm(settings.norm, inputs, height, width)
+            inputs, size = settings.width, shrink(size, 3, 1, padding)
+            norm = make_norm(settings.norm, inputs, *size)
             if norm is not None:
                 layers.append(norm)
             layers.append(ACTIVATIONS[settings.activation]())
             pooling = POOLINGS[settings.pooling]
             if pooling is not None:
                 layers.append(pooling(kernel_size=2, stride=2))
-                height, width = height // 2, width // 2
-            if height < 1 or width < 1:
-                raise ValueError(
-                    f"image_size {image_size[0]}x{image_size[1]} is too small for depth {settings.depth}: "
-                    f"nothing is left after {block + 1} blocks; use fewer blocks (ConvNetD{block}...) or no pooling (NP)"
-                )
+                size = shrink(size, 2, 2)
         self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(inputs * height * width, classes)
+        self.classifier = nn.Linear(inputs * size[0] * size[1], classes)
 
     def embed(self, x):
-        """Features before the classifier. x: (B, C, H, W) -> (B, features)."""
+        """Features before the classifier. x: (B, channels, H, W) -> (B, features)."""
         return self.features(x).flatten(1)
 
     def forward(self, x):

@@ -1,26 +1,241 @@
-"""Networks by name: the ConvNet family, the networks of the distillation papers, torchvision's and timm's."""
+"""Networks by name: the ConvNet family, the other networks of the distillation papers, torchvision's and timm's."""
 
 import contextlib
+import copy
 import difflib
+import importlib
+import re
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
-from .convnet import ConvNet, parse_name
+from .convnet import ConvNet, make_norm, parse_name, shrink
 
-_CONVNETS = (
+
+class MLP(nn.Module):
+    """Two hidden layers of 128. x: (B, C, H, W) -> logits (B, classes)."""
+
+    def __init__(self, channels, classes, image_size):
+        super().__init__()
+        self.fc_1 = nn.Linear(channels * image_size[0] * image_size[1], 128)
+        self.fc_2 = nn.Linear(128, 128)
+        self.fc_3 = nn.Linear(128, classes)
+
+    def embed(self, x):
+        """Features before the last layer: (B, 128)."""
+        return F.relu(self.fc_2(F.relu(self.fc_1(x.flatten(1)))))
+
+    def forward(self, x):
+        return self.fc_3(self.embed(x))
+
+
+class LeNet(nn.Module):
+    """LeNet 6-16-120-84. x: (B, C, H, W) -> logits (B, classes). One-channel images are padded by 2."""
+
+    def __init__(self, channels, classes, image_size):
+        super().__init__()
+        padding = 2 if channels == 1 else 0
+        size = shrink(shrink(image_size, 5, 1, padding), 2, 2)
+        size = shrink(shrink(size, 5), 2, 2)
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, 6, 5, padding=padding),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        )
+        self.fc_1 = nn.Linear(16 * size[0] * size[1], 120)
+        self.fc_2 = nn.Linear(120, 84)
+        self.fc_3 = nn.Linear(84, classes)
+
+    def embed(self, x):
+        """Features before the last layer: (B, 84)."""
+        return F.relu(self.fc_2(F.relu(self.fc_1(self.features(x).flatten(1)))))
+
+    def forward(self, x):
+        return self.fc_3(self.embed(x))
+
+
+class AlexNet(nn.Module):
+    """AlexNet for 32x32 (128-192-256-192-192). x: (B, C, H, W) -> logits (B, classes)."""
+
+    def __init__(self, channels, classes, image_size):
+        super().__init__()
+        padding = 4 if channels == 1 else 2  # 28x28 digits become 32x32
+        size = shrink(image_size, 5, 1, padding)
+        for _ in range(3):
+            size = shrink(size, 2, 2)
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, 128, 5, padding=padding),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(128, 192, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(192, 256, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(256, 192, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(192, 192, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        )
+        self.fc = nn.Linear(192 * size[0] * size[1], classes)
+
+    def embed(self, x):
+        """Features before the last layer: (B, features)."""
+        return self.features(x).flatten(1)
+
+    def forward(self, x):
+        return self.fc(self.embed(x))
+
+
+_VGG = {
+    "11": (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
+    "16": (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"),
+}
+
+
+class VGG(nn.Module):
+    """VGG11 or VGG16 with one linear layer. x: (B, C, H, W) -> logits (B, classes)."""
+
+    def __init__(self, channels, classes, image_size, layers, norm):
+        super().__init__()
+        modules, inputs, size = [], channels, image_size
+        for width in _VGG[layers]:
+            if width == "M":
+                modules.append(nn.MaxPool2d(2))
+                size = shrink(size, 2, 2)
+                continue
+            padding = 3 if channels == 1 and not modules else 1
+            size = shrink(size, 3, 1, padding)
+            modules += [nn.Conv2d(inputs, width, 3, padding=padding), make_norm(norm, width, *size), nn.ReLU()]
+            inputs = width
+        self.features = nn.Sequential(*modules)
+        self.classifier = nn.Linear(inputs * size[0] * size[1], classes)
+
+    def embed(self, x):
+        """Features before the classifier: (B, features)."""
+        return self.features(x).flatten(1)
+
+    def forward(self, x):
+        return self.classifier(self.embed(x))
+
+
+class _Block(nn.Module):
+    """The basic residual block; with `pool` average pooling takes the place of the stride."""
+
+    def __init__(self, inputs, width, size, stride, norm, pool):
+        super().__init__()
+        self.pool = pool and stride == 2
+        step = 1 if pool else stride
+        after = shrink(size, 2, 2) if self.pool else shrink(size, 3, stride, 1)
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride=step, padding=1, bias=False)
+        self.bn1 = make_norm(norm, width, *(size if pool else after))
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = make_norm(norm, width, *after)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != width:
+            pooling = [nn.AvgPool2d(2)] if self.pool else []
+            conv = nn.Conv2d(inputs, width, 1, stride=step, bias=False)
+            self.shortcut = nn.Sequential(conv, *pooling, make_norm(norm, width, *after))
+        self.size = after
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        if self.pool:
+            out = F.avg_pool2d(out, 2)
+        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """ResNet18 or ResNet34 with a 3x3 stem. x: (B, C, H, W) -> logits (B, classes).
+
+    pool: average pooling in place of strides, and the classifier sees the whole last map (as in the public code)
+    instead of its mean. tiny: a stem of stride 2, for 64x64 images.
+    """
+
+    def __init__(self, channels, classes, image_size, blocks, norm, pool, tiny):
+        super().__init__()
+        stride = 2 if tiny else 1
+        size = shrink(image_size, 3, stride, 1)
+        self.conv1 = nn.Conv2d(channels, 64, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = make_norm(norm, 64, *size)
+        inputs, layers = 64, []
+        for stage, count in enumerate(blocks):
+            width, stack = 64 * 2**stage, []
+            for block in range(count):
+                stride = 2 if stage > 0 and block == 0 else 1
+                stack.append(_Block(inputs, width, size, stride, norm, pool))
+                inputs, size = width, stack[-1].size
+            layers.append(nn.Sequential(*stack))
+        self.layer1, self.layer2, self.layer3, self.layer4 = layers
+        self.pool = pool
+        self.classifier = nn.Linear(inputs * size[0] * size[1] if pool else inputs, classes)
+
+    def embed(self, x):
+        """Features before the classifier: (B, 512), with `pool` (B, 512 * height * width)."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return x.flatten(1) if self.pool else x.mean((2, 3))
+
+    def forward(self, x):
+        return self.classifier(self.embed(x))
+
+
+_RESNET = re.compile(r"ResNet(?P<layers>18|34)(?P<norm>BN|IN)?(?P<pool>_AP)?(?P<tiny>_Tiny)?")
+_BLOCKS = {"18": (2, 2, 2, 2), "34": (3, 4, 6, 3)}
+_NAMES = (
     ["ConvNet"]
     + [f"ConvNetD{depth}" for depth in range(1, 9)]
     + [f"ConvNetW{width}" for width in (32, 64, 128, 256, 512, 1024)]
-    + [f"ConvNet{norm}" for norm in ("BN", "IN", "GN", "LN", "NN")]
-    + [f"ConvNet{activation}" for activation in ("AS", "AR", "AL", "ASwish")]
-    + [f"ConvNet{pooling}" for pooling in ("NP", "MP", "AP")]
-    + ["ConvNetD4BN"]
+    + [f"ConvNet{part}" for part in "BN IN GN LN NN AS AR AL ASwish NP MP AP D4BN".split()]
+    + "MLP LeNet AlexNet VGG11 VGG11IN VGG11BN VGG16 VGG16IN VGG16BN".split()
+    + [
+        f"ResNet{layers}{norm}{suffix}"
+        for layers in _BLOCKS
+        for norm in ("", "IN", "BN")
+        for suffix in ("", "_AP", "_Tiny")
+    ]
 )
 
 
 def names():
-    """The usual network names, for help texts. `build` takes more: any combination of ConvNet suffixes, and prefixes."""
-    return list(_CONVNETS)
+    """The usual network names. `build` takes more: any combination of ConvNet suffixes, "torchvision:" and "timm:"."""
+    return list(_NAMES)
+
+
+def build(name, channels, classes, image_size, generator=None):
+    """A freshly initialised network, on the CPU, in train mode: (B, channels, H, W) images -> (B, classes) logits.
+
+    Args:
+        name: one of `names()`; "ConvNet" with any combination of D<depth>, W<width>, a norm (BN, IN, GN, LN, NN), an
+            activation (AR relu, AL leaky relu, AS sigmoid, ASwish) and a pooling (AP, MP, NP); "torchvision:NAME" or
+            "timm:NAME" for a classifier of those packages, without pretrained weights. VGG and ResNet have instance
+            norm unless the name says BN (as in the public code of the papers).
+        channels: of the images. With other than 3, a torchvision network gets a new first convolution.
+        classes: number of logits.
+        image_size: side, or (H, W), in pixels.
+        generator: where the initial weights are drawn from, without touching torch's global generator; None draws
+            them from that one.
+
+    Raises:
+        ValueError: unknown name (near ones are listed), a count below 1, images too small for the network.
+        ImportError: "timm:..." where timm is not installed.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(size) != 2 or any(not isinstance(side, int) or side < 1 for side in size):
+        raise ValueError(f"image_size must be a positive integer or a pair (H, W) of them, got {image_size!r}")
+    for argument, value in (("channels", channels), ("classes", classes)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{argument} must be an integer of at least 1, got {value!r}")
+    with _drawing_from(generator):
+        try:
+            return _construct(name, channels, classes, size)
+        except ValueError as error:
+            raise ValueError(f"network {name!r} for {size[0]}x{size[1]} images: {error}") from None
 
 
 @contextlib.contextmanager
@@ -40,22 +255,112 @@ def _drawing_from(generator):
         torch.set_rng_state(state)
 
 
-def _image_size(image_size):
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(size) != 2 or any(not isinstance(s, int) or s < 1 for s in size):
-        raise ValueError(f"image_size must be a positive integer or a pair (H, W) of them, got {image_size!r}")
-    return size
-
-
-def build(name, channels, classes, image_size, generator=None):
-    """A freshly initialised network, on the CPU, in train mode."""
-    size = _image_size(image_size)
-    for argument, value in (("channels", channels), ("classes", classes)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{argument} must be an integer of at least 1, got {value!r}")
+def _construct(name, channels, classes, size):
+    simple = {"MLP": MLP, "LeNet": LeNet, "AlexNet": AlexNet}
+    if name in simple:
+        return simple[name](channels, classes, size)
     settings = parse_name(name)
-    with _drawing_from(generator):
-        if settings is not None:
-            return ConvNet(channels, classes, size, settings)
-    near = difflib.get_close_matches(name, names(), n=5, cutoff=0.5)
-    raise ValueError(f"unknown network {name!r}; near names: {', '.join(near) or 'none'}")
+    if settings is not None:
+        return ConvNet(channels, classes, size, settings)
+    vgg = re.fullmatch(r"VGG(11|16)(BN|IN)?", name)
+    if vgg:
+        return VGG(channels, classes, size, vgg[1], vgg[2] or "IN")
+    resnet = _RESNET.fullmatch(name)
+    if resnet:
+        blocks = _BLOCKS[resnet["layers"]]
+        return ResNet(
+            channels, classes, size, blocks, resnet["norm"] or "IN", bool(resnet["pool"]), bool(resnet["tiny"])
+        )
+    package, _, rest = name.partition(":")
+    if package in _PACKAGES:
+        model = _PACKAGES[package](rest, channels, classes, size)
+        _try_on(model, channels, size)
+        return model
+    raise ValueError(f"no network has this name; near ones: {_near(name, _NAMES)}")
+
+
+def _near(name, known):
+    return ", ".join(difflib.get_close_matches(name, known, n=5, cutoff=0.5)) or "none"
+
+
+def _torchvision(name, channels, classes, size):
+    import torchvision
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise ValueError(f"torchvision has no classifier {name!r}; near ones: {_near(name, known)}")
+    options = {"num_classes": classes}
+    if name.startswith("vit_"):
+        if size[0] != size[1]:
+            raise ValueError("torchvision's vision transformers take square images")
+        options["image_size"] = size[0]
+    if name in ("googlenet", "inception_v3"):  # else they return more than logits in train mode
+        options.update(aux_logits=False, init_weights=True)
+    model = torchvision.models.get_model(name, weights=None, **options)
+    if channels != 3:
+        _replace_first_convolution(model, channels)
+    return model
+
+
+def _replace_first_convolution(model, channels):
+    path, old = next((path, m) for path, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    new = nn.Conv2d(
+        channels,
+        old.out_channels,
+        old.kernel_size,
+        stride=old.stride,
+        padding=old.padding,
+        dilation=old.dilation,
+        bias=old.bias is not None,
+    )
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def _timm(name, channels, classes, size):
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError as error:
+        raise ImportError(f"network 'timm:{name}' needs timm: pip install timm") from error
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}; near ones: {_near(name, timm.list_models())}")
+    options = {"num_classes": classes, "in_chans": channels}
+    if timm.get_pretrained_cfg(name).fixed_input_size:
+        options["img_size"] = size
+    return timm.create_model(name, pretrained=False, **options)
+
+
+_PACKAGES = {"torchvision": _torchvision, "timm": _timm}
+
+
+def _try_on(model, channels, size):
+    """Raises ValueError where images of that size do not go through: shapes only, nothing is computed."""
+    shapes = copy.deepcopy(model).to("meta").eval()
+    try:
+        shapes(torch.empty(1, channels, *size, device="meta"))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f"images of this size do not go through it: {error}") from error
+
+
+def embed(model, x):
+    """Penultimate features of any classifier: what enters its last linear layer. x: (B, C, H, W) -> (B, features).
+
+    Networks of this package have a method for it. In others the linear layer that runs last is found by running them.
+    Raises ValueError where no linear layer runs.
+    """
+    if hasattr(model, "embed"):
+        return model.embed(x)
+    seen = []
+    handles = [
+        module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not seen:
+        raise ValueError(f"embed: no linear layer ran in {type(model).__name__}, so its features are unknown")
+    return seen[-1].flatten(1)

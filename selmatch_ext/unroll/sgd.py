@@ -76,7 +76,7 @@ def unrolled_sgd(
         (P,) the parameters after N steps.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, device, shape, length or range; the message names it.
+        TypeError, ValueError: an argument of the wrong type, dtype, device, shape, length or range; it is named.
         NotImplementedError: engine="fused".
     """
     _check_choices(engine, keep, gradient, precision)
