@@ -7,6 +7,7 @@ With lambda_N = dL/dtheta_N, and for i = N-1 ... 0 with g_i = grad_theta CE(thet
 TESLA's estimate leaves h out, so that lambda stays what it was.
 """
 
+import contextlib
 import copy
 from dataclasses import dataclass
 
@@ -109,19 +110,25 @@ class _Unroll(torch.autograd.Function):
     def forward(ctx, start, images, labels, lr, model, plan):
         ctx.model, ctx.plan = model, plan
         ctx.save_for_backward(start, images, labels, lr)
-        with _products(plan.precision, start.device):
+        with _arithmetic(plan.precision, start.device):
             return _forward(ctx, start, images, labels, lr)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, adjoint):
-        with _products(ctx.plan.precision, adjoint.device):
+        with _arithmetic(ctx.plan.precision, adjoint.device):
             return *_backward(ctx, adjoint.contiguous(), *ctx.saved_tensors), None, None
 
 
-def _products(precision, device):
-    """Convolutions and products in TF32, in the forward and the backward pass, if that is the precision asked for."""
-    return precision_scope("tf32" if precision == "tf32" else "float32", device)
+@contextlib.contextmanager
+def _arithmetic(precision, device):
+    """Of a whole pass: what `precision` says about TF32, and nothing of the caller's autocast, which would also round
+    the products of the backward pass. (bfloat16 is for the model alone: see _run_step.)"""
+    with (
+        torch.autocast(device.type, enabled=False),
+        precision_scope("tf32" if precision == "tf32" else "float32", device),
+    ):
+        yield
 
 
 def _forward(ctx, start, images, labels, lr):
@@ -168,7 +175,6 @@ def _run_step(ctx, i, theta, images, labels, leaves, graph):
     x = images.detach().index_select(0, batch).requires_grad_(graph and leaves[0])
     y = labels.detach().index_select(0, batch)
     y = y.requires_grad_(graph and leaves[1]) if y.is_floating_point() else y.long()
-    # The backward pass runs outside the caller's autocast, so the forward pass must not depend on it either.
     autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=plan.precision == "bfloat16")
     with torch.enable_grad(), autocast:
         seen = x if plan.augmentations is None else augment(x, plan.augmentations[i])
