@@ -1,0 +1,40 @@
+// selmatch_ext::dsa on the CPU: images are shared out among the threads, so the result does not depend on how many
+// there are.
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include "dsa/dsa_torch.h"
+
+namespace selmatch {
+namespace {
+
+constexpr int64_t kGrain = 32768;  // elements that are worth a thread
+
+void check_codes(const at::Tensor& ops) {
+  const uint8_t* codes = ops.const_data_ptr<uint8_t>();
+  for (int64_t k = 0; k < ops.numel(); ++k) {
+    TORCH_CHECK_VALUE(codes[k] < kDsaOps, "dsa: ops holds ", static_cast<int>(codes[k]), "; operations are 0 to ",
+                      kDsaOps - 1);
+  }
+}
+
+// x: (batch, channels, height, width); ops: (rows, length); params: (rows, length, 4)
+at::Tensor dsa_cpu(const at::Tensor& x, const at::Tensor& ops, const at::Tensor& params, int64_t mode) {
+  dsa_check(x, ops, params, mode);
+  const at::Tensor codes = ops.contiguous(), values = params.contiguous();
+  check_codes(codes);
+  at::Tensor y = at::empty_like(x);
+  if (x.numel() == 0) {
+    return y;
+  }
+  const DsaCall call = dsa_call(x, y, codes, values, mode);
+  const int64_t grain = std::max<int64_t>(1, kGrain * call.batch / x.numel());
+  at::parallel_for(0, call.batch, grain, [&](int64_t begin, int64_t end) { dsa_cpu_range(call, begin, end); });
+  return y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(selmatch_ext, CPU, m) { m.impl("dsa", &dsa_cpu); }
+
+}  // namespace selmatch

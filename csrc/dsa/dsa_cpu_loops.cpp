@@ -1,0 +1,153 @@
+// Compiles the loops of dsa_cpu_loops.h for several sets of vector instructions and picks one when it runs.
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <string_view>
+
+#include "dsa/dsa.h"
+
+namespace selmatch {
+namespace {
+
+constexpr int kDsaMaxTaps = 8;
+
+template <typename T>
+class Memory {
+ public:
+  explicit Memory(int64_t count) : data_(static_cast<T*>(::operator new(count * sizeof(T), kAlign))) {}
+  ~Memory() { ::operator delete(data_, kAlign); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  operator T*() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  T* data_;
+};
+
+// A band matrix: position q of the result takes used[q] <= count taps.
+template <typename T>
+struct DsaTaps {
+  explicit DsaTaps(int size) : used(size), index(kDsaMaxTaps * size), weight(kDsaMaxTaps * size) {}
+  int count = 0;
+  Memory<int> used, index;
+  Memory<T> weight;
+};
+
+// What one thread needs beside the images; memory that no operation asks for is never touched.
+template <typename T>
+struct DsaScratch {
+  explicit DsaScratch(const DsaCall& call)
+      : image0(elements(call)),
+        image1(elements(call)),
+        sums(static_cast<int64_t>(call.height) * call.width),
+        grid(4 * static_cast<int64_t>(call.height + 3) * (call.width + 3)),
+        row(4 * static_cast<int64_t>(call.width) + 32),
+        right(call.width),
+        down(call.width),
+        index(call.width),
+        steps(call.length + 1),
+        across(call.width),
+        along(call.height),
+        images{image0, image1} {}
+
+  static int64_t elements(const DsaCall& call) {
+    return static_cast<int64_t>(call.channels) * call.height * call.width;
+  }
+
+  Memory<T> image0, image1, sums, grid, row, right, down;
+  Memory<int> index;
+  Memory<DsaStep<T>> steps;
+  DsaTaps<T> across, along;
+  T* images[2];
+};
+
+bool dsa_is_planar(const DsaCall& call, const int64_t* strides) {
+  return strides[3] == 1 && strides[2] == call.width && strides[1] == static_cast<int64_t>(call.height) * call.width;
+}
+
+namespace baseline {
+#include "dsa/dsa_cpu_loops.h"
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define SELMATCH_X86_LEVELS
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+namespace avx2 {
+#include "dsa/dsa_cpu_loops.h"
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))), \
+                             apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512")
+#endif
+namespace avx512 {
+#include "dsa/dsa_cpu_loops.h"
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // x86-64
+
+enum class Level { kBaseline, kAvx2, kAvx512 };
+
+// The best the machine has; SELMATCH_CPU=baseline or avx2 asks for less (tests run all of them).
+Level find_level() {
+#ifdef SELMATCH_X86_LEVELS
+  const char* wish = std::getenv("SELMATCH_CPU");
+  const bool baseline = wish && std::string_view(wish) == "baseline", avx2 = wish && std::string_view(wish) == "avx2";
+  if (baseline || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
+    return Level::kBaseline;
+  }
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  return avx512 && !avx2 ? Level::kAvx512 : Level::kAvx2;
+#else
+  return Level::kBaseline;
+#endif
+}
+
+template <typename S, typename T>
+void run(const DsaCall& call, int64_t begin, int64_t end) {
+  static const Level level = find_level();
+  DsaScratch<T> scratch(call);
+#ifdef SELMATCH_X86_LEVELS
+  if (level == Level::kAvx512) {
+    return avx512::run_range<S, T>(call, scratch, begin, end);
+  }
+  if (level == Level::kAvx2) {
+    return avx2::run_range<S, T>(call, scratch, begin, end);
+  }
+#endif
+  baseline::run_range<S, T>(call, scratch, begin, end);
+}
+
+}  // namespace
+
+void dsa_cpu_range(const DsaCall& call, int64_t begin, int64_t end) {
+  switch (call.type) {
+    case DsaType::kFloat:
+      return run<float, float>(call, begin, end);
+    case DsaType::kDouble:
+      return run<double, double>(call, begin, end);
+    case DsaType::kHalf:
+      return run<half_t, float>(call, begin, end);
+    case DsaType::kBfloat16:
+      return run<bfloat16_t, float>(call, begin, end);
+  }
+}
+
+}  // namespace selmatch

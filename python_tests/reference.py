@@ -1,0 +1,176 @@
+"""The oracle: what the fused operations compute, in plain PyTorch, written to be read and not to be fast."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+# --- differentiable Siamese augmentation (DSA, arXiv 2102.08259) ----------------------------------------------------------
+#
+# First the operations with their parameters given, one value an image; x is (B, C, H, W).
+
+
+def brightness(x, amount):
+    return x + per_image(amount, x)
+
+
+def saturation(x, amount):
+    grey = x.mean(dim=1, keepdim=True)
+    return (x - grey) * per_image(amount, x) + grey
+
+
+def contrast(x, amount):
+    mean = x.mean(dim=(1, 2, 3), keepdim=True)
+    return (x - mean) * per_image(amount, x) + mean
+
+
+def shift(x, rows, columns):
+    """out[i, j] = x[i + rows, j + columns], 0 outside the image."""
+    batch, _, height, width = x.shape
+    i = torch.arange(height, device=x.device)[None, :, None] + rows.view(-1, 1, 1)
+    j = torch.arange(width, device=x.device)[None, None, :] + columns.view(-1, 1, 1)
+    padded = F.pad(x, (1, 1, 1, 1))
+    i, j = (i + 1).clamp(0, height + 1), (j + 1).clamp(0, width + 1)
+    image = torch.arange(batch, device=x.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[image, i, j].permute(0, 3, 1, 2)
+
+
+def zero_box(x, first_row, end_row, first_column, end_column):
+    i = torch.arange(x.shape[2], device=x.device)[None, :, None]
+    j = torch.arange(x.shape[3], device=x.device)[None, None, :]
+    first_row, end_row, first_column, end_column = (
+        bound.view(-1, 1, 1) for bound in (first_row, end_row, first_column, end_column)
+    )
+    inside = (i >= first_row) & (i < end_row) & (j >= first_column) & (j < end_column)
+    return x * (~inside).to(x.dtype).unsqueeze(1)
+
+
+def flip(x, flipped):
+    return torch.where(flipped.view(-1, 1, 1, 1), x.flip(3), x)
+
+
+def affine(x, theta):
+    """Bilinear sampling through theta (B, 2, 3), in normalised coordinates, zeros outside."""
+    grid = F.affine_grid(theta.to(x), x.shape, align_corners=True)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+
+
+def per_image(values, x):
+    return values.to(x).view(-1, 1, 1, 1)
+
+
+def linear_map(a, b, c, d):
+    """theta (B, 2, 3) = [[a, b, 0], [c, d, 0]]"""
+    zero = torch.zeros_like(a)
+    return torch.stack([torch.stack([a, b, zero], dim=1), torch.stack([c, d, zero], dim=1)], dim=1)
+
+
+def augment(x, table):
+    """Apply an Augmentation table, column by column: `ops` (R, L) codes and `params` (R, L, 4), R = B or 1."""
+    rows = x.shape[0]
+    for codes, p in zip(table.ops.expand(rows, -1).T, table.params.expand(rows, -1, -1).unbind(1), strict=True):
+        bounds = p.long()
+        results = {
+            0: x,
+            1: contrast(saturation(brightness(x, p[:, 0]), p[:, 1]), p[:, 2]),
+            2: shift(x, bounds[:, 0], bounds[:, 1]),
+            3: zero_box(x, *bounds.unbind(1)),
+            4: x.flip(3),
+            5: affine(x, linear_map(*p.unbind(1))) if rows else x,
+        }
+        for code, result in results.items():
+            x = torch.where((codes == code).view(-1, 1, 1, 1), result, x)
+    return x
+
+
+# Then DiffAugment, with the random streams of the public code: seed -1 draws from the global generator; any other seed
+# reseeds the global generator before every draw, with seed, seed + 1, ..., and all images share the first one's parameters.
+
+
+class Draws:
+    def __init__(self, x, seed):
+        self.x, self.seed = x, seed
+
+    def reseed(self):
+        if self.seed != -1:
+            torch.manual_seed(self.seed)
+            self.seed += 1
+
+    def shared(self, values):
+        return values if self.seed == -1 else values[:1].expand_as(values)
+
+    def name(self, names):
+        self.reseed()
+        return names[torch.randint(0, len(names), (1,)).item()]
+
+    def uniform(self, **where):
+        self.reseed()
+        return self.shared(torch.rand(self.x.shape[0], **where))
+
+    def uniform_here(self, dtype=torch.float32):
+        return self.uniform(device=self.x.device, dtype=dtype)
+
+    def integers(self, low, end):
+        self.reseed()
+        return self.shared(torch.randint(low, end, (self.x.shape[0],), device=self.x.device))
+
+
+def diff_color(x, draws, param):
+    x = brightness(x, (draws.uniform_here(x.dtype) - 0.5) * param.brightness)
+    x = saturation(x, draws.uniform_here(x.dtype) * param.saturation)
+    return contrast(x, draws.uniform_here(x.dtype) + param.contrast)
+
+
+def diff_crop(x, draws, param):
+    rows, columns = (int(size * param.ratio_crop_pad + 0.5) for size in x.shape[2:])
+    down = draws.integers(-rows, rows + 1)
+    return shift(x, down, draws.integers(-columns, columns + 1))
+
+
+def diff_cutout(x, draws, param):
+    bounds = []
+    for size in x.shape[2:]:
+        box = int(size * param.ratio_cutout + 0.5)
+        centre = draws.integers(0, size + (1 - box % 2))
+        covered = (torch.arange(box, device=x.device) - box // 2 + centre[:, None]).clamp(0, size - 1)
+        bounds += [covered[:, 0], covered[:, -1] + 1] if box else [torch.zeros_like(centre)] * 2
+    return zero_box(x, *bounds)
+
+
+def diff_flip(x, draws, param):
+    return flip(x, draws.uniform_here() < param.prob_flip)
+
+
+def diff_scale(x, draws, param):
+    low, high = 1.0 / param.ratio_scale, param.ratio_scale
+    width = draws.uniform() * (high - low) + low
+    height = draws.uniform() * (high - low) + low
+    zero = torch.zeros_like(width)
+    return affine(x, linear_map(width, zero, zero, height))
+
+
+def diff_rotate(x, draws, param):
+    angle = (draws.uniform() - 0.5) * 2 * param.ratio_rotate / 180 * math.pi
+    return affine(x, linear_map(angle.cos(), (-angle).sin(), angle.sin(), angle.cos()))
+
+
+DIFF_OPERATIONS = {
+    "color": diff_color,
+    "crop": diff_crop,
+    "cutout": diff_cutout,
+    "flip": diff_flip,
+    "scale": diff_scale,
+    "rotate": diff_rotate,
+}
+
+
+def DiffAugment(x, strategy, seed, param):
+    if strategy in ("", "none", "None"):
+        return x
+    draws = Draws(x, seed)
+    names = strategy.split("_")
+    if param.aug_mode == "S":
+        names = [draws.name(names)]
+    for name in names:
+        x = DIFF_OPERATIONS[name](x, draws, param)
+    return x.contiguous()
