@@ -1,0 +1,150 @@
+"""The distilled set: a small training set, partly or wholly learned, and its file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from selmatch_ext.data.images import check_labels, denormalise
+from selmatch_ext.files import atomic_write, json_field, load_tensors, save_tensors
+
+KIND = "distilled"
+
+
+@dataclass
+class DistilledSet:
+    """A small training set.
+
+    images: (n, C, H, W) float32, normalised with `mean` and `std`. labels: (n,) int64, or (n, K) float probabilities.
+    distilled: (n,) bool, True where the image was learned, False where it is a real one. lr: the learned step size η.
+    mean, std: (C,) float32. class_names: K names. method: how it was made. settings: every setting, JSON-able.
+    indices: (n,) int64, the training image that each started from, -1 where there is none (default: all).
+
+    Raises TypeError or ValueError naming the field that is wrong.
+    """
+
+    images: Tensor
+    labels: Tensor
+    distilled: Tensor
+    lr: float | None
+    mean: Tensor
+    std: Tensor
+    class_names: list[str]
+    method: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    indices: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.images)
+        if self.indices is None:
+            self.indices = torch.full((n,), -1)
+        if self.images.dtype != torch.float32:
+            raise TypeError(f"images is {self.images.dtype}; it must be torch.float32, normalised")
+        if self.images.ndim != 4 or 0 in self.images.shape:
+            raise ValueError(f"images has shape {tuple(self.images.shape)}; it must be (n, C, H, W), none of them 0")
+        if not self.images.isfinite().all():
+            bad = (~self.images.isfinite()).flatten(1).any(1).nonzero().squeeze(1)
+            raise ValueError(f"{len(bad)} of {n} images hold NaN or infinite values, the first is number {int(bad[0])}")
+        self._check_labels()
+        for name, dtype in (("distilled", torch.bool), ("indices", torch.int64)):
+            value = getattr(self, name)
+            if value.dtype != dtype or tuple(value.shape) != (n,):
+                raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}; it must be {dtype} ({n},)")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if tuple(value.shape) != (self.images.shape[1],) or not value.isfinite().all():
+                raise ValueError(f"{name} is {value.tolist()}; it must hold a finite number for each channel")
+        if not (self.std > 0).all():
+            raise ValueError(f"std is {self.std.tolist()}; it must be above 0")
+
+    def _check_labels(self) -> None:
+        labels, n, classes = self.labels, len(self.images), len(self.class_names)
+        if labels.is_floating_point():
+            if tuple(labels.shape) != (n, classes):
+                raise ValueError(f"soft labels have shape {tuple(labels.shape)}; they must be ({n}, {classes})")
+            if not labels.isfinite().all():
+                raise ValueError("soft labels hold NaN or infinite values")
+            return
+        check_labels(labels, "labels", classes)
+        if len(labels) != n:
+            raise ValueError(f"labels has {len(labels)} entries for {n} images")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def hard_labels(self) -> Tensor:
+        """(n,) int64: the labels, or for soft ones the most probable class."""
+        return self.labels.argmax(1) if self.labels.is_floating_point() else self.labels
+
+    def denormalised(self) -> Tensor:
+        """Images as float in [0, 1], clamped: for looking at."""
+        return denormalise(self.images, self.mean, self.std)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the set to one safetensors file, atomically."""
+        tensors = {name: getattr(self, name) for name in ("images", "labels", "distilled", "indices")}
+        if self.lr is not None:
+            tensors["lr"] = torch.tensor(self.lr, dtype=torch.float64)
+        fields = {
+            "mean": self.mean.tolist(),
+            "std": self.std.tolist(),
+            "class_names": self.class_names,
+            "method": self.method,
+            "settings": self.settings,
+        }
+        save_tensors(path, KIND, tensors, {name: json.dumps(value) for name, value in fields.items()})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> DistilledSet:
+        """Reads what `save` wrote. Raises FileNotFoundError, and ValueError naming the file when it is damaged, of
+        another kind, or holds what does not fit together."""
+        tensors, metadata = load_tensors(path, KIND, "images", "labels", "distilled", "indices")
+        names = ("mean", "std", "class_names", "method", "settings")
+        fields = {name: json_field(metadata, name, path) for name in names}
+        fields |= {name: torch.tensor(fields[name]) for name in ("mean", "std")}
+        fields |= tensors
+        fields["lr"] = tensors["lr"].item() if "lr" in tensors else None
+        try:
+            return cls(**fields)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+
+    def export(self, folder: str | os.PathLike) -> None:
+        """Writes one PNG per image to folder/CLASS/NUMBER_distilled.png or NUMBER_selected.png, all or nothing.
+
+        torchvision's ImageFolder reads it with the same labels: class folders get a number in front where the names'
+        alphabetical order is another one. Soft labels become the most probable class, values are rounded to 8 bits.
+        Raises FileExistsError when `folder` exists and is not empty, ValueError for images of neither 1 nor 3 channels.
+        """
+        folder = Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise FileExistsError(f"{folder} exists and is not an empty folder; export makes a new one")
+        if self.images.shape[1] not in (1, 3):
+            raise ValueError(f"images have {self.images.shape[1]} channels; PNGs are made of 1 or 3")
+        pixels = (self.denormalised() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        names = _folder_names(self.class_names)
+        with atomic_write(folder) as temporary:
+            for name in names:
+                (temporary / name).mkdir(parents=True)
+            for i, label in enumerate(self.hard_labels.tolist()):
+                kind = "distilled" if self.distilled[i] else "selected"
+                image = pixels[i, :, :, 0] if pixels.shape[3] == 1 else pixels[i]
+                Image.fromarray(image).save(temporary / names[label] / f"{i:05d}_{kind}.png")
+
+
+def _folder_names(class_names: list[str]) -> list[str]:
+    """Class names as folder names that differ and sort in the order of the classes."""
+    names = [re.sub(r"[^\w .+-]", "_", name).strip(" .") for name in class_names]
+    if "" in names or any(a >= b for a, b in zip(names, names[1:], strict=False)):
+        width = len(str(len(names) - 1))
+        names = [f"{i:0{width}d}_{name}" for i, name in enumerate(names)]
+    return names

@@ -1,0 +1,240 @@
+"""Pictures, plots and tables of a run. Pictures are PNG files, written atomically; matplotlib keeps no global state."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
+from matplotlib.ticker import LogLocator, MaxNLocator
+from torch import Tensor
+
+from selmatch_ext.files import atomic_write
+
+DPI = 100
+TILE = 48  # pixels that an image is at least enlarged to, by whole factors
+GAP = 2  # pixels between images
+MOST_ROWS = 20  # classes shown in one picture
+BLUE, ORANGE = "#1f5fa8", "#d9641e"
+
+
+def image_grid(
+    images: Tensor,
+    path: str | os.PathLike,
+    labels: Tensor | None = None,
+    class_names: Sequence[str] | None = None,
+    columns: int | None = None,
+    title: str | None = None,
+) -> None:
+    """Writes a PNG of images beside each other, enlarged without smoothing.
+
+    images: (n, C, H, W), C 1 or 3, uint8 or float in [0, 1].
+    labels: (n,) int64: one row for each class that occurs (20 of them, evenly spaced, when there are more), with its
+    name; of a class with more than `columns` (default 20) images, that many are shown, evenly spaced from its first to
+    its last. Without labels all images are shown in their order, in `columns` columns (default: as many as rows).
+    """
+    pixels = _pixels(images)
+    if labels is None:
+        columns = columns or math.ceil(math.sqrt(len(pixels)))
+        rows = [list(range(len(pixels)))[i : i + columns] for i in range(0, len(pixels), columns)]
+        names = None
+    else:
+        rows, names = _rows(labels, class_names, len(pixels), columns or 20)
+    _write_mosaic([_mosaic(pixels, rows)], names, [title] if title else None, path)
+
+
+def before_after(
+    before: Tensor,
+    after: Tensor,
+    labels: Tensor,
+    path: str | os.PathLike,
+    class_names: Sequence[str] | None = None,
+    columns: int = 8,
+    titles: tuple[str, str] = ("before", "after"),
+) -> None:
+    """Writes a PNG with a row for each class: images before on the left, the same ones after on the right.
+
+    before, after: (n, C, H, W), C 1 or 3, uint8 or float in [0, 1]. labels: (n,) int64. Of a class with more than
+    `columns` images that many are shown, evenly spaced, and of more than 20 classes likewise 20.
+    """
+    if before.shape != after.shape:
+        raise ValueError(f"before has shape {tuple(before.shape)}, after {tuple(after.shape)}; they must be equal")
+    rows, names = _rows(labels, class_names, len(before), columns)
+    _write_mosaic([_mosaic(_pixels(x), rows) for x in (before, after)], names, titles, path)
+
+
+def plot_beta(
+    results: Mapping[float, tuple[float, float]], path: str | os.PathLike, chosen: float | None = None
+) -> None:
+    """Writes a plot of test accuracy against the start of the window.
+
+    results: {beta: (mean, standard deviation)} in %. chosen: the beta that is marked.
+    """
+    betas = sorted(results)
+    means, stds = ([results[beta][i] for beta in betas] for i in range(2))
+    figure, axes = _plot("β: share of each class skipped, hardest first", "test accuracy (%)")
+    axes.errorbar(betas, means, yerr=stds, color=BLUE, marker="o", markersize=5, capsize=3, linewidth=1.5)
+    if chosen is not None:
+        label = f"chosen: β = {chosen:g}, {results[chosen][0]:.1f} %"
+        axes.plot([chosen], [results[chosen][0]], "o", markersize=11, mfc="none", mec=ORANGE, mew=2, label=label)
+        axes.legend(frameon=False, loc="best")
+    _save(figure, path)
+
+
+def plot_loss(values: Sequence[float], path: str | os.PathLike, title: str | None = None) -> None:
+    """Writes a plot of the loss of each iteration, from 1, and of the mean of those around it. The axis is logarithmic
+    when the losses are positive and span more than a factor of 5. Values that are not finite leave gaps."""
+    losses = np.asarray(values, dtype=np.float64)
+    if losses.ndim != 1 or len(losses) == 0:
+        raise ValueError(f"values has shape {losses.shape}; it must hold one loss per iteration, at least one")
+    losses[~np.isfinite(losses)] = np.nan
+    figure, axes = _plot("iteration", "matching loss", title)
+    iterations = np.arange(1, len(losses) + 1)
+    reach = len(losses) // 50
+    marker = "o" if len(losses) < 30 else None
+    axes.plot(iterations, losses, color=BLUE, linewidth=0.8, marker=marker, alpha=0.4 if reach else 1)
+    if reach:
+        label = f"mean of {2 * reach + 1}"
+        axes.plot(iterations, _running_mean(losses, reach), color=ORANGE, linewidth=2, label=label)
+        axes.legend(frameon=False)
+    known = losses[np.isfinite(losses)]
+    if len(known) and known.min() > 0 and known.max() > 5 * known.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        for set_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            set_format("{x:g}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _save(figure, path)
+
+
+def table(rows: Sequence[Sequence[Any]]) -> str:
+    """Plain text for the terminal: the first row is the header; the first column is left-aligned, others right."""
+    cells, widths = _cells(rows)
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown(rows: Sequence[Sequence[Any]]) -> str:
+    """The same table in Markdown."""
+    cells, widths = _cells([[str(cell).replace("|", "\\|") for cell in row] for row in rows])
+    rule = ["---"] + ["---:"] * (len(widths) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [cells[0], rule, *cells[1:]])
+
+
+def _cells(rows: Sequence[Sequence[Any]]) -> tuple[list[list[str]], list[int]]:
+    if not rows or any(len(row) != len(rows[0]) for row in rows):
+        raise ValueError(f"rows have {sorted({len(row) for row in rows})} cells; all must have as many as the header")
+    cells = [[str(cell) for cell in row] for row in rows]
+    return cells, [max(len(row[i]) for row in cells) for i in range(len(rows[0]))]
+
+
+def _pixels(images: Tensor) -> np.ndarray:
+    """(n, H, W, 3) uint8, enlarged by a whole factor to at least TILE pixels."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
+        raise ValueError(f"images has shape {tuple(images.shape)}; it must be (n, C, H, W) with n > 0 and C 1 or 3")
+    if images.is_floating_point():
+        images = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8)
+    elif images.dtype != torch.uint8:
+        raise TypeError(f"images is {images.dtype}; it must be torch.uint8, or float in [0, 1]")
+    factor = max(1, math.ceil(TILE / max(images.shape[2:])))
+    images = images.cpu().expand(-1, 3, -1, -1).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    return images.permute(0, 2, 3, 1).numpy()
+
+
+def _rows(
+    labels: Tensor, class_names: Sequence[str] | None, count: int, columns: int
+) -> tuple[list[list[int]], list[str]]:
+    """Indices of the images to show, a row for each class that occurs, and the rows' names."""
+    if tuple(labels.shape) != (count,):
+        raise ValueError(f"labels has shape {tuple(labels.shape)}; it must be ({count},), one label per image")
+    rows, names = [], []
+    classes = labels.unique()
+    for label in classes[_spread(len(classes), MOST_ROWS)].tolist():
+        members = (labels == label).nonzero().squeeze(1)
+        rows.append(members[_spread(len(members), columns)].tolist())
+        names.append(str(label) if class_names is None else class_names[label])
+    return rows, names
+
+
+def _spread(count: int, most: int) -> Tensor:
+    """All of 0 to count-1, or `most` of them, evenly spaced from first to last."""
+    return torch.linspace(0, count - 1, min(most, count)).round().long()
+
+
+def _mosaic(pixels: np.ndarray, rows: list[list[int]]) -> np.ndarray:
+    height, width = pixels.shape[1] + GAP, pixels.shape[2] + GAP
+    mosaic = np.full((len(rows) * height - GAP, max(map(len, rows)) * width - GAP, 3), 255, np.uint8)
+    for i, row in enumerate(rows):
+        for j, index in enumerate(row):
+            mosaic[i * height : (i + 1) * height - GAP, j * width : (j + 1) * width - GAP] = pixels[index]
+    return mosaic
+
+
+def _write_mosaic(
+    blocks: list[np.ndarray], names: list[str] | None, titles: Sequence[str] | None, path: str | os.PathLike
+) -> None:
+    """Blocks beside each other, pixel for pixel, with the rows' names on the left and titles above."""
+    between, margin, top = 24, 10, 34 if titles else 10
+    left = margin if names is None else 20 + max(_text_width(name, 10) for name in names)
+    # a title may need more room than its block
+    widths = [max(b.shape[1], _text_width(titles[i], 11) if titles else 0) for i, b in enumerate(blocks)]
+    height = blocks[0].shape[0] + top + margin
+    width = left + sum(widths) + between * (len(blocks) - 1) + margin
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
+    x = left
+    for i, block in enumerate(blocks):
+        axes = figure.add_axes((x / width, margin / height, block.shape[1] / width, block.shape[0] / height))
+        axes.imshow(block, interpolation="none", aspect="auto")
+        axes.set_axis_off()
+        if titles:
+            wide = block.shape[1] < widths[i]
+            axes.set_title(titles[i], fontsize=11, pad=8, loc="left" if wide else "center")
+        x += widths[i] + between
+    if names:
+        step = (blocks[0].shape[0] + GAP) / len(names)
+        for i, name in enumerate(names):
+            y = margin + blocks[0].shape[0] - (i * step + (step - GAP) / 2)
+            figure.text((left - 8) / width, y / height, name, ha="right", va="center", fontsize=10)
+    _save(figure, path)
+
+
+def _text_width(text: str, size: int) -> int:
+    """Pixels that `text` takes at `size` points."""
+    return math.ceil(TextPath((0, 0), text, size=size).get_extents().width * DPI / 72) if text.strip() else 0
+
+
+def _plot(xlabel: str, ylabel: str, title: str | None = None):
+    figure = Figure(figsize=(7, 4), dpi=DPI, facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _running_mean(values: np.ndarray, reach: int) -> np.ndarray:
+    """Mean of each value and up to `reach` values on either side, ignoring NaN; NaN where all of them are."""
+    known = np.isfinite(values)
+    sums = np.cumsum(np.stack([np.where(known, values, 0.0), known]), axis=1)
+    sums = np.concatenate([np.zeros((2, 1)), sums], axis=1)
+    i = np.arange(len(values))
+    total, count = sums[:, np.minimum(i + reach + 1, len(values))] - sums[:, np.maximum(i - reach, 0)]
+    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> None:
+    with atomic_write(path) as temporary:
+        FigureCanvasAgg(figure)
+        figure.savefig(temporary, format="png", metadata={"Software": None})
