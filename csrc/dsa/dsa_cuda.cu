@@ -1,0 +1,265 @@
+// DSA on the GPU: one block owns an image, reads it once, goes through the chain of operations in shared memory, writes
+// it once. Images that do not fit there do the same in a workspace in global memory. No atomics: the same input gives
+// the same bits.
+#include <algorithm>
+#include <cmath>
+
+#include "dsa/dsa.h"
+
+namespace selmatch {
+namespace {
+
+constexpr int64_t kWorkspaceBlocks = 1024;  // blocks that share the workspace, each taking image after image
+constexpr int kChunk = 4;                   // channels that one thread carries through a transposed sampling
+
+// Where an operation in the middle of a chain writes: planes side by side.
+template <typename T>
+struct Planes {
+  T* data;
+  int64_t plane;
+  SELMATCH_DEVICE void put(int c, int p, T value) const { data[c * plane + p] = value; }
+};
+
+// Where the last operation writes: the result, with whatever strides it has.
+template <typename S, typename T>
+struct Result {
+  S* data;
+  const int64_t* stride;
+  int width;
+  bool flat;  // a pixel's number times stride[3] is its place
+  SELMATCH_DEVICE int64_t place(int p) const {
+    return flat ? p * stride[3] : (p / width) * stride[2] + (p % width) * stride[3];
+  }
+  SELMATCH_DEVICE void put(int c, int p, T value) const { narrow(value, data + c * stride[1] + place(p)); }
+};
+
+// Bilinear sampling at one place: four neighbours, of which those off the image have weight 0.
+template <typename T>
+struct Neighbours {
+  int index[4];
+  T weight[4];
+};
+
+template <typename T>
+SELMATCH_DEVICE Neighbours<T> neighbours(const DsaStep<T>& step, int i, int j, int height, int width) {
+  Neighbours<T> result = {};
+  const T column = step.f[0] * j + step.f[1] * i + step.f[2], row = step.f[3] * j + step.f[4] * i + step.f[5];
+  if (!(column > T(-1) && column < T(width) && row > T(-1) && row < T(height))) {
+    return result;
+  }
+  const int left = static_cast<int>(column + T(1)) - 1, top = static_cast<int>(row + T(1)) - 1;
+  const T right_part = column - T(left), down_part = row - T(top);
+  for (int k = 0; k < 4; ++k) {
+    const int q = left + k % 2, r = top + k / 2;
+    if (q >= 0 && q < width && r >= 0 && r < height) {
+      result.index[k] = r * width + q;
+      result.weight[k] = (k % 2 ? right_part : T(1) - right_part) * (k / 2 ? down_part : T(1) - down_part);
+    }
+  }
+  return result;
+}
+
+// The outputs (rows first_row to end_row - 1, columns alike) that can have sampled input pixel (i, j).
+struct Window {
+  int first_row, end_row, first_column, end_column;
+};
+
+template <typename T>
+SELMATCH_DEVICE Window window(const DsaStep<T>& step, int i, int j, int height, int width) {
+  const T a = step.f[0], b = step.f[1], c = step.f[3], d = step.f[4], u = T(j) - step.f[2], v = T(i) - step.f[5];
+  const T epsilon = sizeof(T) == 4 ? T(1.2e-7) : T(2.3e-16);
+  const T det = a * d - b * c, size = fabs(det);
+  const T doubt = epsilon * (fabs(a * d) + fabs(b * c)) / size;  // relative, in det
+  if (!(doubt < T(1e-3))) {  // (nearly) singular, or not a number: any output may have sampled it
+    return {0, height, 0, width};
+  }
+  // |f(output) - (i, j)| < 1 in both coordinates, carried back through the inverse map; slack for its rounding.
+  const T column = (d * u - b * v) / det, row = (a * v - c * u) / det;
+  const T column_doubt = doubt * fabs(column) + epsilon * (fabs(d * u) + fabs(b * v)) / size;
+  const T row_doubt = doubt * fabs(row) + epsilon * (fabs(a * v) + fabs(c * u)) / size;
+  const T across = (fabs(d) + fabs(b)) / size + T(0.01) + 4 * column_doubt;
+  const T along = (fabs(a) + fabs(c)) / size + T(0.01) + 4 * row_doubt;
+  return {dsa_clamp(T(ceil(row - along)), 0, height), dsa_clamp(T(floor(row + along)) + T(1), 0, height),
+          dsa_clamp(T(ceil(column - across)), 0, width), dsa_clamp(T(floor(column + across)) + T(1), 0, width)};
+}
+
+// 1 - |distance|, or 0 from 1 on (and for NaN): what bilinear sampling at a distance takes.
+template <typename T>
+SELMATCH_DEVICE T hat(T distance) {
+  const T weight = T(1) - fabs(distance);
+  return weight > T(0) ? weight : T(0);
+}
+
+template <typename T, typename Target>
+SELMATCH_DEVICE void gather_transposed(const DsaStep<T>& step, int channels, int height, int width, const T* src, int p,
+                                       const Target& target) {
+  const int64_t plane = static_cast<int64_t>(height) * width;
+  const int i = p / width, j = p % width;
+  const Window reach = window(step, i, j, height, width);
+  for (int c = 0; c < channels; c += kChunk) {
+    T sum[kChunk] = {};
+    for (int row = reach.first_row; row < reach.end_row; ++row) {
+      for (int column = reach.first_column; column < reach.end_column; ++column) {
+        const T weight = hat(step.f[0] * column + step.f[1] * row + step.f[2] - j) *
+                         hat(step.f[3] * column + step.f[4] * row + step.f[5] - i);
+        if (weight == T(0)) {
+          continue;
+        }
+        for (int k = 0; k < kChunk; ++k) {
+          if (c + k < channels) {
+            sum[k] += weight * src[(c + k) * plane + row * width + column];
+          }
+        }
+      }
+    }
+    for (int k = 0; k < kChunk; ++k) {
+      if (c + k < channels) {
+        target.put(c + k, p, sum[k]);
+      }
+    }
+  }
+}
+
+// One operation, by all threads of the block; src: channels x height x width.
+template <typename T, typename Target>
+SELMATCH_DEVICE void apply(const DsaStep<T>& step, int channels, int height, int width, const T* src,
+                           const Target& target) {
+  const int plane = height * width;
+  T constant = 0;
+  if (step.op == kDsaColor) {
+    T sum = 0;
+    for (int k = threadIdx.x; k < channels * plane; k += blockDim.x) {
+      sum += src[k];
+    }
+    constant = step.f[2] * block_sum(sum) + step.f[3];
+  }
+  for (int p = threadIdx.x; p < plane; p += blockDim.x) {
+    const int i = p / width, j = p - i * width;
+    if (step.op == kDsaAffine && step.turn) {
+      gather_transposed(step, channels, height, width, src, p, target);
+      continue;
+    }
+    if (step.op == kDsaAffine) {
+      const Neighbours<T> near = neighbours(step, i, j, height, width);
+      for (int c = 0; c < channels; ++c) {
+        T sum = 0;
+        for (int k = 0; k < 4; ++k) {
+          sum += near.weight[k] == T(0) ? T(0) : near.weight[k] * src[c * plane + near.index[k]];
+        }
+        target.put(c, p, sum);
+      }
+      continue;
+    }
+    T gain = 1, add = 0;
+    int from = p;
+    if (step.op == kDsaColor) {
+      T sum = 0;
+      for (int c = 0; c < channels; ++c) {
+        sum += src[c * plane + p];
+      }
+      gain = step.f[0];
+      add = step.f[1] * sum + constant;
+    } else if (step.op == kDsaShift) {
+      const int row = i + step.i[0], column = j + step.i[1];
+      from = row >= 0 && row < height && column >= 0 && column < width ? row * width + column : -1;
+    } else if (step.op == kDsaBox) {
+      from = i >= step.i[0] && i < step.i[1] && j >= step.i[2] && j < step.i[3] ? -1 : p;
+    } else if (step.op == kDsaFlip) {
+      from = p + width - 1 - 2 * j;
+    }
+    for (int c = 0; c < channels; ++c) {
+      target.put(c, p, from < 0 ? T(0) : gain * src[c * plane + from] + add);
+    }
+  }
+}
+
+// The next operation, from position k of the chain on, that changes the image; k is moved behind it.
+template <typename T>
+SELMATCH_DEVICE DsaStep<T> next_step(const DsaCall& call, int64_t image, int64_t* k) {
+  DsaStep<T> step = {};
+  while (*k < call.length && step.op == kDsaNone) {
+    step = dsa_step<T>(call, image, call.mode == kDsaTranspose ? call.length - 1 - *k : *k);
+    ++*k;
+  }
+  return step;
+}
+
+// S: what is stored, T: what is computed with. Without a workspace the two buffers are in shared memory.
+template <typename S, typename T>
+SELMATCH_KERNEL dsa_kernel(DsaCall call, T* workspace) {
+  const int channels = call.channels, height = call.height, width = call.width, plane = height * width;
+  const int64_t elements = static_cast<int64_t>(channels) * plane;
+  T* src = workspace ? workspace + blockIdx.x * 2 * elements : dynamic_shared<T>();
+  T* dst = src + elements;
+  SELMATCH_SHARED DsaStep<T> step;  // resolved by the first thread
+  SELMATCH_SHARED bool last;
+  const int64_t *xs = call.x_strides, *ys = call.y_strides;
+  const bool x_flat = xs[2] == width * xs[3];
+
+  for (int64_t image = blockIdx.x; image < call.batch; image += gridDim.x) {
+    const S* x = static_cast<const S*>(call.x) + image * xs[0];
+    for (int p = threadIdx.x; p < plane; p += blockDim.x) {
+      const int64_t place = x_flat ? p * xs[3] : (p / width) * xs[2] + (p % width) * xs[3];
+      for (int c = 0; c < channels; ++c) {
+        src[c * plane + p] = widen(x[c * xs[1] + place]);
+      }
+    }
+    int64_t k = 0;
+    for (bool done = false; !done;) {
+      if (threadIdx.x == 0) {
+        step = next_step<T>(call, image, &k);
+        int64_t rest = k;
+        last = next_step<T>(call, image, &rest).op == kDsaNone;
+      }
+      __syncthreads();
+      done = last;
+      if (done) {
+        S* y = static_cast<S*>(call.y) + image * ys[0];
+        apply(step, channels, height, width, src, Result<S, T>{y, ys, width, ys[2] == width * ys[3]});
+      } else {
+        apply(step, channels, height, width, src, Planes<T>{dst, plane});
+        T* swap = src;
+        src = dst;
+        dst = swap;
+      }
+      __syncthreads();
+    }
+  }
+}
+
+template <typename S, typename T>
+void run(const DsaCall& call, void* workspace, void* stream) {
+  const int64_t elements = static_cast<int64_t>(call.channels) * call.height * call.width;
+  const int64_t plane = static_cast<int64_t>(call.height) * call.width;
+  const int threads = static_cast<int>(std::min<int64_t>((plane + 31) / 32 * 32, kBlockThreads));
+  const int64_t blocks = std::min<int64_t>(call.batch, workspace ? kWorkspaceBlocks : INT32_MAX);
+  const size_t shared = workspace ? 0 : elements * sizeof(T) * (call.length > 1 ? 2 : 1);
+  launch(&dsa_kernel<S, T>, blocks, threads, shared, stream, call, static_cast<T*>(workspace));
+}
+
+}  // namespace
+
+size_t dsa_cuda_workspace(const DsaCall& call) {
+  const size_t item = call.type == DsaType::kDouble ? sizeof(double) : sizeof(float);
+  const size_t image = static_cast<size_t>(call.channels) * call.height * call.width * item;
+  constexpr size_t kOwn = 1024;  // shared memory that the kernel itself has
+  if (image * (call.length > 1 ? 2 : 1) + kOwn <= shared_memory_limit()) {
+    return 0;
+  }
+  return 2 * image * static_cast<size_t>(std::min<int64_t>(call.batch, kWorkspaceBlocks));
+}
+
+void dsa_cuda(const DsaCall& call, void* workspace, void* stream) {
+  switch (call.type) {
+    case DsaType::kFloat:
+      return run<float, float>(call, workspace, stream);
+    case DsaType::kDouble:
+      return run<double, double>(call, workspace, stream);
+    case DsaType::kHalf:
+      return run<half_t, float>(call, workspace, stream);
+    case DsaType::kBfloat16:
+      return run<bfloat16_t, float>(call, workspace, stream);
+  }
+}
+
+}  // namespace selmatch
