@@ -13,6 +13,7 @@
 #include <functional>
 #include <mutex>
 #include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -135,6 +136,9 @@ void launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t share
   }
   if (blocks < 0 || blocks > INT32_MAX || shared_bytes > shared_memory_limit()) {
     throw std::runtime_error("launch: more blocks or shared memory than a GPU has");
+  }
+  if (blocks == 0) {
+    return;
   }
   emulator::Launch state(static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared_bytes);
   const std::function<void()> body = [&] { kernel(args...); };

@@ -1,0 +1,98 @@
+// The trajectory distance on the CPU.
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "distance/distance_loops.h"
+#include "distance/distance_torch.h"
+
+namespace selmatch {
+namespace {
+
+struct Chunk {
+  size_t piece;
+  int64_t begin;
+  int64_t end;
+};
+
+template <typename T>
+std::vector<Chunk> cut(const std::vector<DistancePiece<T>>& pieces) {
+  std::vector<Chunk> chunks;
+  chunks.reserve(distance_chunks(pieces));
+  for (size_t piece = 0; piece < pieces.size(); ++piece) {
+    for (int64_t begin = 0; begin < pieces[piece].size; begin += kDistanceChunk) {
+      chunks.push_back({piece, begin, std::min(begin + kDistanceChunk, pieces[piece].size)});
+    }
+  }
+  return chunks;
+}
+
+constexpr int64_t kGrain = 4;  // chunks that are worth a thread
+
+template <typename T>
+DistanceSums sum_chunks(const std::vector<DistancePiece<T>>& pieces) {
+  const std::vector<Chunk> chunks = cut(pieces);
+  std::vector<DistanceSums> partials(chunks.size());
+  at::parallel_for(0, static_cast<int64_t>(chunks.size()), kGrain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const DistancePiece<T>& piece = pieces[chunks[i].piece];
+      const int64_t begin = chunks[i].begin;
+      partials[i] =
+          distance_sums(piece.student + begin, piece.start + begin, piece.target + begin, chunks[i].end - begin);
+    }
+  });
+  DistanceSums total = {0, 0};
+  for (const DistanceSums& partial : partials) {
+    total.numerator += partial.numerator;
+    total.denominator += partial.denominator;
+  }
+  return total;
+}
+
+std::tuple<at::Tensor, at::Tensor> trajectory_distance_cpu(at::TensorList student, at::TensorList start,
+                                                           at::TensorList target) {
+  distance_check(student, start, target);
+  const DistanceTensors tensors(student, start, target, false, false, false);
+  at::Tensor value = at::empty({}, student[0].options());
+  at::Tensor sums = at::empty({2}, student[0].options().dtype(at::kDouble));
+  AT_DISPATCH_FLOATING_TYPES(student[0].scalar_type(), "trajectory_distance", [&] {
+    const DistanceSums total = sum_chunks(tensors.pieces<scalar_t>());
+    sums.mutable_data_ptr<double>()[0] = total.numerator;
+    sums.mutable_data_ptr<double>()[1] = total.denominator;
+    *value.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(total.numerator / total.denominator);
+  });
+  return {value, sums};
+}
+
+std::vector<at::Tensor> trajectory_distance_backward_cpu(const at::Tensor& grad, const at::Tensor& sums,
+                                                         at::TensorList student, at::TensorList start,
+                                                         at::TensorList target, bool student_wanted, bool start_wanted,
+                                                         bool target_wanted) {
+  distance_check(student, start, target);
+  const DistanceTensors tensors(student, start, target, student_wanted, start_wanted, target_wanted);
+  if (tensors.gradients.empty()) {
+    return {};
+  }
+  AT_DISPATCH_FLOATING_TYPES(student[0].scalar_type(), "trajectory_distance_backward", [&] {
+    const double* total = sums.const_data_ptr<double>();
+    const auto weights = distance_weights<scalar_t>(*grad.const_data_ptr<scalar_t>(), total[0], total[1]);
+    const auto pieces = tensors.pieces<scalar_t>();
+    const std::vector<Chunk> chunks = cut(pieces);
+    at::parallel_for(0, static_cast<int64_t>(chunks.size()), kGrain, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        distance_gradient(pieces[chunks[i].piece], chunks[i].begin, chunks[i].end, weights);
+      }
+    });
+  });
+  return tensors.gradients;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(selmatch_ext, CPU, m) {
+  m.impl("trajectory_distance", &trajectory_distance_cpu);
+  m.impl("trajectory_distance_backward", &trajectory_distance_backward_cpu);
+}
+
+}  // namespace selmatch

@@ -1,0 +1,94 @@
+// What the CPU and the CUDA entries of the trajectory distance share: checks, and the lists as flat memory.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <vector>
+
+#include "distance/distance.h"
+
+namespace selmatch {
+
+inline void distance_check(at::TensorList student, at::TensorList start, at::TensorList target) {
+  TORCH_CHECK_VALUE(!student.empty(), "trajectory_distance: student has no tensors");
+  TORCH_CHECK_VALUE(student.size() == start.size() && student.size() == target.size(), "trajectory_distance: student has ",
+                    student.size(), " tensors, start ", start.size(), " and target ", target.size());
+  const at::ScalarType dtype = student[0].scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble,
+                   "trajectory_distance: student must be float32 or float64, got ", dtype);
+  const char* names[] = {"student", "start", "target"};
+  const at::TensorList lists[] = {student, start, target};
+  for (int list = 0; list < 3; ++list) {
+    for (size_t i = 0; i < student.size(); ++i) {
+      const at::Tensor& tensor = lists[list][i];
+      TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, "trajectory_distance: ", names[list], "[", i, "] is ",
+                       tensor.scalar_type(), ", student[0] is ", dtype);
+      TORCH_CHECK_VALUE(tensor.device() == student[0].device(), "trajectory_distance: ", names[list], "[", i, "] is on ",
+                        tensor.device(), ", student[0] on ", student[0].device());
+      TORCH_CHECK_VALUE(tensor.sizes() == student[i].sizes(), "trajectory_distance: ", names[list], "[", i, "] has shape ",
+                        tensor.sizes(), ", student[", i, "] ", student[i].sizes());
+    }
+  }
+}
+
+// The three lists, all in the memory order of their gradients, and the gradients that are wanted.
+struct DistanceTensors {
+  std::vector<at::Tensor> inputs;     // what the pieces point into
+  std::vector<at::Tensor> gradients;  // student's, then start's, then target's: the operator's result
+  std::vector<int64_t> sizes;
+  bool wanted[3];
+
+  DistanceTensors(at::TensorList student, at::TensorList start, at::TensorList target, bool student_wanted,
+                  bool start_wanted, bool target_wanted)
+      : wanted{student_wanted, start_wanted, target_wanted} {
+    const at::TensorList lists[] = {student, start, target};
+    for (const at::Tensor& tensor : student) {
+      sizes.push_back(tensor.numel());
+    }
+    for (int list = 0; list < 3; ++list) {
+      for (size_t i = 0; i < student.size(); ++i) {
+        inputs.push_back(in_order_of(student[i], lists[list][i]));
+      }
+    }
+    for (int list = 0; list < 3; ++list) {
+      for (size_t i = 0; wanted[list] && i < student.size(); ++i) {
+        gradients.push_back(at::empty_like(student[i]));
+      }
+    }
+  }
+
+  template <typename T>
+  std::vector<DistancePiece<T>> pieces() const {
+    const size_t count = sizes.size();
+    std::vector<DistancePiece<T>> result(count);
+    size_t taken = 0;
+    T* DistancePiece<T>::* const places[] = {&DistancePiece<T>::student_grad, &DistancePiece<T>::start_grad,
+                                             &DistancePiece<T>::target_grad};
+    for (size_t i = 0; i < count; ++i) {
+      result[i].student = inputs[i].const_data_ptr<T>();
+      result[i].start = inputs[count + i].const_data_ptr<T>();
+      result[i].target = inputs[2 * count + i].const_data_ptr<T>();
+      result[i].size = sizes[i];
+    }
+    for (int list = 0; list < 3; ++list) {
+      for (size_t i = 0; i < count; ++i) {
+        result[i].*places[list] = wanted[list] ? gradients[taken++].mutable_data_ptr<T>() : nullptr;
+      }
+    }
+    return result;
+  }
+
+ private:
+  // The tensor itself where its memory is dense and ordered as empty_like(model)'s, else a copy that is.
+  static at::Tensor in_order_of(const at::Tensor& model, const at::Tensor& tensor) {
+    if (model.is_contiguous()) {
+      return tensor.contiguous();
+    }
+    if (model.is_non_overlapping_and_dense() && tensor.strides() == model.strides()) {
+      return tensor;
+    }
+    return at::empty_like(model).copy_(tensor);
+  }
+};
+
+}  // namespace selmatch
