@@ -4,6 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call
 
 # --- differentiable Siamese augmentation (DSA, arXiv 2102.08259) ----------------------------------------------------------
 #
@@ -174,3 +175,25 @@ def DiffAugment(x, strategy, seed, param):
     for name in names:
         x = DIFF_OPERATIONS[name](x, draws, param)
     return x.contiguous()
+
+
+# --- unrolled SGD (MTT, arXiv 2203.11932) -----------------------------------------------------------------------------
+
+
+def unrolled_sgd_full_graph(model, start, images, labels, batches, lr, augmentations=None, tesla=False):
+    """The parameters after N steps, with the graph of every step kept; lr is 0-d or (N,).
+
+    tesla: the gradient of each step is taken with its parameters held fixed (arXiv 2211.10586).
+    """
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    buffers = {name: b.clone() for name, b in model.named_buffers()}  # so that the model's own are left alone
+    theta = start
+    for i, batch in enumerate(batches):
+        x = images[batch] if augmentations is None else augment(images[batch], augmentations[i])
+        at = theta.detach().requires_grad_() if tesla else theta
+        parts = [part.view_as(p) for part, p in zip(at.split([p.numel() for p in parameters]), parameters, strict=True)]
+        logits = functional_call(model, (dict(zip(names, parts, strict=True)), buffers), (x,))
+        loss = F.cross_entropy(logits, labels[batch])
+        gradients = torch.autograd.grad(loss, parts, create_graph=True, materialize_grads=True)
+        theta = theta - lr.expand(len(batches))[i] * torch.cat([g.reshape(-1) for g in gradients])
+    return theta

@@ -6,32 +6,27 @@ import sys
 
 import pytest
 import torch
+from reference import unrolled_sgd_full_graph
 from torch import nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 
 from selmatch_ext import models
 from selmatch_ext.models.flat import flatten, parameter_count, unflatten
-from selmatch_ext.ops.dsa import augment, sample_augmentation
+from selmatch_ext.ops.dsa import sample_augmentation
 from selmatch_ext.unroll import unrolled_sgd
 
 NORMS = ("IN", "BN", "GN", "LN", "NN")
 CLASSES = 5
 
 
-def unrolled_sgd_full_graph(model, start, images, labels, batches, lr, augmentations=None, tesla=False):
-    """The oracle: N steps of SGD with the graph of every step kept; tesla: of the last difference of each step only."""
-    theta, buffers = start, {name: b.clone() for name, b in model.named_buffers()}
-    for i, batch in enumerate(batches):
-        x = images[batch]
-        if augmentations is not None:
-            x = augment(x, augmentations[i])
-        parameters = unflatten(theta.detach().requires_grad_() if tesla else theta, model)
-        loss = F.cross_entropy(functional_call(model, (parameters, buffers), (x,)), labels[batch])
-        gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, materialize_grads=True)
-        theta = theta - (lr if lr.dim() == 0 else lr[i]) * flatten(gradients)
-    return theta
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The tensors here are so small that several threads would mostly wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Problem:
@@ -260,7 +255,7 @@ from selmatch_ext.unroll import unrolled_sgd
 def megabytes(key):
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) / 1024
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 model = models.build("ConvNetW32", 3, 10, 32)
 start = flatten(model.parameters()).detach()
 images, labels = torch.randn(32, 3, 32, 32, requires_grad=True), torch.arange(32) % 10

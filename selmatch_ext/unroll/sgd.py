@@ -90,7 +90,8 @@ def unrolled_sgd(
     if precision == "tf32" and start.device.type != "cuda":
         raise ValueError(f'precision="tf32" needs CUDA tensors, start is on {start.device}')
     plan = Plan(batches, augmentations, label_range, keep, gradient, precision)
-    return ENGINES["autograd"](model, start, images, labels, _learning_rates(lr, len(batches), start), plan)
+    run = ENGINES["autograd" if engine == "auto" else engine]
+    return run(model, start, images, labels, _learning_rates(lr, len(batches), start), plan)
 
 
 def _check_choices(engine, keep, gradient, precision):
