@@ -2,6 +2,30 @@
 
 import torch  # noqa: F401  (the extension needs torch's libraries loaded)
 
-from ._C import build_info
+from selmatch_ext import models
+from selmatch_ext._C import build_info
+from selmatch_ext.ops.distance import trajectory_distance
+from selmatch_ext.ops.dsa import (
+    Augmentation,
+    DiffAugment,
+    ParamDiffAug,
+    augment,
+    mix_augmentations,
+    sample_augmentation,
+)
+from selmatch_ext.unroll import unrolled_sgd
 
-__all__ = ["build_info"]
+__version__ = build_info()["version"]
+
+__all__ = [
+    "Augmentation",
+    "DiffAugment",
+    "ParamDiffAug",
+    "augment",
+    "build_info",
+    "mix_augmentations",
+    "models",
+    "sample_augmentation",
+    "trajectory_distance",
+    "unrolled_sgd",
+]

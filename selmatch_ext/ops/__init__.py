@@ -1,0 +1,1 @@
+"""Fused operations, each a thin wrapper around its operator: fake tensors, autograd, documentation."""

@@ -1,0 +1,120 @@
+"""The normalised distance of matching training trajectories (MTT, arXiv 2203.11932), and its gradient in one pass."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from selmatch_ext import _C  # noqa: F401  (loads the operators)
+
+
+def trajectory_distance(
+    student: Tensor | Sequence[Tensor], start: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]
+) -> Tensor:
+    """sum (student - target)^2 / sum (start - target)^2, as a 0-d tensor (arXiv 2203.11932, equation 3).
+
+    student, start, target: a tensor each, or a list or tuple of tensors each, of any shapes and strides, alike in all
+    three; float32 or float64. Sums are taken in double and in a fixed order: the same input gives the same bits, whatever
+    the number of threads. Differentiable in all three, any number of times; the gradients of those that require one are
+    written in one pass over memory.
+
+    Nothing waits for the GPU to look at the denominator: where start equals target the result is inf, or nan if student
+    equals them too, as the formula says.
+
+    Raises ValueError (numbers, shapes or devices differ, or nothing given) or TypeError (dtype, or no tensor).
+    """
+    op = torch.ops.selmatch_ext.trajectory_distance
+    return op(_tensors("student", student), _tensors("start", start), _tensors("target", target))[0]
+
+
+def _tensors(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    tensors = [value] if isinstance(value, Tensor) else value
+    if not isinstance(tensors, (list, tuple)) or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise TypeError(f"{name} must be a tensor or a list or tuple of tensors, got {type(value).__name__}")
+    return list(tensors)
+
+
+@torch.library.register_fake("selmatch_ext::trajectory_distance")
+def _(student, start, target):
+    return student[0].new_empty(()), student[0].new_empty((2,), dtype=torch.float64)
+
+
+@torch.library.register_fake("selmatch_ext::trajectory_distance_backward")
+def _(grad, sums, student, start, target, student_wanted, start_wanted, target_wanted):
+    lists = student_wanted + start_wanted + target_wanted
+    return [torch.empty_like(tensor) for tensor in list(student) * lists]
+
+
+def _save_forward(ctx, inputs, output):
+    student, start, target = inputs
+    ctx.count = len(student)
+    ctx.save_for_backward(output[1], *student, *start, *target)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _thirds(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    count = len(tensors) // 3
+    return list(tensors[:count]), list(tensors[count : 2 * count]), list(tensors[2 * count :])
+
+
+def _backward(ctx, grad, _):
+    sums, *tensors = ctx.saved_tensors
+    wanted = [any(needs) for needs in ctx.needs_input_grad]
+    grads = torch.ops.selmatch_ext.trajectory_distance_backward(grad, sums, *_thirds(tensors), *wanted)
+    return tuple([grads.pop(0) for _ in range(ctx.count)] if w else [None] * ctx.count for w in wanted)
+
+
+torch.library.register_autograd("selmatch_ext::trajectory_distance", _backward, setup_context=_save_forward)
+
+
+def _save_backward(ctx, inputs, output):
+    grad, sums, student, start, target, *ctx.wanted = inputs
+    ctx.count = len(student)
+    ctx.save_for_backward(grad, *student, *start, *target)
+
+
+def _double_backward(ctx, cotangents):
+    """The vector-Jacobian product of the backward pass, in plain operations, which autograd takes to any order.
+
+    With d = student - target, e = start - target, N = |d|^2, D = |e|^2 the backward pass is g_student = 2 grad d / D,
+    g_start = -2 grad N e / D^2, g_target = -g_student - g_start. Their product with the cotangents v, where
+    a = v_student - v_target, b = v_start - v_target, is 2 grad (<a, d> / D - N <b, e> / D^2): what is differentiated here.
+    """
+    grad, *tensors = ctx.saved_tensors
+    student, start, target = _thirds(tensors)
+    v_student, v_start, v_target = _filled(cotangents, ctx.wanted, student)
+    d, e = _differences(student, target), _differences(start, target)
+    a, b = _differences(v_student, v_target), _differences(v_start, v_target)
+    numerator, denominator, ad, be = _dot(d, d), _dot(e, e), _dot(a, d), _dot(b, e)
+    grad_of_grad = 2 * (ad - numerator * be / denominator) / denominator
+    scale = 2 * grad.double() / denominator
+    ds = [_combine(scale, x, -2 * scale * be / denominator, y) for x, y in zip(a, d, strict=True)]
+    of_b = -scale * numerator / denominator
+    of_e = 2 * scale * (2 * numerator * be / denominator - ad) / denominator
+    de = [_combine(of_b, x, of_e, y) for x, y in zip(b, e, strict=True)]
+    dt = [-x - y for x, y in zip(ds, de, strict=True)]
+    return grad_of_grad.to(grad.dtype), None, ds, de, dt, None, None, None
+
+
+def _filled(cotangents: Sequence[Tensor | None], wanted: Sequence[bool], like: list[Tensor]) -> list[list[Tensor]]:
+    """The cotangents of all three gradients, zeros for those that were not wanted."""
+    given = list(cotangents)
+    lists = [[given.pop(0) for _ in like] if w else [None] * len(like) for w in wanted]
+    return [[torch.zeros_like(x) if v is None else v for v, x in zip(vs, like, strict=True)] for vs in lists]
+
+
+def _differences(xs: list[Tensor], ys: list[Tensor]) -> list[Tensor]:
+    return [x - y for x, y in zip(xs, ys, strict=True)]
+
+
+def _dot(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
+    return torch.stack([(x.double() * y.double()).sum() for x, y in zip(xs, ys, strict=True)]).sum()
+
+
+def _combine(p: Tensor, x: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    return p.to(x.dtype) * x + q.to(y.dtype) * y
+
+
+torch.library.register_autograd(
+    "selmatch_ext::trajectory_distance_backward", _double_backward, setup_context=_save_backward
+)
