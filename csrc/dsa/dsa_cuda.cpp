@@ -10,7 +10,7 @@ namespace {
 
 // x: (batch, channels, height, width); ops: (rows, length); params: (rows, length, 4). Codes that are no operation do
 // nothing here: looking at them would mean to wait for the GPU.
-at::Tensor dsa_cuda(const at::Tensor& x, const at::Tensor& ops, const at::Tensor& params, int64_t mode) {
+at::Tensor dsa_on_cuda(const at::Tensor& x, const at::Tensor& ops, const at::Tensor& params, int64_t mode) {
   dsa_check(x, ops, params, mode);
   const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor codes = ops.contiguous(), values = params.contiguous();
@@ -25,13 +25,12 @@ at::Tensor dsa_cuda(const at::Tensor& x, const at::Tensor& ops, const at::Tensor
     workspace = at::empty({static_cast<int64_t>(bytes)},
                           x.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
   }
-  selmatch::dsa_cuda(call, bytes > 0 ? workspace.mutable_data_ptr() : nullptr,
-                     c10::cuda::getCurrentCUDAStream().stream());
+  dsa_cuda(call, bytes > 0 ? workspace.mutable_data_ptr() : nullptr, c10::cuda::getCurrentCUDAStream().stream());
   return y;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(selmatch_ext, CUDA, m) { m.impl("dsa", &dsa_cuda); }
+TORCH_LIBRARY_IMPL(selmatch_ext, CUDA, m) { m.impl("dsa", &dsa_on_cuda); }
 
 }  // namespace selmatch
