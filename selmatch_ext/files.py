@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -47,9 +48,16 @@ def _sync(path: Path) -> None:
 
 
 def _cannot_write(path: Path, error: BaseException) -> OSError:
-    if isinstance(error, OSError):
-        return type(error)(error.errno, f"cannot write {path}: {error.strerror or error}")
+    if isinstance(error, OSError) and error.errno:
+        return OSError(error.errno, f"cannot write {path}: {error.strerror}")  # Python picks the subclass
     return OSError(f"cannot write {path}: {error}")
+
+
+def _make_folder(folder: Path) -> None:
+    in_the_way = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
+    if in_the_way is not None:
+        raise NotADirectoryError(errno.ENOTDIR, f"{in_the_way} is a file, not a folder")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
@@ -69,7 +77,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     folder = path.parent / f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
     temporary = folder / path.name
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         _remove_abandoned(path)
         folder.mkdir()
     except OSError as error:
