@@ -50,7 +50,8 @@ pybind11::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.def("build_info", &build_info,
-        "What this extension was built with: version, torch, cuda (None without), archs; and cpu_capability, the vector\n"
-        "instructions in use on this machine.");
+  m.def(
+      "build_info", &build_info,
+      "What this extension was built with: version, torch, cuda (None without), archs; and cpu_capability, the vector\n"
+      "instructions in use on this machine.");
 }

@@ -1,12 +1,13 @@
 // The one seam between nvcc and the host compiler. Kernels (.cu) are written against this file alone:
 //   - under nvcc it is CUDA;
-//   - under the host compiler with SELMATCH_EMULATE it is emulator/emulator.h, which runs the same source on the CPU with
+//   - under the host compiler with SELMATCH_EMULATE it is emulator/emulator.h, which runs the same source on the CPU
+//   with
 //     one OS thread per CUDA thread of a block;
 //   - under the host compiler without it only the macros and the 16-bit floats are here, for the CPU loops.
 //
 // What a kernel may use: threadIdx.x, blockIdx.x, blockDim.x, gridDim.x (one dimension; blockDim.x a multiple of 32),
-// dynamic_shared<T>(), SELMATCH_SHARED arrays, __syncthreads(), __syncwarp(), warp_shuffle_down(), warp_shuffle_xor() (by
-// whole warps), block_sum(), widen(), narrow(). A launcher uses launch(), kBlockThreads, shared_memory_limit().
+// dynamic_shared<T>(), SELMATCH_SHARED arrays, __syncthreads(), __syncwarp(), warp_shuffle_down(), warp_shuffle_xor()
+// (by whole warps), block_sum(), widen(), narrow(). A launcher uses launch(), kBlockThreads, shared_memory_limit().
 #pragma once
 
 #include <cstddef>
@@ -44,7 +45,8 @@
 
 namespace selmatch {
 
-// --- 16-bit floats: stored in 16 bits, computed with in float ---------------------------------------------------------
+// --- 16-bit floats: stored in 16 bits, computed with in float
+// ---------------------------------------------------------
 
 #if defined(__CUDACC__)
 
@@ -111,7 +113,8 @@ SELMATCH_HD void narrow(float x, float* out) { *out = x; }
 SELMATCH_HD void narrow(double x, float* out) { *out = static_cast<float>(x); }
 SELMATCH_HD void narrow(double x, double* out) { *out = x; }
 
-// --- launching, shared memory and warps -------------------------------------------------------------------------------
+// --- launching, shared memory and warps
+// -------------------------------------------------------------------------------
 
 #if defined(__CUDACC__)
 
@@ -139,8 +142,9 @@ void launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t share
   }
   constexpr size_t kGranted = 48 * 1024;  // more than this has to be asked for, kernel by kernel
   if (shared_bytes > kGranted) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-               "cudaFuncSetAttribute");
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+        "cudaFuncSetAttribute");
   }
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
   check_cuda(cudaGetLastError(), "kernel launch");

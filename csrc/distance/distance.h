@@ -1,7 +1,7 @@
 // The normalised distance of matching training trajectories,
 //   value = N / D,  N = sum (student - target)^2,  D = sum (start - target)^2   (METHODS.md section 2),
-// over a list of tensors ("pieces") that lie anywhere in memory. Sums are taken in double, chunk by chunk; the chunks are
-// the same whatever the number of threads and are added in order, so the same input gives the same bits.
+// over a list of tensors ("pieces") that lie anywhere in memory. Sums are taken in double, chunk by chunk; the chunks
+// are the same whatever the number of threads and are added in order, so the same input gives the same bits.
 #pragma once
 
 #include <cstdint>
@@ -84,12 +84,13 @@ int64_t distance_chunks(const std::vector<DistancePiece<T>>& pieces) {
   return chunks;
 }
 
-// On the GPU; pointers are the device's. partials: 2 * distance_chunks(pieces) doubles of scratch memory; value: 1, sums: 2.
-// Defined for float and double in distance_cuda.cu.
+// On the GPU; pointers are the device's. partials: 2 * distance_chunks(pieces) doubles of scratch memory; value: 1,
+// sums: 2. Defined for float and double in distance_cuda.cu.
 template <typename T>
 void distance_cuda(const std::vector<DistancePiece<T>>& pieces, double* partials, T* value, double* sums, void* stream);
 // grad: 1 element; sums: 2, from distance_cuda.
 template <typename T>
-void distance_gradient_cuda(const std::vector<DistancePiece<T>>& pieces, const T* grad, const double* sums, void* stream);
+void distance_gradient_cuda(const std::vector<DistancePiece<T>>& pieces, const T* grad, const double* sums,
+                            void* stream);
 
 }  // namespace selmatch

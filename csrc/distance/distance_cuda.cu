@@ -1,6 +1,6 @@
-// The trajectory distance on the GPU: one block adds up one chunk, one more block adds the chunks in order (no atomics, so
-// the same bits every time); the gradient is one pass. A list travels as a table in the kernel's arguments, so no memory is
-// copied and one launch serves up to kTableSize tensors.
+// The trajectory distance on the GPU: one block adds up one chunk, one more block adds the chunks in order (no atomics,
+// so the same bits every time); the gradient is one pass. A list travels as a table in the kernel's arguments, so no
+// memory is copied and one launch serves up to kTableSize tensors.
 #include "distance/distance.h"
 
 namespace selmatch {
@@ -102,7 +102,8 @@ SELMATCH_KERNEL distance_gradient_kernel(const DistanceTable<T> table, const T* 
 }  // namespace
 
 template <typename T>
-void distance_cuda(const std::vector<DistancePiece<T>>& pieces, double* partials, T* value, double* sums, void* stream) {
+void distance_cuda(const std::vector<DistancePiece<T>>& pieces, double* partials, T* value, double* sums,
+                   void* stream) {
   for_each_table<T>(pieces, [&](const DistanceTable<T>& table, int64_t before) {
     launch(distance_chunk_kernel<T>, table.first_chunk[table.count], kBlockThreads, 0, stream, table,
            partials + 2 * before);
@@ -112,7 +113,8 @@ void distance_cuda(const std::vector<DistancePiece<T>>& pieces, double* partials
 }
 
 template <typename T>
-void distance_gradient_cuda(const std::vector<DistancePiece<T>>& pieces, const T* grad, const double* sums, void* stream) {
+void distance_gradient_cuda(const std::vector<DistancePiece<T>>& pieces, const T* grad, const double* sums,
+                            void* stream) {
   for_each_table<T>(pieces, [&](const DistanceTable<T>& table, int64_t) {
     launch(distance_gradient_kernel<T>, table.first_chunk[table.count], kBlockThreads, 0, stream, table, grad, sums);
   });

@@ -3,7 +3,8 @@
 
 #include "distance/distance.h"
 
-// The widest vectors that the machine has, chosen when the library is loaded (ThreadSanitizer starts too late for that).
+// The widest vectors that the machine has, chosen when the library is loaded (ThreadSanitizer starts too late for
+// that).
 #if defined(__x86_64__) && defined(__has_attribute) && !defined(__SANITIZE_THREAD__)
 #if __has_attribute(target_clones)
 #define SELMATCH_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))

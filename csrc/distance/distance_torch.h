@@ -11,8 +11,9 @@ namespace selmatch {
 
 inline void distance_check(at::TensorList student, at::TensorList start, at::TensorList target) {
   TORCH_CHECK_VALUE(!student.empty(), "trajectory_distance: student has no tensors");
-  TORCH_CHECK_VALUE(student.size() == start.size() && student.size() == target.size(), "trajectory_distance: student has ",
-                    student.size(), " tensors, start ", start.size(), " and target ", target.size());
+  TORCH_CHECK_VALUE(student.size() == start.size() && student.size() == target.size(),
+                    "trajectory_distance: student has ", student.size(), " tensors, start ", start.size(),
+                    " and target ", target.size());
   const at::ScalarType dtype = student[0].scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble,
                    "trajectory_distance: student must be float32 or float64, got ", dtype);
@@ -23,10 +24,10 @@ inline void distance_check(at::TensorList student, at::TensorList start, at::Ten
       const at::Tensor& tensor = lists[list][i];
       TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, "trajectory_distance: ", names[list], "[", i, "] is ",
                        tensor.scalar_type(), ", student[0] is ", dtype);
-      TORCH_CHECK_VALUE(tensor.device() == student[0].device(), "trajectory_distance: ", names[list], "[", i, "] is on ",
-                        tensor.device(), ", student[0] on ", student[0].device());
-      TORCH_CHECK_VALUE(tensor.sizes() == student[i].sizes(), "trajectory_distance: ", names[list], "[", i, "] has shape ",
-                        tensor.sizes(), ", student[", i, "] ", student[i].sizes());
+      TORCH_CHECK_VALUE(tensor.device() == student[0].device(), "trajectory_distance: ", names[list], "[", i,
+                        "] is on ", tensor.device(), ", student[0] on ", student[0].device());
+      TORCH_CHECK_VALUE(tensor.sizes() == student[i].sizes(), "trajectory_distance: ", names[list], "[", i,
+                        "] has shape ", tensor.sizes(), ", student[", i, "] ", student[i].sizes());
     }
   }
 }

@@ -1,8 +1,8 @@
 // Runs CUDA kernels on the CPU, for tests: one OS thread per CUDA thread of a block, blocks one after another. Since
 // shared memory is memory that real threads share, ThreadSanitizer sees a missing barrier as the data race that it is.
-// Shared memory is filled with NaN bytes before each block, so nothing can lean on what an earlier block left there; and
-// threads of one block that wait at different barriers stop the program instead of hanging or going on.
-// Included through platform.h.
+// Shared memory is filled with NaN bytes before each block, so nothing can lean on what an earlier block left there;
+// and threads of one block that wait at different barriers stop the program instead of hanging or going on. Included
+// through platform.h.
 #pragma once
 
 #include <condition_variable>
@@ -44,7 +44,7 @@ class Barrier {
       place_ = place;
     } else if (place_ != place) {
       std::fprintf(stderr, "emulator: divergent barrier: threads of one block wait at different places\n");
-      std::abort();
+      std::_Exit(70);
     }
     const uint64_t generation = generation_;
     if (++waiting_ == size_) {
@@ -130,7 +130,8 @@ constexpr int kBlockThreads = 64;
 inline size_t shared_memory_limit() { return emulator::shared_limit(); }
 
 template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared_bytes, void* /*stream*/, Args... args) {
+void launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared_bytes, void* /*stream*/,
+            Args... args) {
   if (threads <= 0 || threads > 1024 || threads % emulator::kWarp != 0) {
     throw std::runtime_error("launch: threads must be a multiple of 32 up to 1024, got " + std::to_string(threads));
   }

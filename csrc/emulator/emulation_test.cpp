@@ -1,0 +1,425 @@
+// Runs every CUDA kernel through the emulator and compares it with the CPU implementation. Needs no torch and no GPU.
+//   emulation_test                       everything
+//   emulation_test --quick               fewer dtypes and shapes: enough for ThreadSanitizer to see every barrier
+//   emulation_test --provoke race        a kernel without its barrier: ThreadSanitizer must complain
+//   emulation_test --provoke divergence  a barrier that half of a block skips: the emulator must stop the program
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "distance/distance_loops.h"
+#include "dsa/dsa.h"
+#include "platform.h"
+
+namespace selmatch {
+namespace {
+
+int failures = 0;
+int cases = 0;
+
+void expect(bool good, const std::string& what) {
+  ++cases;
+  if (!good) {
+    ++failures;
+    std::printf("FAILED: %s\n", what.c_str());
+  }
+}
+
+// --- the emulator itself
+// ----------------------------------------------------------------------------------------------
+
+void reverse_kernel(const int* in, int* out, bool with_barrier) {
+  int* shared = dynamic_shared<int>();
+  shared[threadIdx.x] = in[blockIdx.x * blockDim.x + threadIdx.x];
+  if (with_barrier) {
+    __syncthreads();
+  }
+  out[blockIdx.x * blockDim.x + threadIdx.x] = shared[blockDim.x - 1 - threadIdx.x];
+}
+
+void divergent_kernel() {
+  if (threadIdx.x < blockDim.x / 2) {
+    __syncthreads();
+  }
+}
+
+void unwritten_kernel(float* out) { out[threadIdx.x] = dynamic_shared<float>()[threadIdx.x]; }
+
+void sum_kernel(double* out) {
+  const double total = block_sum(static_cast<double>(threadIdx.x) + 1);
+  const double again = block_sum(2 * total);
+  const double below = warp_shuffle_down(static_cast<double>(threadIdx.x), 1);
+  out[3 * threadIdx.x] = total;
+  out[3 * threadIdx.x + 1] = again;
+  out[3 * threadIdx.x + 2] = below;
+}
+
+void reverse(bool with_barrier) {
+  constexpr int kThreads = 96, kBlocks = 3;
+  std::vector<int> in(kThreads * kBlocks), out(in.size());
+  for (size_t i = 0; i < in.size(); ++i) {
+    in[i] = static_cast<int>(i);
+  }
+  launch(&reverse_kernel, kBlocks, kThreads, kThreads * sizeof(int), nullptr, in.data(), out.data(), with_barrier);
+  bool good = true;
+  for (int i = 0; i < kThreads * kBlocks; ++i) {
+    good = good && out[i] == i / kThreads * kThreads + kThreads - 1 - i % kThreads;
+  }
+  expect(good, "blocks reversed through shared memory");
+}
+
+bool launch_refuses(int64_t blocks, int threads, size_t shared_bytes) {
+  try {
+    launch(&divergent_kernel, blocks, threads, shared_bytes, nullptr);
+  } catch (const std::runtime_error&) {
+    return true;
+  }
+  return false;
+}
+
+void test_emulator() {
+  reverse(true);
+  std::vector<float> unwritten(32, 0.f);
+  launch(&unwritten_kernel, 1, 32, 32 * sizeof(float), nullptr, unwritten.data());
+  expect(std::all_of(unwritten.begin(), unwritten.end(), [](float v) { return std::isnan(v); }),
+         "shared memory starts as NaN");
+  constexpr int kThreads = 96;
+  std::vector<double> sums(3 * kThreads);
+  launch(&sum_kernel, 1, kThreads, 0, nullptr, sums.data());
+  for (int i = 0; i < kThreads; ++i) {
+    const double total = kThreads * (kThreads + 1) / 2;
+    expect(sums[3 * i] == total && sums[3 * i + 1] == 2 * kThreads * total, "block_sum");
+    expect(sums[3 * i + 2] == (i % 32 == 31 ? i : i + 1), "warp_shuffle_down");
+  }
+  expect(launch_refuses(1, 33, 0), "a part of a warp is refused");
+  expect(launch_refuses(1, 32, shared_memory_limit() + 1), "too much shared memory is refused");
+}
+
+// --- 16-bit floats
+// ----------------------------------------------------------------------------------------------------
+
+void test_narrow_floats() {
+  bool halves = true, bfloats = true;
+  for (uint32_t bits = 0; bits < 0x10000u; ++bits) {
+    const half_t half = {static_cast<uint16_t>(bits)};
+    const bfloat16_t bfloat = {static_cast<uint16_t>(bits)};
+    half_t half_again;
+    bfloat16_t bfloat_again;
+    narrow(widen(half), &half_again);
+    narrow(widen(bfloat), &bfloat_again);
+    halves = halves && (std::isnan(widen(half)) ? std::isnan(widen(half_again)) : half_again.bits == bits);
+    bfloats = bfloats && (std::isnan(widen(bfloat)) ? std::isnan(widen(bfloat_again)) : bfloat_again.bits == bits);
+  }
+  expect(halves && bfloats, "every 16-bit float survives being widened and narrowed");
+  const std::pair<float, uint16_t> known[] = {
+      {1.f, 0x3c00},      {65504.f, 0x7bff},         {65519.f, 0x7bff},    {65520.f, 0x7c00},
+      {0x1p-24f, 0x0001}, {0x1p-25f, 0x0000},        {0x1.8p-24f, 0x0002}, {1.f + 0x1p-11f, 0x3c00},
+      {-2.f, 0xc000},     {1.f + 0x1.8p-10f, 0x3c02}};
+  for (const auto& [value, bits] : known) {
+    half_t half;
+    narrow(value, &half);
+    expect(half.bits == bits, "narrow to half of " + std::to_string(value));
+  }
+}
+
+// --- trajectory distance
+// ----------------------------------------------------------------------------------------------
+
+template <typename T>
+struct Lists {
+  std::vector<std::vector<T>> memory;
+  std::vector<DistancePiece<T>> pieces;
+
+  Lists(const std::vector<int64_t>& sizes, int wanted, std::mt19937* random) {
+    std::normal_distribution<double> normal;
+    memory.reserve(6 * sizes.size());
+    for (int64_t size : sizes) {
+      T* places[6] = {};
+      for (int k = 0; k < 6; ++k) {
+        if (k >= 3 && !(wanted >> (k - 3) & 1)) {
+          continue;
+        }
+        memory.emplace_back(size);
+        for (T& value : memory.back()) {
+          value = k < 3 ? static_cast<T>(normal(*random)) : std::nan("");
+        }
+        places[k] = memory.back().data();
+      }
+      pieces.push_back({places[0], places[1], places[2], places[3], places[4], places[5], size});
+    }
+  }
+};
+
+template <typename T>
+void test_distance(const std::string& name, const std::vector<int64_t>& sizes, int wanted) {
+  const std::string what = "distance " + name + ", gradients " + std::to_string(wanted);
+  std::mt19937 random(7), same(7);
+  Lists<T> gpu(sizes, wanted, &random), cpu(sizes, wanted, &same);
+  std::vector<double> partials(2 * distance_chunks(gpu.pieces), std::nan(""));
+  T value = 0;
+  double sums[2] = {};
+  distance_cuda(gpu.pieces, partials.data(), &value, sums, nullptr);
+  DistanceSums total = {0, 0};
+  for (const DistancePiece<T>& piece : cpu.pieces) {
+    const DistanceSums part = distance_sums(piece.student, piece.start, piece.target, piece.size);
+    total.numerator += part.numerator;
+    total.denominator += part.denominator;
+  }
+  const double expected = total.numerator / total.denominator;
+  expect(std::abs(sums[0] - total.numerator) <= 1e-12 * total.numerator, what + ": numerator");
+  expect(std::abs(sums[1] - total.denominator) <= 1e-12 * total.denominator, what + ": denominator");
+  expect(value == static_cast<T>(sums[0] / sums[1]) && std::abs(value - expected) <= 1e-6 * expected, what + ": value");
+  if (wanted == 0) {
+    return;
+  }
+  const T grad = static_cast<T>(1.5);
+  distance_gradient_cuda(gpu.pieces, &grad, sums, nullptr);
+  const DistanceWeights<T> weights = distance_weights<T>(grad, sums[0], sums[1]);
+  for (const DistancePiece<T>& piece : cpu.pieces) {
+    distance_gradient(piece, 0, piece.size, weights);
+  }
+  bool good = true;
+  for (size_t i = 0; i < gpu.memory.size(); ++i) {
+    for (size_t k = 0; k < gpu.memory[i].size(); ++k) {
+      good = good && std::abs(gpu.memory[i][k] - cpu.memory[i][k]) <= 1e-6 * std::abs(cpu.memory[i][k]);
+    }
+  }
+  expect(good, what + ": gradients");
+}
+
+void test_distances(bool quick) {
+  const std::vector<int64_t> several = {3, 0, kDistanceChunk, 1, 2 * kDistanceChunk + 5, 0, 17};
+  std::vector<int64_t> many(130, 5);  // three tables
+  many[60] = kDistanceChunk + 1;
+  for (int wanted = 0; wanted < 8; ++wanted) {
+    test_distance<float>("float, several", several, wanted);
+  }
+  test_distance<float>("float, many", many, 5);
+  test_distance<double>("double, several", several, 7);
+  if (!quick) {
+    test_distance<double>("double, many", many, 1);
+    test_distance<double>("double, one", {1}, 7);
+    test_distance<float>("float, all empty but one", {0, 0, 2, 0}, 7);
+  }
+}
+
+// --- DSA
+// --------------------------------------------------------------------------------------------------------------
+
+struct Shape {
+  int64_t batch;
+  int channels, height, width;
+};
+
+enum Layout { kPlanes, kChannelsLast, kPadded, kLayouts };
+
+struct Storage {
+  int64_t strides[4];
+  int64_t size;
+};
+
+Storage lay_out(const Shape& shape, int layout) {
+  const int64_t c = shape.channels, h = shape.height, w = shape.width;
+  Storage storage = {};
+  if (layout == kChannelsLast) {
+    storage = {{c * h * w, 1, w * c, c}, 0};
+  } else {
+    const int64_t row = layout == kPadded ? w + 3 : w;
+    storage = {{c * h * row, h * row, row, 1}, 0};
+  }
+  storage.size = shape.batch * storage.strides[0];
+  return storage;
+}
+
+struct Chain {
+  std::string name;
+  int64_t rows;
+  std::vector<uint8_t> ops;  // (rows, length)
+  std::vector<float> params;
+};
+
+void draw(uint8_t op, const Shape& shape, std::mt19937* random, float* params) {
+  std::uniform_real_distribution<float> unit(0.f, 1.f);
+  const auto integer = [&](int low, int high) {
+    return static_cast<float>(std::uniform_int_distribution<int>(low, high)(*random));
+  };
+  if (op == kDsaColor) {
+    params[0] = unit(*random) - 0.5f;
+    params[1] = 2 * unit(*random);
+    params[2] = unit(*random) + 0.5f;
+  } else if (op == kDsaShift) {
+    params[0] = integer(-3, 3);
+    params[1] = integer(-3, 3);
+  } else if (op == kDsaBox) {
+    params[0] = integer(0, shape.height / 2);
+    params[1] = integer(shape.height / 2, shape.height);
+    params[2] = integer(0, shape.width / 2);
+    params[3] = integer(shape.width / 2, shape.width);
+  } else if (op == kDsaAffine) {
+    const float angle = unit(*random) - 0.5f;
+    params[0] = (0.8f + 0.4f * unit(*random)) * std::cos(angle);
+    params[1] = -std::sin(angle);
+    params[2] = std::sin(angle);
+    params[3] = (0.8f + 0.4f * unit(*random)) * std::cos(angle);
+  }
+}
+
+// ops: one row; per_sample: each image starts the chain at another place of it, and draws its own parameters.
+Chain chain(const std::string& name, const std::vector<uint8_t>& ops, const Shape& shape, bool per_sample,
+            std::mt19937* random) {
+  Chain result = {name, per_sample ? shape.batch : 1, {}, {}};
+  for (int64_t row = 0; row < result.rows; ++row) {
+    for (size_t k = 0; k < ops.size(); ++k) {
+      result.ops.push_back(ops[(k + row) % ops.size()]);
+      result.params.resize(result.params.size() + 4);
+      draw(result.ops.back(), shape, random, result.params.data() + result.params.size() - 4);
+    }
+  }
+  return result;
+}
+
+// The greatest difference between the emulated kernel and the CPU loops.
+template <typename S>
+double dsa_difference(DsaCall call, const Shape& shape, int x_layout, int y_layout, std::mt19937* random) {
+  const Storage x_storage = lay_out(shape, x_layout), y_storage = lay_out(shape, y_layout);
+  std::normal_distribution<float> normal;
+  std::vector<S> x(x_storage.size), gpu(y_storage.size), cpu(y_storage.size);
+  for (S& value : x) {
+    narrow(normal(*random), &value);
+  }
+  for (int64_t i = 0; i < y_storage.size; ++i) {
+    narrow(1e4f, &gpu[i]);  // what nobody writes would be noticed
+    narrow(-1e4f, &cpu[i]);
+  }
+  std::copy(x_storage.strides, x_storage.strides + 4, call.x_strides);
+  std::copy(y_storage.strides, y_storage.strides + 4, call.y_strides);
+  call.x = x.data();
+  call.y = gpu.data();
+  std::vector<char> workspace(dsa_cuda_workspace(call));
+  dsa_cuda(call, workspace.empty() ? nullptr : workspace.data(), nullptr);
+  call.y = cpu.data();
+  dsa_cpu_range(call, 0, shape.batch);
+  double difference = 0;
+  for (int64_t i = 0; i < y_storage.size; ++i) {
+    const int64_t row = y_storage.strides[2] == shape.width + 3 ? i % y_storage.strides[2] : 0;
+    const double gap = std::abs(static_cast<double>(widen(gpu[i])) - static_cast<double>(widen(cpu[i])));
+    if (row < shape.width && !(gap <= difference)) {
+      difference = gap;  // NaN as well
+    }
+  }
+  return difference;
+}
+
+struct Dtype {
+  DsaType type;
+  const char* name;
+  double tolerance;
+  double (*difference)(DsaCall, const Shape&, int, int, std::mt19937*);
+};
+
+const Dtype kDtypes[] = {{DsaType::kFloat, "float", 2e-5, &dsa_difference<float>},
+                         {DsaType::kDouble, "double", 1e-12, &dsa_difference<double>},
+                         {DsaType::kHalf, "half", 1e-2, &dsa_difference<half_t>},
+                         {DsaType::kBfloat16, "bfloat16", 8e-2, &dsa_difference<bfloat16_t>}};
+
+void test_chain(const Dtype& dtype, const Shape& shape, const Chain& chain, int turn, std::mt19937* random) {
+  DsaCall call = {};
+  call.type = dtype.type;
+  call.batch = shape.batch;
+  call.channels = shape.channels;
+  call.height = shape.height;
+  call.width = shape.width;
+  call.ops = chain.ops.data();
+  call.rows = chain.rows;
+  call.length = static_cast<int64_t>(chain.ops.size()) / chain.rows;
+  const std::vector<double> wide(chain.params.begin(), chain.params.end());
+  call.wide_params = turn % 2 == 1;
+  call.params = call.wide_params ? static_cast<const void*>(wide.data()) : chain.params.data();
+  for (call.mode = 0; call.mode < kDsaModes; ++call.mode) {
+    const int x_layout = (turn + call.mode) % kLayouts, y_layout = (turn / 2 + call.mode) % kLayouts;
+    const double difference = dtype.difference(call, shape, x_layout, y_layout, random);
+    char what[256];
+    std::snprintf(what, sizeof(what), "dsa %s %s (%d, %d, %d, %d) mode %d layouts %d %d: off by %g", chain.name.c_str(),
+                  dtype.name, static_cast<int>(shape.batch), shape.channels, shape.height, shape.width, call.mode,
+                  x_layout, y_layout, difference);
+    expect(difference <= dtype.tolerance, what);
+  }
+}
+
+std::vector<Chain> chains(const Shape& shape, std::mt19937* random) {
+  return {
+      chain("nothing", {kDsaNone}, shape, false, random),
+      chain("color", {kDsaColor}, shape, true, random),
+      chain("shift", {kDsaShift}, shape, true, random),
+      chain("box", {kDsaBox}, shape, true, random),
+      chain("flip", {kDsaFlip}, shape, false, random),
+      chain("affine", {kDsaAffine}, shape, true, random),
+      chain("shared affine", {kDsaAffine}, shape, false, random),
+      chain("two", {kDsaShift, kDsaFlip}, shape, true, random),
+      chain("all", {kDsaColor, kDsaShift, kDsaBox, kDsaNone, kDsaFlip, kDsaAffine, kDsaAffine}, shape, true, random),
+      Chain{"empty", 1, {}, {}}};
+}
+
+void test_dsa(bool quick) {
+  std::vector<Shape> shapes = {{3, 3, 9, 7}, {2, 1, 8, 8}, {2, 5, 1, 6}, {1, 2, 5, 1}, {1, 3, 17, 16}};
+  if (quick) {
+    shapes = {{3, 3, 9, 7}, {1, 1, 8, 8}};
+  }
+  std::mt19937 random(11);
+  int turn = 0;
+  for (const Shape& shape : shapes) {
+    for (const Chain& chain : chains(shape, &random)) {
+      for (const Dtype& dtype : kDtypes) {
+        if (!quick || dtype.type == DsaType::kFloat) {
+          test_chain(dtype, shape, chain, turn++, &random);
+        }
+      }
+    }
+  }
+}
+
+void test_dsa_in_workspace(bool quick) {
+  const size_t usual = emulator::shared_limit();
+  emulator::shared_limit() = 512;  // no image of these fits
+  test_dsa(quick);
+  emulator::shared_limit() = usual;
+}
+
+int provoke(const std::string& what) {
+  if (what == "race") {
+    reverse(false);
+  } else if (what == "divergence") {
+    launch(&divergent_kernel, 1, 64, 0, nullptr);
+  } else {
+    std::fprintf(stderr, "--provoke race or --provoke divergence, not %s\n", what.c_str());
+    return 2;
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace selmatch
+
+int main(int argc, char** argv) {
+  using namespace selmatch;
+  const std::vector<std::string> arguments(argv + 1, argv + argc);
+  if (arguments.size() == 2 && arguments[0] == "--provoke") {
+    return provoke(arguments[1]);
+  }
+  const bool quick = arguments.size() == 1 && arguments[0] == "--quick";
+  if (!arguments.empty() && !quick) {
+    std::fprintf(stderr, "unknown argument %s\n", arguments[0].c_str());
+    return 2;
+  }
+  test_emulator();
+  test_narrow_floats();
+  test_distances(quick);
+  test_dsa(quick);
+  test_dsa_in_workspace(quick);
+  std::printf("%d of %d checks failed\n", failures, cases);
+  return failures == 0 ? 0 : 1;
+}
