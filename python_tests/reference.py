@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-# --- differentiable Siamese augmentation (DSA, arXiv 2102.08259) ----------------------------------------------------------
+# --- differentiable Siamese augmentation (DSA, arXiv 2102.08259) ---------------------------------------------------
 #
 # First the operations with their parameters given, one value an image; x is (B, C, H, W).
 
@@ -85,7 +85,8 @@ def augment(x, table):
 
 
 # Then DiffAugment, with the random streams of the public code: seed -1 draws from the global generator; any other seed
-# reseeds the global generator before every draw, with seed, seed + 1, ..., and all images share the first one's parameters.
+# reseeds the global generator before every draw, with seed, seed + 1, ..., and all images share the first one's
+# parameters.
 
 
 class Draws:
@@ -129,13 +130,16 @@ def diff_crop(x, draws, param):
 
 
 def diff_cutout(x, draws, param):
-    bounds = []
-    for size in x.shape[2:]:
+    batch, _, height, width = x.shape
+    covered = []
+    for size in (height, width):
         box = int(size * param.ratio_cutout + 0.5)
         centre = draws.integers(0, size + (1 - box % 2))
-        covered = (torch.arange(box, device=x.device) - box // 2 + centre[:, None]).clamp(0, size - 1)
-        bounds += [covered[:, 0], covered[:, -1] + 1] if box else [torch.zeros_like(centre)] * 2
-    return zero_box(x, *bounds)
+        covered.append((torch.arange(box, device=x.device) - box // 2 + centre[:, None]).clamp(0, size - 1))
+    rows, columns = covered
+    mask = torch.ones(batch, height, width, dtype=x.dtype, device=x.device)
+    mask[torch.arange(batch, device=x.device)[:, None, None], rows[:, :, None], columns[:, None, :]] = 0
+    return x * mask.unsqueeze(1)
 
 
 def diff_flip(x, draws, param):

@@ -1,10 +1,16 @@
 // Compiles the loops of dsa_cpu_loops.h for several sets of vector instructions and picks one when it runs.
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <string_view>
 
 #include "dsa/dsa.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define SELMATCH_X86_LEVELS
+#include <immintrin.h>
+#endif
 
 namespace selmatch {
 namespace {
@@ -25,12 +31,18 @@ class Memory {
   T* data_;
 };
 
-// A band matrix: position q of the result takes used[q] <= count taps.
+// A band matrix: result q takes used[q] <= count taps; tap k stands at [k * stride + q].
 template <typename T>
 struct DsaTaps {
-  explicit DsaTaps(int size) : used(size), index(kDsaMaxTaps * size), weight(kDsaMaxTaps * size) {}
+  explicit DsaTaps(int size)
+      : stride((size + 15) / 16 * 16),
+        used(size),
+        window(stride / 16),
+        index(kDsaMaxTaps * stride),
+        weight(kDsaMaxTaps * stride) {}
+  int stride;
   int count = 0;
-  Memory<int> used, index;
+  Memory<int> used, window, index;
   Memory<T> weight;
 };
 
@@ -40,9 +52,10 @@ struct DsaScratch {
   explicit DsaScratch(const DsaCall& call)
       : image0(elements(call)),
         image1(elements(call)),
+        image(elements(call)),
         sums(static_cast<int64_t>(call.height) * call.width),
         grid(4 * static_cast<int64_t>(call.height + 3) * (call.width + 3)),
-        row(4 * static_cast<int64_t>(call.width) + 32),
+        row(4 * static_cast<int64_t>(call.width)),
         right(call.width),
         down(call.width),
         index(call.width),
@@ -55,7 +68,7 @@ struct DsaScratch {
     return static_cast<int64_t>(call.channels) * call.height * call.width;
   }
 
-  Memory<T> image0, image1, sums, grid, row, right, down;
+  Memory<T> image0, image1, image, sums, grid, row, right, down;
   Memory<int> index;
   Memory<DsaStep<T>> steps;
   DsaTaps<T> across, along;
@@ -66,12 +79,12 @@ bool dsa_is_planar(const DsaCall& call, const int64_t* strides) {
   return strides[3] == 1 && strides[2] == call.width && strides[1] == static_cast<int64_t>(call.height) * call.width;
 }
 
+#define SELMATCH_DSA_LANES 16
 namespace baseline {
 #include "dsa/dsa_cpu_loops.h"
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define SELMATCH_X86_LEVELS
+#ifdef SELMATCH_X86_LEVELS
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
@@ -79,6 +92,8 @@ namespace baseline {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #endif
+#undef SELMATCH_DSA_LANES
+#define SELMATCH_DSA_LANES 32
 namespace avx2 {
 #include "dsa/dsa_cpu_loops.h"
 }
@@ -89,8 +104,10 @@ namespace avx2 {
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=256")
 #endif
+#undef SELMATCH_DSA_LANES
+#define SELMATCH_DSA_LANES 64
 namespace avx512 {
 #include "dsa/dsa_cpu_loops.h"
 }

@@ -1,10 +1,10 @@
 // The CPU loops of DSA. dsa_cpu_loops.cpp includes this once for each set of vector instructions, in a namespace of its
-// own, so there is no include guard. An image is C planes of H x W, small enough to stay in the first caches from
-// operation to operation. LANES is a vector of 64 bytes, which the compiler splits where the machine's are shorter.
+// own, so there is no include guard; SELMATCH_DSA_LANES is the bytes of a vector: 16, 32 (AVX2) or 64 (AVX-512). An
+// image is C planes of H x W, small enough to stay in the first caches from operation to operation.
 
 template <typename T>
 struct Vectors {
-  typedef T lanes __attribute__((vector_size(64), aligned(sizeof(T))));
+  typedef T lanes __attribute__((vector_size(SELMATCH_DSA_LANES), aligned(sizeof(T))));
   typedef T pixel __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T))));  // 4 channels of one pixel
 };
 
@@ -12,7 +12,7 @@ template <typename T>
 struct Loops {
   using Lanes = typename Vectors<T>::lanes;
   using Pixel = typename Vectors<T>::pixel;
-  static constexpr int kLanes = 64 / sizeof(T);
+  static constexpr int kLanes = SELMATCH_DSA_LANES / sizeof(T);
 
   const DsaCall& call;
   DsaScratch<T>& scratch;
@@ -115,15 +115,7 @@ struct Loops {
   // --- moves
   // ----------------------------------------------------------------------------------------------------------
 
-  static void copy(const T* src, T* dst, int64_t count) {
-    int64_t p = 0;
-    for (; p + kLanes <= count; p += kLanes) {
-      lanes(dst + p) = lanes(src + p);
-    }
-    for (; p < count; ++p) {
-      dst[p] = src[p];
-    }
-  }
+  static void copy(const T* src, T* dst, int64_t count) { std::memcpy(dst, src, count * sizeof(T)); }
 
   static void clear(T* dst, int64_t count) {
     for (int64_t p = 0; p < count; ++p) {
@@ -175,20 +167,17 @@ struct Loops {
   }
 
   // --- affine, separable (rotation and shear 0): a band matrix along the rows and one along the columns
-  // -------------------
+  // -----------------
 
-  // Writes out position q as the sum of weight * in[index] over count taps; false where more than kDsaMaxTaps are
-  // needed. Taps left over point to in[size], which holds 0.
+  // Result q is the sum of weight * in[index] over used[q] taps; false where more than kDsaMaxTaps are needed.
   static bool make_taps(T slope, T offset, int size, bool turn, DsaTaps<T>* taps) {
-    int* used = taps->used;
+    int* __restrict used = taps->used, * __restrict index = taps->index;
+    T* __restrict weight = taps->weight;
+    const int stride = taps->stride;
+    int count = 2;
     for (int q = 0; q < size; ++q) {
       used[q] = 0;
     }
-    for (int k = 0; k < kDsaMaxTaps * size; ++k) {
-      taps->index[k] = size;
-      taps->weight[k] = 0;
-    }
-    taps->count = 1;
     for (int j = 0; j < size; ++j) {
       const T at = slope * static_cast<T>(j) + offset;
       if (!(at > T(-1) && at < static_cast<T>(size))) {
@@ -196,43 +185,135 @@ struct Loops {
       }
       const int low = static_cast<int>(at + T(1)) - 1;
       const T part = at - static_cast<T>(low);
-      for (int side = 0; side < 2; ++side) {
-        const int q = low + side;
-        const T weight = side == 0 ? T(1) - part : part;
-        if (q < 0 || q >= size || weight == T(0)) {
-          continue;
-        }
-        const int out = turn ? q : j;
-        const int k = used[out]++;
+      for (int side = low < 0; side < (low + 1 < size ? 2 : 1); ++side) {
+        const int out = turn ? low + side : j, k = used[out]++;
         if (k == kDsaMaxTaps) {
           return false;
         }
-        taps->index[k * size + out] = turn ? j : q;
-        taps->weight[k * size + out] = weight;
-        taps->count = used[out] > taps->count ? used[out] : taps->count;
+        index[k * stride + out] = turn ? j : low + side;
+        weight[k * stride + out] = side == 0 ? T(1) - part : part;
+        count = k < count ? count : k + 1;
+      }
+    }
+    count = count <= 3 ? count : kDsaMaxTaps;
+    for (int q = 0; q < size; ++q) {
+      for (int k = used[q]; k < count; ++k) {
+        index[k * stride + q] = 0;
+        weight[k * stride + q] = 0;
+      }
+    }
+    taps->count = count;
+    return true;
+  }
+
+  template <int kCount>
+  static void blend_columns(const DsaTaps<T>& taps, const T* src, int rows, int size, T* __restrict dst) {
+    const int* __restrict index = taps.index;
+    const T* __restrict weight = taps.weight;
+    const int stride = taps.stride;
+    for (int i = 0; i < rows; ++i, src += size, dst += size) {
+      for (int j = 0; j < size; ++j) {
+        T sum = weight[j] * src[index[j]];
+        for (int k = 1; k < kCount; ++k) {
+          sum += weight[k * stride + j] * src[index[k * stride + j]];
+        }
+        dst[j] = sum;
+      }
+    }
+  }
+
+#if SELMATCH_DSA_LANES == 64
+  // 16 results in a row come out of a window of 32 pixels, by one permutation a tap; false where that is too narrow.
+  static bool make_windows(DsaTaps<float>* taps, int size) {
+    int* __restrict window = taps->window, * __restrict index = taps->index;
+    const int* __restrict used = taps->used;
+    const int stride = taps->stride;
+    for (int begin = 0; begin < size; begin += 16) {
+      const int end = begin + 16 < size ? begin + 16 : size;
+      int low = size, high = 0;
+      for (int j = begin; j < end; ++j) {
+        for (int k = 0; k < used[j]; ++k) {
+          low = index[k * stride + j] < low ? index[k * stride + j] : low;
+          high = index[k * stride + j] > high ? index[k * stride + j] : high;
+        }
+      }
+      if (high - low >= 32) {
+        return false;
+      }
+      window[begin / 16] = low;
+    }
+    for (int k = 0; k < taps->count; ++k) {
+      for (int j = 0; j < size; ++j) {
+        index[k * stride + j] -= window[j / 16];
       }
     }
     return true;
   }
 
   template <int kCount>
-  static void blend_row(const DsaTaps<T>& taps, const T* row, int size, T* dst) {
-    for (int j = 0; j < size; ++j) {
-      T sum = taps.weight[j] * row[taps.index[j]];
-      for (int k = 1; k < kCount; ++k) {
-        sum += taps.weight[k * size + j] * row[taps.index[k * size + j]];
+  static void permute_columns(const DsaTaps<float>& taps, const float* src, int rows, int size, float* dst) {
+    const int stride = taps.stride;
+    for (int begin = 0; begin < size; begin += 16) {
+      const int low = taps.window[begin / 16], ahead = size - low, count = size - begin;
+      const __mmask16 first = ahead >= 16 ? 0xffff : (1u << ahead) - 1;
+      const __mmask16 second = ahead >= 32 ? 0xffff : ahead > 16 ? (1u << (ahead - 16)) - 1 : 0;
+      const __mmask16 out = count >= 16 ? 0xffff : (1u << count) - 1;
+      __m512i index[kCount];
+      __m512 weight[kCount];
+      for (int k = 0; k < kCount; ++k) {
+        index[k] = _mm512_loadu_si512(taps.index + k * stride + begin);
+        weight[k] = _mm512_maskz_loadu_ps(out, taps.weight + k * stride + begin);
       }
-      dst[j] = sum;
+      for (int i = 0; i < rows; ++i) {
+        const float* from = src + static_cast<int64_t>(i) * size + low;
+        const __m512 a = _mm512_maskz_loadu_ps(first, from), b = _mm512_maskz_loadu_ps(second, from + 16);
+        __m512 sum = _mm512_mul_ps(weight[0], _mm512_permutex2var_ps(a, index[0], b));
+        for (int k = 1; k < kCount; ++k) {
+          sum = _mm512_fmadd_ps(weight[k], _mm512_permutex2var_ps(a, index[k], b), sum);
+        }
+        _mm512_mask_storeu_ps(dst + static_cast<int64_t>(i) * size + begin, out, sum);
+      }
     }
   }
+#endif
 
-  static void blend_row(const DsaTaps<T>& taps, const T* row, int size, T* dst) {
-    if (taps.count <= 2) {
-      blend_row<2>(taps, row, size, dst);
-    } else if (taps.count == 3) {
-      blend_row<3>(taps, row, size, dst);
+  template <int kCount>
+  static void blend_columns_as_fits(DsaTaps<T>* taps, const T* src, int rows, int size, T* dst) {
+#if SELMATCH_DSA_LANES == 64
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (make_windows(taps, size)) {
+        return permute_columns<kCount>(*taps, src, rows, size, dst);
+      }
+    }
+#endif
+    blend_columns<kCount>(*taps, src, rows, size, dst);
+  }
+
+  // One row out of up to kDsaMaxTaps others.
+  static void blend_row(const DsaTaps<T>& taps, int i, const T* src, int size, T* __restrict dst) {
+    const int used = taps.used[i], stride = taps.stride;
+    const T* row[kDsaMaxTaps] = {};
+    T weight[kDsaMaxTaps] = {};
+    for (int k = 0; k < used; ++k) {
+      row[k] = src + static_cast<int64_t>(taps.index[k * stride + i]) * size;
+      weight[k] = taps.weight[k * stride + i];
+    }
+    const T *a = row[0], *b = row[1], *c = row[2], u = weight[0], v = weight[1], w = weight[2];
+    if (used == 2) {
+      for (int j = 0; j < size; ++j) {
+        dst[j] = u * a[j] + v * b[j];
+      }
+    } else if (used == 3) {
+      for (int j = 0; j < size; ++j) {
+        dst[j] = u * a[j] + v * b[j] + w * c[j];
+      }
     } else {
-      blend_row<kDsaMaxTaps>(taps, row, size, dst);
+      clear(dst, size);
+      for (int k = 0; k < used; ++k) {
+        for (int j = 0; j < size; ++j) {
+          dst[j] += weight[k] * row[k][j];
+        }
+      }
     }
   }
 
@@ -245,23 +326,18 @@ struct Loops {
         !make_taps(step.f[4], step.f[5], height, step.turn, &along)) {
       return false;
     }
-    T* row = scratch.row;
-    row[width] = 0;
+    T* narrowed = scratch.image;
+    const int rows = channels * height;
+    if (across.count == 2) {
+      blend_columns_as_fits<2>(&across, src, rows, width, narrowed);
+    } else if (across.count == 3) {
+      blend_columns_as_fits<3>(&across, src, rows, width, narrowed);
+    } else {
+      blend_columns_as_fits<kDsaMaxTaps>(&across, src, rows, width, narrowed);
+    }
     for (int c = 0; c < channels; ++c) {
       for (int i = 0; i < height; ++i) {
-        T* to = dst + c * plane + static_cast<int64_t>(i) * width;
-        if (along.used[i] == 0) {
-          clear(to, width);
-          continue;
-        }
-        for (int k = 0; k < along.used[i]; ++k) {
-          const T* from = src + c * plane + static_cast<int64_t>(along.index[k * height + i]) * width;
-          const T weight = along.weight[k * height + i];
-          for (int j = 0; j < width; ++j) {
-            row[j] = k == 0 ? weight * from[j] : row[j] + weight * from[j];
-          }
-        }
-        blend_row(across, row, width, to);
+        blend_row(along, i, narrowed + c * plane, width, dst + c * plane + static_cast<int64_t>(i) * width);
       }
     }
     return true;
@@ -274,13 +350,15 @@ struct Loops {
 
   // For output row i: which grid pixel is the upper left of the four sampled, and the weights of its right and lower
   // neighbours. Positions off the image are moved onto the border.
-  void place_row(const DsaStep<T>& step, int i, int* index, T* right, T* down) const {
-    const T* f = step.f;
-    const T column0 = f[1] * static_cast<T>(i) + f[2] + T(1), row0 = f[4] * static_cast<T>(i) + f[5] + T(1);
-    const T last_column = static_cast<T>(width + 1), last_row = static_cast<T>(height + 1);
-    const int stride = grid_width();
-    for (int j = 0; j < width; ++j) {
-      T column = f[0] * static_cast<T>(j) + column0, row = f[3] * static_cast<T>(j) + row0;
+  void place_row(const DsaStep<T>& step, int i) const {
+    int* __restrict index = scratch.index;
+    T* __restrict right = scratch.right, * __restrict down = scratch.down;
+    const T across = step.f[0], along = step.f[3];
+    const T column0 = step.f[1] * static_cast<T>(i) + step.f[2] + T(1), last_column = static_cast<T>(width + 1);
+    const T row0 = step.f[4] * static_cast<T>(i) + step.f[5] + T(1), last_row = static_cast<T>(height + 1);
+    const int stride = grid_width(), count = width;
+    for (int j = 0; j < count; ++j) {
+      T column = across * static_cast<T>(j) + column0, row = along * static_cast<T>(j) + row0;
       column = column > T(0) ? column : T(0);
       column = column < last_column ? column : last_column;
       row = row > T(0) ? row : T(0);
@@ -293,20 +371,33 @@ struct Loops {
   }
 
   // Up to four planes side by side; planes that are missing read as the first one.
-  void pack_row(const T* src, int count, Pixel* out) const {
+  void pack_row(const T* src, int count, Pixel* __restrict out) const {
     const T *a = src, *b = src + (count > 1 ? plane : 0), *c = src + (count > 2 ? 2 * plane : 0),
             *d = src + (count > 3 ? 3 * plane : 0);
-    for (int j = 0; j < width; ++j) {
+    for (int j = 0, end = width; j < end; ++j) {
       out[j] = Pixel{a[j], b[j], c[j], d[j]};
     }
   }
 
   void unpack_row(const Pixel* in, int count, T* dst) const {
-    const T* from = reinterpret_cast<const T*>(in);
+    const T* __restrict from = reinterpret_cast<const T*>(in);
     for (int c = 0; c < count; ++c) {
-      for (int j = 0; j < width; ++j) {
-        dst[c * plane + j] = from[4 * j + c];
+      T* __restrict to = dst + c * plane;
+      for (int j = 0, end = width; j < end; ++j) {
+        to[j] = from[4 * j + c];
       }
+    }
+  }
+
+  void sample_row(int stride, const Pixel* grid, Pixel* __restrict line) const {
+    const int* __restrict index = scratch.index;
+    const T* __restrict right_part = scratch.right, * __restrict down_part = scratch.down;
+    for (int j = 0, end = width; j < end; ++j) {
+      const Pixel* at = grid + index[j];
+      const T right = right_part[j], down = down_part[j];
+      const Pixel left_side = at[0] + down * (at[stride] - at[0]);
+      const Pixel right_side = at[1] + down * (at[stride + 1] - at[1]);
+      line[j] = left_side + right * (right_side - left_side);
     }
   }
 
@@ -314,18 +405,32 @@ struct Loops {
     Pixel* grid = reinterpret_cast<Pixel*>(static_cast<T*>(scratch.grid));
     Pixel* line = reinterpret_cast<Pixel*>(static_cast<T*>(scratch.row));
     const int stride = grid_width();
+    const int64_t line_size = 4 * static_cast<int64_t>(stride);
+    clear(scratch.grid, line_size + 4);
     for (int i = 0; i < height; ++i) {
-      pack_row(src + static_cast<int64_t>(i) * width, count, grid + static_cast<int64_t>(i + 1) * stride + 1);
+      Pixel* to = grid + static_cast<int64_t>(i + 1) * stride + 1;
+      pack_row(src + static_cast<int64_t>(i) * width, count, to);
+      clear(reinterpret_cast<T*>(to + width), 12);  // the border right of this row and left of the next
     }
+    clear(scratch.grid + line_size * (height + 1) + 4, 2 * line_size - 4);
     for (int i = 0; i < height; ++i) {
-      place_row(step, i, scratch.index, scratch.right, scratch.down);
-      for (int j = 0; j < width; ++j) {
-        const Pixel* at = grid + scratch.index[j];
-        const T right = scratch.right[j], down = scratch.down[j], left = T(1) - right, up = T(1) - down;
-        line[j] =
-            (left * up) * at[0] + (right * up) * at[1] + (left * down) * at[stride] + (right * down) * at[stride + 1];
-      }
+      place_row(step, i);
+      sample_row(stride, grid, line);
       unpack_row(line, count, dst + static_cast<int64_t>(i) * width);
+    }
+  }
+
+  void scatter_row(int stride, const Pixel* __restrict line, Pixel* grid) const {
+    const int* __restrict index = scratch.index;
+    const T* __restrict right_part = scratch.right, * __restrict down_part = scratch.down;
+    for (int j = 0, end = width; j < end; ++j) {
+      Pixel* at = grid + index[j];
+      const T right = right_part[j], down = down_part[j];
+      const Pixel right_side = right * line[j], left_side = line[j] - right_side;
+      at[0] += left_side - down * left_side;
+      at[1] += right_side - down * right_side;
+      at[stride] += down * left_side;
+      at[stride + 1] += down * right_side;
     }
   }
 
@@ -333,18 +438,11 @@ struct Loops {
     Pixel* grid = reinterpret_cast<Pixel*>(static_cast<T*>(scratch.grid));
     Pixel* line = reinterpret_cast<Pixel*>(static_cast<T*>(scratch.row));
     const int stride = grid_width();
+    clear(scratch.grid, static_cast<int64_t>(4) * stride * (height + 3));
     for (int i = 0; i < height; ++i) {
-      place_row(step, i, scratch.index, scratch.right, scratch.down);
+      place_row(step, i);
       pack_row(src + static_cast<int64_t>(i) * width, count, line);
-      for (int j = 0; j < width; ++j) {
-        Pixel* at = grid + scratch.index[j];
-        const T right = scratch.right[j], down = scratch.down[j], left = T(1) - right, up = T(1) - down;
-        const Pixel value = line[j];
-        at[0] += (left * up) * value;
-        at[1] += (right * up) * value;
-        at[stride] += (left * down) * value;
-        at[stride + 1] += (right * down) * value;
-      }
+      scatter_row(stride, line, grid);
     }
     for (int i = 0; i < height; ++i) {
       unpack_row(grid + static_cast<int64_t>(i + 1) * stride + 1, count, dst + static_cast<int64_t>(i) * width);
@@ -357,7 +455,6 @@ struct Loops {
     }
     for (int c = 0; c < channels; c += 4) {
       const int count = channels - c < 4 ? channels - c : 4;
-      clear(scratch.grid, static_cast<int64_t>(4) * grid_width() * (height + 3));
       if (step.turn) {
         scatter(step, src + c * plane, count, dst + c * plane);
       } else {

@@ -1,7 +1,7 @@
 """Differentiable Siamese augmentation (DSA, arXiv 2102.08259): sampled as small tables, applied in one fused launch.
 
-A table says, row by row, which operations an image goes through. Every operation is affine in the image, so the backward
-pass is the transpose of its linear part and the double backward pass is the linear part again.
+A table says, row by row, which operations an image goes through. Every operation is affine in the image, so the
+backward pass is the transpose of its linear part and the double backward pass is the linear part again.
 """
 
 import math
@@ -24,11 +24,12 @@ FORWARD, LINEAR, TRANSPOSE = range(3)  # modes of selmatch_ext::dsa
 class Augmentation(NamedTuple):
     """One augmentation of a batch, as tensors that can be stored, moved and indexed.
 
-    ops: (R, L) uint8, the operation codes applied in order: 0 nothing, 1 colour, 2 shift, 3 zero box, 4 flip columns, 5 affine.
-    params: (R, L, 4) float32 or float64:
-        colour (brightness b, saturation s, contrast c, unused); shift (ty, tx): out[i, j] = x[i + ty, j + tx], 0 outside;
-        box (first row, end row, first column, end column); affine (a, b, c, d) of the map [[a, b, 0], [c, d, 0]] in
-        normalised coordinates, bilinear, align_corners=True, zeros outside.
+    ops: (R, L) uint8, the operations applied in order: 0 nothing, 1 colour, 2 shift, 3 zero box, 4 flip of the columns,
+        5 affine map.
+    params: (R, L, 4) float32 or float64: colour (brightness b, saturation s, contrast c, unused); shift (ty, tx):
+        out[i, j] = x[i + ty, j + tx], 0 outside; box (first row, end row, first column, end column); affine
+        (a, b, c, d): bilinear sampling through [[a, b, 0], [c, d, 0]] in normalised coordinates, align_corners=True,
+        zeros outside.
     R is the batch size, or 1: then every image gets the same operations.
     """
 
@@ -44,8 +45,10 @@ class Augmentation(NamedTuple):
 class ParamDiffAug:
     """Strengths of the augmentations; the names and defaults of the public code.
 
-    aug_mode: "S" draws one name per call, "M" applies every name in order. ratio_rotate is in degrees, brightness,
-    saturation and contrast as METHODS of DSA define them, ratio_crop_pad and ratio_cutout are shares of the image's side.
+    aug_mode: "S" draws one name per call, "M" applies every name in order. With u uniform in [0, 1): brightness adds
+    (u - 0.5) * brightness, saturation multiplies by u * saturation, contrast by u + contrast; scale draws factors from
+    1 / ratio_scale to ratio_scale; ratio_rotate is in degrees; ratio_crop_pad and ratio_cutout are shares of the
+    image's sides. ratio_noise is there for code that sets it; no operation uses it, as in the public code.
     """
 
     aug_mode: str = "S"
@@ -61,7 +64,8 @@ class ParamDiffAug:
 
 
 class _Stream:
-    """Where random numbers come from: `rows` of them a draw. `color` and `other` are the (device, dtype) the draws are made in."""
+    """Random numbers, `rows` of them a draw: on `device`, those of scale and rotate on `affine_device`; those of colour
+    in `dtype`, the others in float32."""
 
     def __init__(self, rows: int, device: torch.device, dtype: torch.dtype, affine_device: torch.device):
         self.rows, self.device, self.dtype, self.affine_device = rows, device, dtype, affine_device
@@ -220,10 +224,11 @@ def sample_augmentation(
 ) -> Augmentation:
     """Draw an augmentation for `batch` images of `height` x `width` pixels (DSA, arXiv 2102.08259).
 
-    strategy: names among color, crop, cutout, flip, scale and rotate joined by "_"; "simple": random crop with zero padding
-    of 4 pixels, then flip; "none" or "": the identity.
+    strategy: names among color, crop, cutout, flip, scale and rotate joined by "_"; "simple": random crop with zero
+    padding of 4 pixels, then flip; "none" or "": the identity.
     mode: "single" draws one name for the whole batch, "multi" applies all of them in order. Each image draws its own
-    parameters; per_sample: in mode "single" its own name too; siamese: one row, shared by all images, whatever the batch.
+    parameters; per_sample: in mode "single" its own name too; siamese: one row, shared by all images, the same whatever
+    the batch.
     generator: where all draws come from (on its own device); None: a fresh one, seeded by the operating system. The
     global generator is never touched.
     device: where the table is put (the generator's, or the CPU). param: strengths, by default `ParamDiffAug()`, whose
@@ -298,8 +303,8 @@ def _check(x: Tensor, p: Augmentation) -> None:
 def augment(x: Tensor, p: Augmentation) -> Tensor:
     """Apply an augmentation to a batch, in one launch; differentiable any number of times in x.
 
-    x: (B, C, H, W) float32, float64, float16 or bfloat16 (the last two are computed in float32), any strides; the result
-    has its dtype and its memory format. p: a table of B rows, or of one row for all images, on the same device.
+    x: (B, C, H, W) float32, float64, float16 or bfloat16 (the last two are computed in float32), any strides; the
+    result has its dtype and its memory format. p: a table of B rows, or of one row for all images, on the same device.
     Raises ValueError or TypeError that says which of these does not hold.
     """
     _check(x, p)
@@ -309,11 +314,11 @@ def augment(x: Tensor, p: Augmentation) -> Tensor:
 def DiffAugment(
     x: Tensor, strategy: str = DEFAULT_STRATEGY, seed: int = -1, param: ParamDiffAug | None = None
 ) -> Tensor:
-    """Drop-in for the public code's DiffAugment: same arguments, same random streams, so the same images for the same seed.
+    """Drop-in for the DiffAugment of the public DSA and MTT code: same arguments, same random streams, same images.
 
-    x: (B, C, H, W) float. seed -1: drawn from the global generators (choice of name, scale and rotate on the CPU, the rest on
-    x's device), every image its own parameters. Any other seed: all images share one set of parameters, and draw number
-    k comes from a private generator seeded with seed + k; the global generators are left alone.
+    x: (B, C, H, W) float. seed -1: drawn from the global generators (choice of name, scale and rotate on the CPU, the
+    rest on x's device), every image its own parameters. Any other seed: all images share one set of parameters, and
+    draw number k comes from a private generator seeded with seed + k; the global generators are left alone.
     strategy "", "none" or "None" returns x itself. param.aug_mode "S" draws one name a call, "M" applies all in order.
     Raises ValueError for an unknown name or aug_mode, and what `augment` raises.
     """
