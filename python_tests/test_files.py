@@ -77,7 +77,7 @@ def test_truncated_file(tmp_path, kept):
 
 def test_foreign_files(tmp_path):
     path = tmp_path / "x"
-    with pytest.raises(FileNotFoundError, match="expected a selmatch_ext thing file"):
+    with pytest.raises(FileNotFoundError, match="expected a selmatch_ext file of kind thing"):
         files.load_tensors(path, "thing")
     with pytest.raises(FileNotFoundError, match="is not a file"):
         files.load_tensors(tmp_path, "thing")
@@ -85,16 +85,16 @@ def test_foreign_files(tmp_path):
     with pytest.raises(ValueError, match="is no safetensors file"):
         files.load_tensors(path, "thing")
     save_file(TENSORS, path)
-    with pytest.raises(ValueError, match="not one of selmatch_ext's: expected a thing file"):
+    with pytest.raises(ValueError, match="not one of selmatch_ext's; expected kind thing"):
         files.load_tensors(path, "thing")
     files.save_tensors(path, "other", TENSORS)
-    with pytest.raises(ValueError, match="is a selmatch_ext other file; expected a thing file"):
+    with pytest.raises(ValueError, match="is a selmatch_ext other file; expected kind thing"):
         files.load_tensors(path, "thing")
     save_file(TENSORS, path, metadata={"format": "selmatch_ext.thing", "version": "2"})
     with pytest.raises(ValueError, match="version 2; this selmatch_ext reads version 1"):
         files.load_tensors(path, "thing")
     files.save_tensors(path, "thing", TENSORS)
-    with pytest.raises(ValueError, match="lacks c; a thing file holds a, c"):
+    with pytest.raises(ValueError, match="lacks c; the kind thing has a, c"):
         files.load_tensors(path, "thing", "a", "c")
 
 

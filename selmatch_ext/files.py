@@ -137,7 +137,7 @@ def open_tensors(path: str | os.PathLike, kind: str, *required: str) -> Iterator
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; expected a selmatch_ext {kind} file")
+        raise FileNotFoundError(f"{path} is not a file; expected a selmatch_ext file of kind {kind}")
     try:
         handle = safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
@@ -146,14 +146,14 @@ def open_tensors(path: str | os.PathLike, kind: str, *required: str) -> Iterator
         header = handle.metadata() or {}
         found = header.get("format", "")
         if not found.startswith(FORMAT):
-            raise ValueError(f"{path} is a safetensors file, but not one of selmatch_ext's: expected a {kind} file")
+            raise ValueError(f"{path} is a safetensors file, but not one of selmatch_ext's; expected kind {kind}")
         if found != FORMAT + kind:
-            raise ValueError(f"{path} is a selmatch_ext {found[len(FORMAT) :]} file; expected a {kind} file")
+            raise ValueError(f"{path} is a selmatch_ext {found[len(FORMAT) :]} file; expected kind {kind}")
         if header.get("version") != VERSION:
             raise ValueError(f"{path} has version {header.get('version')}; this selmatch_ext reads version {VERSION}")
         missing = [name for name in required if name not in handle.keys()]
         if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}; a {kind} file holds {', '.join(required)}")
+            raise ValueError(f"{path} lacks {', '.join(missing)}; the kind {kind} has {', '.join(required)}")
         yield handle
 
 
