@@ -201,3 +201,15 @@ def unrolled_sgd_full_graph(model, start, images, labels, batches, lr, augmentat
         gradients = torch.autograd.grad(loss, parts, create_graph=True, materialize_grads=True)
         theta = theta - lr.expand(len(batches))[i] * torch.cat([g.reshape(-1) for g in gradients])
     return theta
+
+
+# --- trajectory distance (MTT, arXiv 2203.11932) ----------------------------------------------------------------------
+
+
+def trajectory_distance(student, start, target):
+    """||student - target||^2 / ||start - target||^2 over lists of tensors."""
+
+    def squared(xs, ys):
+        return sum(((x - y) ** 2).sum() for x, y in zip(xs, ys, strict=True))
+
+    return squared(student, target) / squared(start, target)

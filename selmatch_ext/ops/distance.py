@@ -23,8 +23,14 @@ def trajectory_distance(
 
     Raises ValueError (numbers, shapes or devices differ, or nothing given) or TypeError (dtype, or no tensor).
     """
-    op = torch.ops.selmatch_ext.trajectory_distance
-    return op(_tensors("student", student), _tensors("start", start), _tensors("target", target))[0]
+    lists = [_tensors("student", student), _tensors("start", start), _tensors("target", target)]
+    if not lists[0]:
+        raise ValueError("student has no tensors")
+    for name, tensors in zip(("start", "target"), lists[1:], strict=True):
+        for tensor in tensors:
+            if tensor.device != lists[0][0].device:
+                raise ValueError(f"{name} has a tensor on {tensor.device}, student is on {lists[0][0].device}")
+    return torch.ops.selmatch_ext.trajectory_distance(*lists)[0]
 
 
 def _tensors(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:

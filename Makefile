@@ -1,0 +1,42 @@
+# Each target makes .venv when it is not there: torch, torchvision and this package, built with CUDA where nvcc is found.
+#   make demo [SEED=0]   make test   make bench   make lint
+PYTHON ?= python3
+SEED ?= 0
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+
+.PHONY: demo test bench lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/selmatch demo --seed $(SEED) --out runs/demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m bench
+
+lint: $(VENV)/.linters
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: | $(VENV)/bin/python
+	$(BIN)/python -m pip install "setuptools>=77" wheel ninja "torch>=2.11" torchvision
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install --no-build-isolation --editable ".[test]"
+	touch $@
+
+$(VENV)/.linters: | $(VENV)/bin/python
+	$(BIN)/python -m pip install ruff clang-format
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info selmatch_ext/_C*.so

@@ -1,0 +1,65 @@
+"""What was built, and that everything is registered."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import selmatch_ext as sm
+
+OPERATORS = ["dsa", "trajectory_distance", "trajectory_distance_backward"]
+
+
+def test_build_info():
+    info = sm.build_info()
+    assert set(info) == {"version", "torch", "cuda", "archs", "cpu_capability"}
+    assert info["version"] == sm.__version__
+    assert torch.__version__.startswith(info["torch"])
+    assert (info["cuda"] is None) == (info["archs"] == [])
+    assert info["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+
+
+def test_version_of_the_installed_package():
+    try:
+        installed = importlib.metadata.version("selmatch_ext")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("used from the source folder, not installed")
+    assert installed == sm.__version__
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_registered(name):
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    qualified = f"selmatch_ext::{name}"
+    assert has(qualified, "CPU")
+    assert has(qualified, "Autograd") or has(qualified, "AutogradCPU")
+    assert has(qualified, "CUDA") == (sm.build_info()["cuda"] is not None)
+
+
+def test_no_operator_is_left_out():
+    schemas = [s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("selmatch_ext::")]
+    assert sorted(schemas) == sorted(f"selmatch_ext::{name}" for name in OPERATORS)
+
+
+def test_public_names():
+    for name in sm.__all__:
+        assert getattr(sm, name).__doc__, f"{name} has no docstring"
+
+
+def test_import_leaves_threads_and_generator_alone():
+    program = (
+        "import torch; torch.set_num_threads(1); state = torch.get_rng_state(); import selmatch_ext;"
+        "assert torch.get_num_threads() == 1; assert torch.equal(torch.get_rng_state(), state)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+
+
+def test_one_openmp_library():
+    """The extension uses torch's OpenMP: a second one would not hear torch.set_num_threads."""
+    with open("/proc/self/maps") as maps:
+        libraries = {line.split()[-1] for line in maps if "omp" in line.rsplit("/", 1)[-1] and ".so" in line}
+    ours = {path for path in libraries if "/sklearn/" not in path and "scikit_learn" not in path}
+    assert len(ours) <= 1, ours

@@ -1,0 +1,48 @@
+"""The CUDA kernels, run on the CPU by the emulator against the CPU implementation (see CMakeLists.txt)."""
+
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """The emulation test, built without torch and CUDA."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler here")
+    path = tmp_path_factory.mktemp("emulator") / "emulation_test"
+    kernels = sorted(ROOT.glob("csrc/*/*.cu"))
+    loops = sorted(ROOT.glob("csrc/*/*_cpu_loops.cpp"))
+    flags = ["-std=c++20", "-O1", "-pthread", "-DSELMATCH_EMULATE", f"-I{ROOT / 'csrc'}"]
+    sources = ["-x", "c++", str(ROOT / "csrc/emulator/emulation_test.cpp"), *map(str, kernels + loops)]
+    subprocess.run([compiler, *flags, *sources, "-o", str(path)], check=True)
+    return path
+
+
+def run(program, *arguments):
+    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=300)
+
+
+def test_kernels_against_the_cpu(program):
+    result = run(program)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "0 of " in result.stdout
+
+
+def test_divergent_barrier_is_noticed(program):
+    result = run(program, "--provoke", "divergence")
+    assert result.returncode != 0
+    assert "divergent barrier" in result.stderr
+
+
+def test_every_kernel_is_exercised():
+    """A kernel that is launched by a file has to be launched by the emulation test, through that file's functions."""
+    test = (ROOT / "csrc/emulator/emulation_test.cpp").read_text()
+    for kernel in ROOT.glob("csrc/*/*.cu"):
+        name = kernel.stem
+        assert f"{name}(" in test, f"{kernel.name} has no case in emulation_test.cpp"
