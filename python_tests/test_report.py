@@ -7,7 +7,6 @@ from matplotlib import pyplot
 from PIL import Image
 
 from selmatch_ext import report
-from selmatch_ext.data.distilled import DistilledSet
 
 
 def picture(path):
@@ -84,23 +83,6 @@ def test_before_and_after(tmp_path):
     assert tiles(image, (250, 0, 0)) == (2, 2) and tiles(image, (0, 0, 250)) == (2, 2)
     red, blue = ((image == np.array(c)).all(-1).any(0).nonzero()[0] for c in ((250, 0, 0), (0, 0, 250)))
     assert red.max() < blue.min()
-
-
-def test_pictures_of_a_set(tmp_path):
-    labels, mask = torch.tensor([0, 0, 1, 1]), torch.tensor([False, True, False, True])
-    rest = (None, torch.zeros(3), torch.ones(3), ["cat", "dog"], "selmatch")
-    start = DistilledSet(coloured(4, (255, 0, 0)) / 255, labels, mask, *rest)
-    learned = torch.where(mask.view(-1, 1, 1, 1), coloured(4, (0, 0, 255)) / 255, start.images)
-    result = DistilledSet(learned, labels, mask, *rest)
-    report.pictures(start, result, tmp_path)
-    selected, distilled = (picture(tmp_path / name) for name in ("selected.png", "distilled.png"))
-    assert tiles(selected, (255, 0, 0)) == (2, 1) and tiles(selected, (0, 0, 255)) == (0, 0)
-    assert tiles(distilled, (255, 0, 0)) == (2, 1) and tiles(distilled, (0, 0, 255)) == (2, 1)
-    for value, name in ((False, "selected.png"), (True, "distilled.png")):
-        folder = tmp_path / name.split(".")[0]
-        pure = DistilledSet(start.images, labels, torch.full((4,), value), *rest)
-        report.pictures(pure, pure, folder)
-        assert [p.name for p in folder.iterdir()] == [name]
 
 
 def test_wrong_pictures(tmp_path):

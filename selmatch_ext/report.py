@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from matplotlib.textpath import TextPath
 from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor
 
-from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.files import atomic_write
 
 DPI = 100
@@ -69,20 +67,6 @@ def before_after(
         raise ValueError(f"before has shape {tuple(before.shape)}, after {tuple(after.shape)}; they must be equal")
     rows, names = _rows(labels, class_names, len(before), columns)
     _write_mosaic([_mosaic(_pixels(x), rows) for x in (before, after)], names, titles, path)
-
-
-def pictures(start: DistilledSet, result: DistilledSet, folder: str | os.PathLike, columns: int = 8) -> None:
-    """Writes folder/selected.png, the real images that `result` keeps, and folder/distilled.png, its learned images
-    beside what they were in `start`, the same set before distillation. A picture without images is not written."""
-    learned, labels = result.distilled.cpu(), result.hard_labels.cpu()
-    before, after = start.denormalised().cpu(), result.denormalised().cpu()
-    if not learned.all():
-        path = Path(folder) / "selected.png"
-        image_grid(after[~learned], path, labels[~learned], result.class_names, 2 * columns, "selected, hardest first")
-    if learned.any():
-        path = Path(folder) / "distilled.png"
-        titles = ("before distillation", "after")
-        before_after(before[learned], after[learned], labels[learned], path, result.class_names, columns, titles)
 
 
 def plot_beta(

@@ -67,7 +67,7 @@ class ExpertStore:
             rows = handle.get_slice("trajectory")
             if not 0 <= epoch < rows.get_shape()[0]:
                 raise IndexError(f"epoch is {epoch}; {self.path(expert)} has epochs 0 to {rows.get_shape()[0] - 1}")
-            return rows[epoch].clone()  # a copy, so that the file is unmapped again
+            return rows[epoch : epoch + 1][0].clone()  # a copy, so that the file is unmapped again
 
     def save(self, expert: int, trajectory: Tensor, metadata: Mapping[str, Any]) -> None:
         """Writes one expert atomically.
