@@ -1,7 +1,7 @@
 """Builds selmatch_ext._C: C++ always, CUDA whenever nvcc and a CUDA build of torch are present, with or without a GPU.
 
-Environment: SELMATCH_CUDA=0 leaves CUDA out, SELMATCH_CUDA=1 fails where CUDA cannot be built. TORCH_CUDA_ARCH_LIST names
-the GPU architectures; without it those of the visible GPUs are taken, and without a GPU the list PORTABLE_ARCHS.
+Environment: SELMATCH_CUDA=0 leaves CUDA out, SELMATCH_CUDA=1 fails where CUDA cannot be built. TORCH_CUDA_ARCH_LIST
+names the GPU architectures; without it those of the visible GPUs are taken, and without a GPU PORTABLE_ARCHS.
 """
 
 import glob

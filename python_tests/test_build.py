@@ -54,7 +54,8 @@ def test_import_leaves_threads_and_generator_alone():
         "import torch; torch.set_num_threads(1); state = torch.get_rng_state(); import selmatch_ext;"
         "assert torch.get_num_threads() == 1; assert torch.equal(torch.get_rng_state(), state)"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
 
 
 def test_one_openmp_library():

@@ -80,8 +80,9 @@ def layouts(x):
 @pytest.mark.parametrize("name", list(layouts(torch.zeros(2, 3, 4, 5))))
 @pytest.mark.parametrize("which", [(0, 1, 2), (0,), (1,), (2,)])
 def test_strided(name, which):
-    lists = [[layouts(x)[name] if k in which else x] for k, (x,) in enumerate(make([(2, 3, 4, 5)], requires_grad=False))]
-    lists = [[x.detach().requires_grad_()] for (x,) in lists]
+    tensors = [x.detach() for (x,) in make([(2, 3, 4, 5)])]
+    tensors = [layouts(x)[name] if k in which else x for k, x in enumerate(tensors)]
+    lists = [[x.requires_grad_()] for x in tensors]
     torch.testing.assert_close(trajectory_distance(*lists), reference.trajectory_distance(*lists))
     got = gradients(trajectory_distance, lists, lists)
     torch.testing.assert_close(got, gradients(reference.trajectory_distance, lists, lists), rtol=1e-12, atol=1e-15)

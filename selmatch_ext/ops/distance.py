@@ -14,9 +14,9 @@ def trajectory_distance(
     """sum (student - target)^2 / sum (start - target)^2, as a 0-d tensor (arXiv 2203.11932, equation 3).
 
     student, start, target: a tensor each, or a list or tuple of tensors each, of any shapes and strides, alike in all
-    three; float32 or float64. Sums are taken in double and in a fixed order: the same input gives the same bits, whatever
-    the number of threads. Differentiable in all three, any number of times; the gradients of those that require one are
-    written in one pass over memory.
+    three; float32 or float64. Sums are taken in double and in a fixed order: the same input gives the same bits,
+    whatever the number of threads. Differentiable in all three, any number of times; the gradients of those that
+    require one are written in one pass over memory.
 
     Nothing waits for the GPU to look at the denominator: where start equals target the result is inf, or nan if student
     equals them too, as the formula says.
@@ -83,8 +83,8 @@ def _double_backward(ctx, cotangents):
     """The vector-Jacobian product of the backward pass, in plain operations, which autograd takes to any order.
 
     With d = student - target, e = start - target, N = |d|^2, D = |e|^2 the backward pass is g_student = 2 grad d / D,
-    g_start = -2 grad N e / D^2, g_target = -g_student - g_start. Their product with the cotangents v, where
-    a = v_student - v_target, b = v_start - v_target, is 2 grad (<a, d> / D - N <b, e> / D^2): what is differentiated here.
+    g_start = -2 grad N e / D^2, g_target = -g_student - g_start. With a = v_student - v_target, b = v_start - v_target
+    its product with the cotangents v is 2 grad (<a, d> / D - N <b, e> / D^2), which is differentiated here.
     """
     grad, *tensors = ctx.saved_tensors
     student, start, target = _thirds(tensors)

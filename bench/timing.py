@@ -1,0 +1,41 @@
+"""Timing things against one another in one run, so that what else the machine does meets all of them."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def threads(count: int):
+    """torch on this many CPU threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def alternate(callables: Mapping[str, Callable[[], object]], repeats: int = 15, warmup: int = 2) -> dict[str, float]:
+    """The median seconds of each, the callables taking turns `repeats` times after `warmup` turns that do not count.
+
+    Work on a GPU is waited for, before and after each call.
+    """
+    seconds = {name: [] for name in callables}
+    for turn in range(warmup + repeats):
+        for name, function in callables.items():
+            _wait()
+            begin = time.perf_counter()
+            function()
+            _wait()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _wait():
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
