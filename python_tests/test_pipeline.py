@@ -1,0 +1,161 @@
+"""A whole run on real digits, from Python and from the command line; kills and resumption."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, MODEL, tiny_run
+
+from selmatch_ext import cli, pipeline
+from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.settings import Data, Scores, to_dict
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, pipeline.run(tiny_run(), folder, CPU)
+
+
+def test_a_run_writes_what_it_promises(finished):
+    folder, results = finished
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert set(results) == {"random", "window", "selmatch"}
+    assert all(0 <= r["mean"] <= 100 and r["std"] >= 0 for r in results.values())
+    for name in ("distilled.png", "selected.png", "beta.png", "loss.png"):
+        assert (folder / name).read_bytes()[:4] == b"\x89PNG"
+    subset = DistilledSet.load(folder / "distilled.safetensors")
+    assert subset.images.shape == (60, 1, 8, 8) and subset.distilled.sum() == 30
+    saved = dict(subset.settings)
+    assert saved.pop("beta") in {0.0, 0.5} | {1 - 6 / 116} and saved == json.loads(json.dumps(to_dict(tiny_run())))
+    assert "random" in (folder / "table.md").read_text()
+
+
+def test_a_finished_run_is_not_done_again(finished):
+    folder, results = finished
+    files = {p: p.stat().st_mtime_ns for p in folder.rglob("expert*")} | {
+        folder / "scores.npz": (folder / "scores.npz").stat().st_mtime_ns
+    }
+    assert pipeline.run(tiny_run(), folder, CPU) == results
+    assert all(p.stat().st_mtime_ns == t for p, t in files.items())
+
+
+def test_other_settings_in_the_same_folder_are_refused(finished):
+    with pytest.raises(ValueError, match="seed: 0 → 5"):
+        pipeline.run(tiny_run(seed=5), finished[0], CPU)
+
+
+def test_the_window_is_chosen_without_test_images(digits, monkeypatch, tmp_path):
+    from selmatch_ext.evaluation import Accuracy
+
+    def fake(subset, *rest):
+        beta = float(str(rest[4]).rpartition("_")[2][:6])
+        return {"train": Accuracy([90.0 if beta == 0.5 else 80.0]), "test": Accuracy([50.0 if beta == 0.5 else 95.0])}
+
+    monkeypatch.setattr(pipeline, "evaluate", fake)
+    settings = tiny_run()
+    hardness = torch.rand(len(digits.train.labels), generator=torch.Generator().manual_seed(0))
+    beta, tried = pipeline.search_window(
+        digits, hardness, settings.window, settings.evaluation, 0, CPU, tmp_path
+    )
+    assert beta == 0.5 and len(tried) == 3
+
+
+def test_scores_of_the_full_set_are_picked_for_a_subset(digits, tmp_path):
+    scores = np.random.default_rng(0).random(len(digits.train.labels), dtype=np.float32)
+    np.savez(tmp_path / "c.npz", scores=scores, labels=digits.train.labels.numpy())
+    settings = Data(dataset="digits", per_class=50)
+    data, kept = pipeline.load_data(settings, seed=3)
+    easier = pipeline.training_difficulty(
+        Scores(source=str(tmp_path / "c.npz")), settings, data, kept, 3, CPU, tmp_path / "none"
+    )
+    harder = pipeline.training_difficulty(
+        Scores(source=f"forgetting:{tmp_path / 'c.npz'}"), settings, data, kept, 3, CPU, tmp_path / "none"
+    )
+    assert torch.equal(harder, torch.from_numpy(scores)[kept]) and torch.equal(easier, -harder)
+
+
+def selmatch(*arguments, check=True):
+    return subprocess.run(
+        [sys.executable, "-m", "selmatch_ext", *map(str, arguments)], capture_output=True, text=True, check=check
+    )
+
+
+DISTILL = [
+    *("--data.dataset", "digits", "--matching.iterations", "60", "--matching.inner-steps", "4"),
+    *("--matching.expert-epochs", "1", "--matching.max-start-epoch", "2", "--matching.batch-syn", "25"),
+    *("--matching.checkpoint-seconds", "0", "--device", "cpu"),
+]
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bits(finished, tmp_path):
+    start, experts = finished[0] / "window.safetensors", finished[0] / "experts"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    selmatch("distill", start, "--experts", experts, "--out", whole, *DISTILL)
+    command = [sys.executable, "-m", "selmatch_ext", "distill", start, "--experts", experts, "--out", killed, *DISTILL]
+    moments = random.Random(os.getpid())
+    for _ in range(3):
+        process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while process.poll() is None and not (killed / "checkpoint.safetensors").exists():
+            time.sleep(0.01)
+        time.sleep(moments.random() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (killed / "distilled.safetensors").exists(), "the kills came too late to show anything"
+    selmatch(*command[3:])
+    one, other = (DistilledSet.load(f / "distilled.safetensors") for f in (whole, killed))
+    assert torch.equal(one.images, other.images) and one.lr == other.lr
+    assert sorted(p.name for p in whole.iterdir()) == sorted(p.name for p in killed.iterdir())
+
+
+def test_each_verb_from_the_command_line(finished, tmp_path):
+    folder = finished[0]
+    tiny = ["--scores.model", MODEL, "--scores.runs", "1", "--scores.training.epochs", "1"]
+    digits = ["--data.dataset", "digits", "--device", "cpu"]
+    selmatch("scores", *digits, *tiny, "--scores.source", "el2n", "--out", tmp_path / "el2n.npz")
+    window = ["--window.ipc", "6", "--window.beta", "0.5", "--window.alpha", "0.5"]
+    scores = ["--scores.source", f"el2n:{tmp_path / 'el2n.npz'}"]
+    selmatch("select", *digits, *scores, *window, "--out", tmp_path / "select")
+    assert DistilledSet.load(tmp_path / "select" / "window.safetensors").distilled.sum() == 30
+    short = ["--evaluation.networks", "1", "--evaluation.model", MODEL, "--evaluation.training.epochs", "1"]
+    shown = selmatch("evaluate", folder / "distilled.safetensors", *digits, *short)
+    assert "% over 1 networks" in shown.stdout
+    selmatch("report", folder / "distilled.safetensors", "--out", tmp_path / "grid.png")
+    selmatch("export", folder / "distilled.safetensors", "--out", tmp_path / "pngs")
+    assert len(list((tmp_path / "pngs").rglob("*_distilled.png"))) == 30
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_help(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--help"])
+    assert stop.value.code == 0 and "--out" in capsys.readouterr().out or verb == "evaluate"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "nothing.safetensors", "--data.dataset", "digits"], "nothing.safetensors"),
+        (["scores", "--data.dataset", "cifar", "--out", "x.npz"], "'cifar'; allowed are digits"),
+        (["scores", "--data.dataset", "digits", "--scores.source", "loss", "--out", "x"], "forgetting or el2n"),
+        (["scores", "--data.dataset", "digits", "--device", "cuda:77", "--out", "x"], "device 'cuda:77' is not"),
+        (["run", "--data.dataset", "digits", "--window.ipc", "500", "--out", "{tmp}/r", "--device", "cpu",
+          "--scores.source", "{scores}"], "ipc is 500"),
+        (["run", "--data.dataset", "digits", "--window.ipc", "6", "--window.beta", "0.99", "--out", "{tmp}/r",
+          "--device", "cpu", "--scores.source", "{scores}"], "beta 0.99 runs past class"),
+        (["demo", "--out", "{tmp}/file/demo", "--device", "cpu"], "cannot write"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line_that_names_what_is_wrong(arguments, message, tmp_path, capsys, finished):
+    (tmp_path / "file").write_text("")
+    scores = f"el2n:{finished[0] / 'scores.npz'}"
+    assert cli.main([a.format(tmp=tmp_path, scores=scores) for a in arguments]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("selmatch: ") and message in error

@@ -1,0 +1,147 @@
+"""Training, experts, scores and evaluation."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import CPU, MODEL, tiny_run
+from torch.nn import functional as F
+
+from selmatch_ext import models
+from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.evaluation import Accuracy, evaluate, real_subset
+from selmatch_ext.experts import compute_scores, network, train_experts
+from selmatch_ext.models import flat
+from selmatch_ext.ops.dsa import augment
+from selmatch_ext.precision import precision_scope
+from selmatch_ext.seeds import derive, generator
+from selmatch_ext.settings import Scores, Training
+from selmatch_ext.training import batch_augmenter, combined_augmenter, learning_rate, train
+
+
+def nothing(indices, generator):
+    return batch_augmenter("none", (8, 8))(indices, generator)
+
+
+def test_one_epoch_is_sgd_with_momentum_and_weight_decay_over_a_permutation():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)).double()
+    images, labels = torch.randn(10, 1, 2, 2, dtype=torch.float64), torch.randint(3, (10,))
+    w, b = (p.detach().clone() for p in model.parameters())
+    settings = Training(epochs=1, lr=0.1, momentum=0.9, weight_decay=0.01, batch=4)
+    train(model, images.__getitem__, labels, settings, nothing, generator(0, "order"))
+
+    order = torch.randperm(10, generator=generator(0, "order"))
+    velocity = [torch.zeros_like(w), torch.zeros_like(b)]
+    for batch in (order[:4], order[4:8], order[8:]):
+        w, b = w.requires_grad_(), b.requires_grad_()
+        loss = F.cross_entropy(images[batch].flatten(1) @ w.T + b, labels[batch])
+        gradients = torch.autograd.grad(loss, (w, b))
+        velocity = [0.9 * v + g + 0.01 * p for v, g, p in zip(velocity, gradients, (w, b), strict=True)]
+        w, b = (p.detach() - 0.1 * v for p, v in zip((w, b), velocity, strict=True))
+    for trained, expected in zip(model.parameters(), (w, b), strict=True):
+        torch.testing.assert_close(trained.detach(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_learning_rate_schedules():
+    cosine = Training(epochs=5, lr=0.1, schedule="cosine")
+    assert learning_rate(cosine, 0) == pytest.approx(0.1)
+    assert learning_rate(cosine, 2) == pytest.approx(0.1 * 0.505)
+    assert learning_rate(cosine, 4) == pytest.approx(0.001)
+    assert learning_rate(Training(epochs=5, lr=0.1), 4) == 0.1
+
+
+def test_training_stops_when_the_loss_is_not_finite(digits):
+    model = models.build("MLP", 1, 10, (8, 8))
+    images = digits.normalise(digits.train.images)
+    with pytest.raises(FloatingPointError, match="lr 1e[+]30"):
+        train(model, images.__getitem__, digits.train.labels, Training(epochs=3, lr=1e30), nothing, generator(0))
+
+
+def test_combined_augmentation_treats_real_and_distilled_images_differently():
+    mask = torch.arange(40) % 2 == 0
+    augmenter = combined_augmenter(mask, "color", "flip", (8, 8))
+    indices = torch.randperm(40, generator=generator(1))
+    p = augmenter(indices, generator(2))
+    x = torch.rand(40, 3, 8, 8, dtype=torch.float64)
+    y = augment(x, p)
+    flipped_or_same = ((y == x) | (y == x.flip(3))).flatten(1).all(1)
+    assert torch.equal(flipped_or_same, ~mask[indices])
+
+
+def test_experts_start_at_their_initialisation_and_depend_on_their_number_alone(digits, experts, tmp_path):
+    settings = tiny_run().experts
+    first = network(digits, MODEL, 0, CPU, "expert", 0)
+    assert torch.equal(experts.row(0, 0), flat.flatten(first.parameters()).detach())
+    assert not torch.equal(experts.row(0, 0), experts.row(1, 0))
+    again = train_experts(digits, replace(settings, count=1), tmp_path, 0, CPU)
+    again = train_experts(digits, settings, tmp_path, 0, CPU)  # continues with the second
+    assert all(torch.equal(again.row(1, e), experts.row(1, e)) for e in range(4))
+    with pytest.raises(ValueError, match="epochs"):
+        train_experts(digits, replace(settings, training=Training(epochs=2)), tmp_path, 0, CPU)
+    with pytest.raises(ValueError, match="seed"):
+        train_experts(digits, settings, tmp_path, 1, CPU)
+
+
+@pytest.mark.parametrize("source", ["forgetting", "el2n"])
+def test_scores_put_the_hard_images_first(digits, source):
+    settings = Scores(source=source, model=MODEL, runs=1, training=Training(epochs=6, lr=0.1, momentum=0.9, batch=64))
+    scores = compute_scores(digits, settings, 0, CPU)
+    assert scores.shape == (len(digits.train.labels),) and scores.dtype == torch.float32
+    other = network(digits, MODEL, 5, CPU)
+    images = digits.normalise(digits.train.images)
+    train(other, images.__getitem__, digits.train.labels, settings.training, nothing, generator(5))
+    with torch.no_grad():
+        loss = F.cross_entropy(other(images), digits.train.labels, reduction="none")
+    hard = scores.argsort(descending=True)[: len(scores) // 5]
+    assert loss[hard].mean() > 2 * loss.mean()
+
+
+def test_evaluation_continues_and_compares_on_the_same_networks(digits, tmp_path):
+    settings = tiny_run().evaluation
+    subset = real_subset(digits, torch.arange(0, 1000, 10), "every tenth")
+    whole = evaluate(subset, digits, settings, 3, CPU)["test"]
+    record = tmp_path / "evaluation.json"
+    evaluate(subset, digits, settings, 3, CPU, record)
+    saved = json.loads(record.read_text())
+    record.write_text(json.dumps({**saved, "accuracies": saved["accuracies"][:1]}))
+    assert evaluate(subset, digits, settings, 3, CPU, record)["test"] == whole
+    with pytest.raises(ValueError, match="networks: 2 → 3"):
+        evaluate(subset, digits, replace(settings, networks=3), 3, CPU, record)
+    with pytest.raises(ValueError, match="seed"):
+        evaluate(subset, digits, settings, 4, CPU, record)
+
+
+def test_evaluation_takes_soft_labels(digits):
+    hard = real_subset(digits, torch.arange(0, 1000, 10), "every tenth")
+    soft: DistilledSet = replace(hard, labels=F.one_hot(hard.labels, 10).float())
+    settings = replace(tiny_run().evaluation, networks=1)
+    accuracies = [evaluate(s, digits, settings, 3, CPU)["test"].mean for s in (hard, soft)]
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=1.0)
+
+
+def test_accuracy_summary():
+    accuracy = Accuracy([50.0, 52.0, 54.0])
+    assert (accuracy.mean, accuracy.std) == (52.0, 2.0)
+    assert Accuracy([50.0]).std == 0.0
+
+
+def test_streams_are_independent_and_leave_the_global_generator_alone(digits):
+    assert derive(0, "expert", 1) != derive(0, "expert", 2) != derive(1, "expert", 2)
+    before = torch.get_rng_state()
+    evaluate(real_subset(digits, torch.arange(50), "first"), digits, tiny_run().evaluation, 0, CPU)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_precision_is_only_what_was_asked_for():
+    a = torch.randn(4, 4)
+    with precision_scope("float32", CPU):
+        assert (a @ a).dtype == torch.float32
+    with precision_scope("bfloat16", CPU):
+        assert (a @ a).dtype == torch.bfloat16
+    assert (a @ a).dtype == torch.float32
+    with pytest.raises(ValueError, match="tf32.*CUDA"), precision_scope("tf32", CPU):
+        pass
+    with pytest.raises(ValueError, match="float32, tf32 or bfloat16.*'half'"), precision_scope("half", CPU):
+        pass

@@ -1,0 +1,231 @@
+"""The command line: `selmatch VERB`. Each verb is a function here, with the same arguments from Python."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from selmatch_ext import models, pipeline, report
+from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.data.trajectories import ExpertStore, import_replay_buffer
+from selmatch_ext.evaluation import evaluate as evaluate_set
+from selmatch_ext.experts import train_experts
+from selmatch_ext.settings import (
+    Data,
+    Evaluation,
+    Experts,
+    Matching,
+    Run,
+    Scores,
+    Window,
+    digits_demo,
+    to_dict,
+)
+
+Positional = tyro.conf.Positional
+
+
+def device_of(name: str) -> torch.device:
+    """auto = a GPU where there is one. Raises ValueError for a device that this machine does not have."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not available here: {error}") from error
+    return device
+
+
+def run(settings: Annotated[Run, tyro.conf.arg(name="")] = Run(), *, out: Path, device: str = "auto") -> None:
+    """All stages of SelMatch, from data set to evaluated distilled set; continues after a kill.
+
+    Args:
+        out: Folder of the run.
+        device: auto, cpu, cuda, cuda:1 …
+    """
+    pipeline.run(settings, out, device_of(device))
+
+
+def demo(
+    settings: Annotated[Run, tyro.conf.arg(name="")] = digits_demo(),
+    *,
+    out: Path = Path("runs/demo"),
+    device: str = "cpu",
+) -> None:
+    """The same on scikit-learn's digits, with settings for a few minutes on two cores.
+
+    Args:
+        out: Folder of the run. One of a finished or other demo is replaced only by the same settings.
+        device: auto, cpu, cuda, cuda:1 …
+    """
+    pipeline.run(settings, out, device_of(device))
+
+
+def scores(data: Data = Data(), scores: Scores = Scores(), *, out: Path, seed: int = 0, device: str = "auto") -> None:
+    """Difficulty of each training image, from networks trained here; writes an .npz with scores and labels.
+
+    Args:
+        out: The file to write.
+        seed: Seed of initial weights, order and augmentation.
+        device: auto, cpu, cuda, cuda:1 …
+    """
+    if scores.source not in ("forgetting", "el2n"):
+        raise ValueError(f"scores.source must be forgetting or el2n here, got {scores.source!r}")
+    images, kept = pipeline.load_data(data, seed)
+    pipeline.training_difficulty(scores, data, images, kept, seed, device_of(device), out)
+
+
+def select(
+    data: Data = Data(),
+    scores: Scores = Scores(),
+    window: Window = Window(),
+    evaluation: Evaluation = Evaluation(),
+    *,
+    out: Path,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """The starting set: searches the window unless window.beta is given; writes window.safetensors and beta.png.
+
+    Args:
+        out: Folder for the results.
+        seed: Seed of every random choice.
+        device: auto, cpu, cuda, cuda:1 …
+    """
+    where = device_of(device)
+    images, kept = pipeline.load_data(data, seed)
+    hardness = pipeline.training_difficulty(scores, data, images, kept, seed, where, out / "scores.npz")
+    beta = window.beta
+    if beta is None:
+        beta, tried = pipeline.search_window(images, hardness, window, evaluation, seed, where, out / "window")
+        report.plot_beta({b: (r.mean, r.std) for b, r in tried.items()}, out / "beta.png", beta)
+    pipeline.starting_set(images, hardness, replace(window, beta=beta)).save(out / "window.safetensors")
+    print(f"β = {beta:.4g}: {out / 'window.safetensors'}")
+
+
+def experts(
+    data: Data = Data(),
+    experts: Experts = Experts(),
+    *,
+    out: Path,
+    replay_buffer: Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Trains expert trajectories that `out` still lacks, or imports a replay_buffer_*.pt of the public code.
+
+    Args:
+        out: Folder of the expert store.
+        replay_buffer: A file to import instead of training.
+        seed: Seed of initial weights, order and augmentation.
+        device: auto, cpu, cuda, cuda:1 …
+    """
+    images, _ = pipeline.load_data(data, seed)
+    if replay_buffer is None:
+        store = train_experts(images, experts, out, seed, device_of(device))
+    else:
+        model = models.build(experts.model, images.channels, images.classes, images.image_size)
+        store = import_replay_buffer(replay_buffer, out, model, {"model": experts.model, "dataset": images.name})
+    print(f"{store.count} experts of {store.epochs} epochs in {out}")
+
+
+def distill(
+    start: Positional[Path],
+    data: Data = Data(),
+    matching: Matching = Matching(),
+    *,
+    experts: Path,
+    out: Path,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """SelMatch from a starting set of `selmatch select`; continues after a kill. Writes distilled.safetensors and loss.png.
+
+    Args:
+        start: The starting set (window.safetensors).
+        experts: Folder of the expert store.
+        out: Folder of the run.
+        seed: Seed of every random choice.
+        device: auto, cpu, cuda, cuda:1 …
+    """
+    subset, store = DistilledSet.load(start), ExpertStore(experts)
+    images, _ = pipeline.load_data(data, seed)
+    context = {"data": to_dict(data), "matching": to_dict(matching), "model": store.metadata["model"]}
+    pipeline.distil(subset, store, store.metadata["model"], matching, images, seed, device_of(device), out, context)
+    print(out / "distilled.safetensors")
+
+
+def evaluate(
+    path: Positional[Path],
+    data: Data = Data(),
+    evaluation: Evaluation = Evaluation(),
+    *,
+    record: Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Trains networks on a distilled or selected set and tests them on real test images.
+
+    Args:
+        path: The set (a .safetensors file of selmatch).
+        record: A JSON file for the accuracies; a killed evaluation continues from it.
+        seed: Seed of initial weights, order and augmentation.
+        device: auto, cpu, cuda, cuda:1 …
+    """
+    images, _ = pipeline.load_data(data, seed)
+    result = evaluate_set(DistilledSet.load(path), images, evaluation, seed, device_of(device), record)["test"]
+    print(f"{evaluation.model}: {result} over {len(result.values)} networks")
+
+
+def report_(path: Positional[Path], *, out: Path, columns: int = 10) -> None:
+    """A PNG of a set's images, a row for each class.
+
+    Args:
+        path: The set (a .safetensors file of selmatch).
+        out: The PNG to write.
+        columns: Images a class at most.
+    """
+    subset = DistilledSet.load(path)
+    report.image_grid(subset.denormalised(), out, subset.hard_labels, subset.class_names, columns, subset.method)
+
+
+def export(path: Positional[Path], *, out: Path) -> None:
+    """A set as a folder of PNGs that torchvision's ImageFolder reads.
+
+    Args:
+        path: The set (a .safetensors file of selmatch).
+        out: The folder to make; it must not exist or be empty.
+    """
+    DistilledSet.load(path).export(out)
+
+
+VERBS = {
+    "run": run,
+    "demo": demo,
+    "scores": scores,
+    "select": select,
+    "experts": experts,
+    "distill": distill,
+    "evaluate": evaluate,
+    "report": report_,
+    "export": export,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one verb; an error that the user can mend is one line on standard error and exit status 1."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(VERBS, prog="selmatch", args=arguments, description=__doc__)
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        print(f"selmatch: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("selmatch: interrupted; the same command continues", file=sys.stderr)
+        return 130
+    return 0

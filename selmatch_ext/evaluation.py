@@ -1,0 +1,103 @@
+"""How good a small training set is: networks trained on it from scratch, tested on the real test images."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.data.images import ImageData
+from selmatch_ext.experts import network, real_images
+from selmatch_ext.files import write_json
+from selmatch_ext.seeds import generator
+from selmatch_ext.settings import Evaluation, differences, to_dict
+from selmatch_ext.training import combined_augmenter, predict, train
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Test accuracies in % of independently initialised networks."""
+
+    values: list[float]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.values) / len(self.values)
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation over the networks (0 for one network)."""
+        return torch.tensor(self.values, dtype=torch.float64).std().item() if len(self.values) > 1 else 0.0
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} ± {self.std:.1f} %"
+
+
+def evaluate(
+    subset: DistilledSet,
+    data: ImageData,
+    settings: Evaluation,
+    seed: int,
+    device: torch.device,
+    record: str | Path | None = None,
+    label: str = "evaluation",
+    splits: tuple[str, ...] = ("test",),
+) -> dict[str, Accuracy]:
+    """Trains `settings.networks` networks on `subset`; their accuracy on each of `data`'s `splits` (train, test).
+
+    Network k depends on `seed` and k alone, so that different sets are compared on the same initialisations and orders.
+    record: a JSON file that keeps finished networks; a killed evaluation goes on after them. It belongs to one set and one
+    setting: ValueError when the settings in it differ."""
+    header = {"settings": to_dict(settings), "seed": seed, "splits": list(splits)}
+    finished = [] if record is None else _recorded(Path(record), header)
+    for k in tqdm(range(len(finished), settings.networks), desc=label, unit="network"):
+        model = network(data, settings.model, seed, device, "evaluation", k)
+        images, labels = subset.images.to(device), subset.labels.to(device)
+        augmenter = combined_augmenter(
+            subset.distilled, settings.distilled_strategy, settings.selected_strategy, data.image_size
+        )
+        train(model, images.__getitem__, labels, settings.training, augmenter, generator(seed, "evaluation", k))
+        finished.append([accuracy(model, data, split, device) for split in splits])
+        if record is not None:
+            write_json(record, {**header, "accuracies": finished})
+    return {split: Accuracy(list(values)) for split, values in zip(splits, zip(*finished, strict=True), strict=True)}
+
+
+def accuracy(model: torch.nn.Module, data: ImageData, split: str, device: torch.device) -> float:
+    """Share of the split's images that are classified correctly, in %."""
+    labels = getattr(data, split).labels
+    logits = predict(model, real_images(data, device, split), len(labels), device)
+    return 100.0 * (logits.argmax(1) == labels).double().mean().item()
+
+
+def real_subset(data: ImageData, indices: Tensor, method: str) -> DistilledSet:
+    """The training images at `indices` (n,) as a set with nothing distilled in it."""
+    return DistilledSet(
+        images=data.normalise(data.train.images[indices]),
+        labels=data.train.labels[indices],
+        distilled=torch.zeros(len(indices), dtype=torch.bool),
+        lr=None,
+        mean=data.mean,
+        std=data.std,
+        class_names=data.class_names,
+        method=method,
+        settings={},
+        indices=indices,
+    )
+
+
+def _recorded(path: Path, header: dict) -> list[list[float]]:
+    if not path.exists():
+        return []
+    old = json.loads(path.read_text())
+    changed = differences({key: old[key] for key in header}, header)
+    if changed:
+        raise ValueError(
+            f"{path} was made with other settings ({'; '.join(changed)}); choose another --out or delete it"
+        )
+    return old["accuracies"]

@@ -1,0 +1,96 @@
+"""Expert trajectories and the scores that come from watching networks train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from selmatch_ext import models
+from selmatch_ext.data.images import ImageData
+from selmatch_ext.data.trajectories import ExpertStore
+from selmatch_ext.models import flat
+from selmatch_ext.seeds import derive, generator
+from selmatch_ext.selection.scores import el2n, forgetting_events
+from selmatch_ext.settings import Experts, Scores, Training, to_dict
+from selmatch_ext.training import batch_augmenter, predict, train
+
+
+def train_experts(
+    data: ImageData, settings: Experts, folder: str | Path, seed: int, device: torch.device
+) -> ExpertStore:
+    """Trains the experts that `folder` still lacks and returns the store (MTT, arXiv 2203.11932, section 3.1).
+
+    Row 0 of a trajectory is the initialisation, row e the parameters after epoch e. A killed run goes on with the first
+    missing expert; expert i depends on `seed` and i alone. Raises ValueError when the folder holds others' experts."""
+    store = ExpertStore(folder)
+    progress = tqdm(total=settings.count * settings.training.epochs, desc="experts", unit="epoch")
+    how = {key: value for key, value in to_dict(settings).items() if key != "count"}
+    metadata = {"model": settings.model, "dataset": data.name, "seed": seed, "settings": how}
+    for index in range(settings.count):
+        if index < store.count:
+            store.check(index, metadata)
+            progress.update(settings.training.epochs)
+            continue
+        model = network(data, settings.model, seed, device, "expert", index)
+        rows = [flat.flatten(model.parameters()).cpu()]
+
+        def keep(epoch: int, model=model, rows=rows) -> None:
+            rows.append(flat.flatten(model.parameters()).cpu())
+            progress.update()
+
+        train_on_real(model, data, settings.training, settings.strategy, generator(seed, "expert", index), device, keep)
+        store.save(index, torch.stack(rows), metadata)
+    progress.close()
+    return store
+
+
+def compute_scores(data: ImageData, settings: Scores, seed: int, device: torch.device) -> Tensor:
+    """Difficulty (n,) float32 of every training image, higher = harder: forgetting events (arXiv 1812.05159) or EL2N
+    (arXiv 2107.07075), averaged over `settings.runs` networks watched after every epoch."""
+    labels, logits = data.train.labels, []
+    progress = tqdm(total=settings.runs * settings.training.epochs, desc="scores", unit="epoch")
+    for run in range(settings.runs):
+        model = network(data, settings.model, seed, device, "scores", run)
+        take = real_images(data, device)
+
+        def watch(epoch: int, model=model, take=take) -> None:
+            logits.append(predict(model, take, len(labels), device))
+            progress.update()
+
+        train_on_real(model, data, settings.training, settings.strategy, generator(seed, "scores", run), device, watch)
+    progress.close()
+    history = torch.stack(logits).view(settings.runs, settings.training.epochs, len(labels), -1)
+    if settings.source == "forgetting":
+        return forgetting_events(history.argmax(-1) == labels)
+    return el2n(F.softmax(history.mean(1), -1), labels)
+
+
+def network(data: ImageData, model: str, seed: int, device: torch.device, *stream: str | int) -> torch.nn.Module:
+    """A freshly initialised network for `data`; its weights come from the named random stream."""
+    weights = torch.Generator().manual_seed(derive(seed, *stream, "weights"))
+    return models.build(model, data.channels, data.classes, data.image_size, generator=weights).to(device)
+
+
+def real_images(data: ImageData, device: torch.device, split: str = "train"):
+    """Indices -> normalised images of the split, which stays on the device as uint8."""
+    images = getattr(data, split).images.to(device)
+    return lambda indices: data.normalise(images[indices])
+
+
+def train_on_real(
+    model: torch.nn.Module,
+    data: ImageData,
+    settings: Training,
+    strategy: str,
+    generator: torch.Generator,
+    device: torch.device,
+    after_epoch,
+) -> None:
+    """`train` on the whole training split with one DSA operation a batch."""
+    augmenter = batch_augmenter(strategy, data.image_size)
+    labels = data.train.labels.to(device)
+    train(model, real_images(data, device), labels, settings, augmenter, generator, after_epoch)

@@ -1,0 +1,151 @@
+"""The one loop that every distillation method runs in: draw, loss, backward, update, checkpoint.
+
+A method is a class with the members of `Method`; the loop owns the optimiser, the checkpoints, the random streams and the
+checks, so a method is little more than its loss.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.files import load_tensors, save_tensors
+from selmatch_ext.seeds import generator
+from selmatch_ext.settings import differences
+
+
+class Method(Protocol):
+    """What the loop needs of a method."""
+
+    name: str
+    learned: dict[str, Tensor]
+    """What is optimised, by name: leaf tensors that require a gradient."""
+
+    def optimiser(self) -> torch.optim.Optimizer:
+        """A new optimiser over `learned`, each tensor once."""
+
+    def loss(self, iteration: int, generator: torch.Generator) -> Tensor:
+        """The 0-d loss of one iteration, differentiable in `learned`; every random choice comes from `generator` (CPU)."""
+
+    def check(self) -> None:
+        """Raises FloatingPointError when `learned` is no longer usable, e.g. a learning rate that is not positive."""
+
+    def advice(self) -> str:
+        """The settings to look at when the loss explodes, with their values."""
+
+    def distilled(self) -> DistilledSet:
+        """The set as it is now, on the CPU."""
+
+
+def run(
+    method: Method,
+    iterations: int,
+    folder: str | Path,
+    settings: dict[str, Any],
+    seed: int,
+    max_loss: float = math.inf,
+    checkpoint_seconds: float = 30.0,
+) -> list[float]:
+    """Runs `method` up to `iterations` iterations and returns the losses of all of them.
+
+    The state is saved to `folder`/checkpoint.safetensors every `checkpoint_seconds`, at the end and before an error. The
+    same call continues from there; on the CPU it ends with the same bits as a run that was never stopped, since iteration
+    i draws from the stream (seed, method.name, i).
+
+    Raises ValueError when the checkpoint was made with other settings, FloatingPointError (after saving the last good
+    state) when a loss or gradient is not finite or the loss exceeds `max_loss`."""
+    checkpoint = Checkpoint(Path(folder) / "checkpoint.safetensors", {**settings, "seed": seed, "method": method.name})
+    optimiser = method.optimiser()
+    losses = checkpoint.restore(method, optimiser)
+    saved_at = time.monotonic()
+    with tqdm(total=iterations, initial=min(len(losses), iterations), desc=method.name, unit="iteration") as progress:
+        while len(losses) < iterations:
+            iteration = len(losses)
+            optimiser.zero_grad()
+            loss = method.loss(iteration, generator(seed, method.name, iteration))
+            loss.backward()
+            value = loss.item()
+            problem = _problem(value, method.learned, max_loss)
+            problem = problem or _update(method, optimiser)
+            if problem is not None:
+                checkpoint.save(method, optimiser, losses)
+                raise FloatingPointError(
+                    f"{method.name} stopped at iteration {iteration + 1}: {problem}. The state before this iteration is in "
+                    f"{checkpoint.path}. {method.advice()}"
+                )
+            losses.append(value)
+            progress.update()
+            progress.set_postfix(loss=f"{value:.4f}", refresh=False)
+            if time.monotonic() - saved_at > checkpoint_seconds:
+                checkpoint.save(method, optimiser, losses)
+                saved_at = time.monotonic()
+    checkpoint.save(method, optimiser, losses)
+    return losses
+
+
+def _problem(loss: float, learned: dict[str, Tensor], max_loss: float) -> str | None:
+    if not math.isfinite(loss) or loss > max_loss:
+        return f"the loss is {loss:.6g} (allowed: at most {max_loss:g})"
+    bad = [name for name, t in learned.items() if t.grad is not None and not t.grad.isfinite().all()]
+    return f"the gradient of {', '.join(bad)} is not finite" if bad else None
+
+
+def _update(method: Method, optimiser: torch.optim.Optimizer) -> str | None:
+    """One optimiser step, taken back when the method refuses its result; what was wrong with it."""
+    good = {name: t.detach().clone() for name, t in method.learned.items()}
+    state = copy.deepcopy(optimiser.state_dict())
+    optimiser.step()
+    try:
+        method.check()
+    except FloatingPointError as error:
+        optimiser.load_state_dict(state)
+        with torch.no_grad():
+            for name, t in method.learned.items():
+                t.copy_(good[name])
+        return str(error)
+    return None
+
+
+class Checkpoint:
+    """The state of a run in one file: learned tensors, optimiser state, losses, and the settings that made them."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path = path
+        self.settings = json.loads(json.dumps(settings))
+
+    def save(self, method: Method, optimiser: torch.optim.Optimizer, losses: list[float]) -> None:
+        tensors = {f"learned.{name}": t for name, t in method.learned.items()}
+        for name, t in method.learned.items():
+            for key, value in optimiser.state.get(t, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimiser.{name}.{key}"] = value
+        tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
+        save_tensors(self.path, "checkpoint", tensors, {"settings": json.dumps(self.settings)})
+
+    def restore(self, method: Method, optimiser: torch.optim.Optimizer) -> list[float]:
+        """Loads the state into `method` and `optimiser` where there is a checkpoint; the losses so far."""
+        if not self.path.exists():
+            return []
+        tensors, metadata = load_tensors(self.path, "checkpoint", "losses", *(f"learned.{n}" for n in method.learned))
+        changed = differences(json.loads(metadata["settings"]), self.settings)
+        if changed:
+            raise ValueError(
+                f"{self.path} was made with other settings ({'; '.join(changed)}); choose another --out or delete it"
+            )
+        for name, t in method.learned.items():
+            with torch.no_grad():
+                t.copy_(tensors[f"learned.{name}"])
+            prefix = f"optimiser.{name}."
+            state = {k[len(prefix) :]: v.to(t.device) for k, v in tensors.items() if k.startswith(prefix)}
+            if state:
+                optimiser.state[t] = state
+        return tensors["losses"].tolist()

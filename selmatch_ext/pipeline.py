@@ -1,0 +1,213 @@
+"""The stages of a SelMatch run, each a function that continues what an earlier, killed call left in its folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selmatch_ext import models, report
+from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.data.images import ImageData, load
+from selmatch_ext.data.trajectories import ExpertStore
+from selmatch_ext.evaluation import Accuracy, evaluate, real_subset
+from selmatch_ext.experts import compute_scores, train_experts
+from selmatch_ext.files import atomic_write, write_json, write_text
+from selmatch_ext.methods.loop import run as run_method
+from selmatch_ext.methods.selmatch import SelMatch
+from selmatch_ext.seeds import derive, generator
+from selmatch_ext.selection.scores import difficulty, load_scores
+from selmatch_ext.selection.window import beta_grid, split, window
+from selmatch_ext.settings import Data, Evaluation, Matching, Run, Scores, Window, differences, to_dict
+
+
+def load_data(settings: Data, seed: int) -> tuple[ImageData, Tensor | None]:
+    """The data set, and which training images were kept of the full one (None: all)."""
+    data = load(
+        settings.dataset, root=settings.root, download=settings.download, resize=settings.resize, cache=settings.cache
+    )
+    if settings.per_class is None:
+        return data, None
+    return data.subset(settings.per_class, generator(seed, "subset"))
+
+
+def training_difficulty(
+    settings: Scores,
+    data_settings: Data,
+    data: ImageData,
+    kept: Tensor | None,
+    seed: int,
+    device: torch.device,
+    path: Path,
+) -> Tensor:
+    """(n,) difficulty of each training image, higher = harder: read from `settings.source` or computed and kept at `path`.
+
+    A score file is for the full data set; `kept` picks from it."""
+    if settings.source in ("forgetting", "el2n"):
+        if not path.exists():
+            scores = compute_scores(data, settings, seed, device)
+            with atomic_write(path) as temporary, open(temporary, "wb") as file:
+                np.savez(file, scores=scores.numpy(), labels=data.train.labels.numpy())
+        return difficulty(load_scores(path, data), settings.source)
+    kind, _, source = settings.source.rpartition(":")
+    full = data if kept is None else load_data(replace(data_settings, per_class=None), seed)[0]
+    scores = difficulty(load_scores(source, full), kind or "cscore")
+    return scores if kept is None else scores[kept]
+
+
+def search_window(
+    data: ImageData,
+    hardness: Tensor,
+    settings: Window,
+    evaluation: Evaluation,
+    seed: int,
+    device: torch.device,
+    folder: Path,
+) -> tuple[float, dict[float, Accuracy]]:
+    """The β of the best window, and the test accuracy of each β tried (section 3.1 of the paper).
+
+    Best means highest accuracy on the whole training split, so that no test image takes part in the choice; all windows
+    are of one size, so the images a network has seen weigh the same in each."""
+    smallest = int(torch.bincount(data.train.labels).min())
+    betas = beta_grid(smallest, settings.ipc, settings.step) if settings.beta is None else [settings.beta]
+    on_train, on_test = {}, {}
+    for beta in betas:
+        subset = starting_set(data, hardness, replace(settings, beta=beta))
+        record = folder / f"beta_{beta:.4f}.json"
+        result = evaluate(
+            replace(subset, distilled=torch.zeros_like(subset.distilled)),
+            data,
+            replace(evaluation, networks=settings.networks),
+            derive(seed, "search"),
+            device,
+            record,
+            f"window β = {beta:.2f}",
+            ("train", "test"),
+        )
+        on_train[beta], on_test[beta] = result["train"].mean, result["test"]
+    return max(on_train, key=on_train.__getitem__), on_test
+
+
+def starting_set(data: ImageData, hardness: Tensor, settings: Window) -> DistilledSet:
+    """The window at settings.beta with its easier α marked for distillation."""
+    indices = window(hardness, data.train.labels, settings.ipc, settings.beta, settings.beta_unit)
+    subset = real_subset(data, indices, "window")
+    return replace(subset, distilled=split(indices, settings.ipc, settings.alpha))
+
+
+def random_set(data: ImageData, ipc: int, seed: int) -> DistilledSet:
+    """ipc random training images of each class."""
+    labels, g = data.train.labels, generator(seed, "random")
+    per_class = [(labels == c).nonzero().squeeze(1) for c in range(data.classes)]
+    return real_subset(data, torch.cat([m[torch.randperm(len(m), generator=g)[:ipc]] for m in per_class]), "random")
+
+
+def distil(
+    subset: DistilledSet,
+    store: ExpertStore,
+    model: str,
+    settings: Matching,
+    data: ImageData,
+    seed: int,
+    device: torch.device,
+    folder: Path,
+    context: dict,
+) -> DistilledSet:
+    """SelMatch from `subset`; writes folder/distilled.safetensors and loss.png. `context`: settings saved with the result."""
+    network = models.build(model, data.channels, data.classes, data.image_size, generator=generator(seed, "student"))
+    method = SelMatch(subset, store, network, settings, device)
+    losses = run_method(
+        method, settings.iterations, folder, context, seed, settings.max_loss, settings.checkpoint_seconds
+    )
+    result = replace(method.distilled(), settings=context)
+    result.save(folder / "distilled.safetensors")
+    report.plot_loss(losses, folder / "loss.png")
+    return result
+
+
+def run(settings: Run, folder: str | Path, device: torch.device) -> dict[str, dict[str, float]]:
+    """Everything: scores, window search, experts, distillation, evaluation, report.
+
+    Returns and writes folder/results.json: {"random": {"mean": %, "std": %}, "window": …, "selmatch": …}. The same call
+    after a kill continues. Raises ValueError when `folder` holds a run with other settings."""
+    folder = Path(folder)
+    claim(folder, settings)
+    data, kept = load_data(settings.data, settings.seed)
+    hardness = training_difficulty(
+        settings.scores, settings.data, data, kept, settings.seed, device, folder / "scores.npz"
+    )
+    beta, betas = search_window(
+        data, hardness, settings.window, settings.evaluation, settings.seed, device, folder / "window"
+    )
+    start = starting_set(data, hardness, replace(settings.window, beta=beta))
+    start.save(folder / "window.safetensors")
+    store = train_experts(data, settings.experts, folder / "experts", settings.seed, device)
+    distilled = distil(
+        start,
+        store,
+        settings.experts.model,
+        settings.matching,
+        data,
+        settings.seed,
+        device,
+        folder,
+        {**to_dict(settings), "beta": beta},
+    )
+    sets = {
+        "random": random_set(data, settings.window.ipc, settings.seed),
+        "window": replace(start, distilled=torch.zeros_like(start.distilled)),
+        "selmatch": distilled,
+    }
+    results = {
+        name: evaluate(
+            subset, data, settings.evaluation, settings.seed, device, folder / f"evaluation_{name}.json", name
+        )["test"]
+        for name, subset in sets.items()
+    }
+    return write_report(folder, settings, beta, betas, start, distilled, results)
+
+
+def write_report(
+    folder: Path,
+    settings: Run,
+    beta: float,
+    betas: dict[float, Accuracy],
+    start: DistilledSet,
+    distilled: DistilledSet,
+    results: dict[str, Accuracy],
+) -> dict[str, dict[str, float]]:
+    """PNGs, table and results.json of a finished run."""
+    report.plot_beta({b: (r.mean, r.std) for b, r in betas.items()}, folder / "beta.png", beta)
+    learned = distilled.distilled
+    names = distilled.class_names
+    before, after, labels = start.denormalised(), distilled.denormalised(), start.labels
+    if not learned.all():
+        report.image_grid(
+            before[~learned], folder / "selected.png", labels[~learned], names, title="selected: kept as they are"
+        )
+    report.before_after(before[learned], after[learned], labels[learned], folder / "distilled.png", names)
+    rows = [["training set", "test accuracy", "networks"]]
+    rows += [[name, str(r), str(len(r.values))] for name, r in results.items()]
+    title = (
+        f"{settings.data.dataset}, {settings.window.ipc} images per class, β = {beta:.2f}, {settings.evaluation.model}"
+    )
+    print(f"\n{title}\n{report.table(rows)}")
+    write_text(folder / "table.md", f"{title}\n\n{report.markdown(rows)}\n")
+    summary = {name: {"mean": r.mean, "std": r.std} for name, r in results.items()}
+    write_json(folder / "results.json", summary)
+    return summary
+
+
+def claim(folder: Path, settings: Run) -> None:
+    """Writes folder/settings.json, or compares with the one there: ValueError naming what differs."""
+    path = folder / "settings.json"
+    new = to_dict(settings)
+    if path.exists():
+        changed = differences(json.loads(path.read_text()), new)
+        if changed:
+            raise ValueError(f"{folder} holds a run with other settings ({'; '.join(changed)}); choose another --out")
+    write_json(path, new)

@@ -1,0 +1,19 @@
+"""Independent random streams from one seed: a stream is named by what it is for, so nothing depends on call order."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def derive(seed: int, *stream: str | int) -> int:
+    """63-bit seed of the named stream, e.g. derive(seed, "expert", 3). The same on every platform."""
+    text = "/".join(map(str, (seed, *stream)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def generator(seed: int, *stream: str | int) -> torch.Generator:
+    """A CPU generator of the named stream. A long run that draws from generator(seed, "distill", iteration) in each
+    iteration needs no generator state in its checkpoints."""
+    return torch.Generator().manual_seed(derive(seed, *stream))

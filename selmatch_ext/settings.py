@@ -1,0 +1,181 @@
+"""Every setting of a run, typed, in one place. Defaults are SelMatch's for CIFAR-10 at 5 % (arXiv 2406.18561, appendix).
+
+A result is saved with the settings that made it (`to_dict`), and a resumed run is refused when they differ (`differences`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+DSA = "color_crop_cutout_flip_scale_rotate"
+Precision = Literal["float32", "tf32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which images."""
+
+    dataset: str = "CIFAR10"
+    """digits, MNIST, FashionMNIST, SVHN, CIFAR10, CIFAR100, tinyimagenet:PATH or imagefolder:PATH (a folder or an archive)."""
+    root: str | None = None
+    """Where torchvision's data sets lie."""
+    download: bool = False
+    """Let torchvision download what is missing under `root`."""
+    resize: int | None = None
+    """Resize every image to this many pixels a side."""
+    cache: str | None = None
+    """A folder for decoded images, so that the second start is instant."""
+    per_class: int | None = None
+    """Keep only this many random training images of each class."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a network is trained by SGD."""
+
+    epochs: int = 100
+    lr: float = 0.01
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    batch: int = 256
+    schedule: Literal["constant", "cosine"] = "constant"
+    """cosine falls to 1 % of lr at the last epoch."""
+    precision: Precision = "float32"
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Expert trajectories (MTT, arXiv 2203.11932, section 3.1)."""
+
+    model: str = "ConvNetBN"
+    count: int = 100
+    strategy: str = DSA
+    training: Training = Training()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Difficulty of each training image."""
+
+    source: str = "forgetting"
+    """forgetting or el2n, computed by training networks here; or the path of a C-score file (.npy, .npz; higher = easier),
+    or forgetting:PATH for a file whose scores grow with difficulty."""
+    model: str = "ConvNetBN"
+    runs: int = 3
+    strategy: str = "none"
+    training: Training = Training(epochs=20)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The sliding window of SelMatch (section 3 of the paper)."""
+
+    ipc: int = 250
+    alpha: float = 0.6
+    """Share of the window that is distilled: its easier part."""
+    beta: float | None = None
+    """Share of the class that is skipped, hardest first; None searches a grid."""
+    step: float = 0.1
+    """Spacing of that grid, from 0 to 1 − ipc / class size."""
+    networks: int = 1
+    """Networks trained per β of the grid."""
+    beta_unit: Literal["class", "ipc"] = "class"
+    """ipc reproduces the public code, which multiplies β by ipc instead of by the class size."""
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Trajectory matching (METHODS: MTT section 3.2 of the paper; SelMatch's appendix for the values)."""
+
+    iterations: int = 10000
+    inner_steps: int = 55
+    """N: student updates per iteration."""
+    expert_epochs: int = 2
+    """M: how many epochs ahead of the start the target lies."""
+    max_start_epoch: int = 80
+    """Start epochs are drawn from [0, max_start_epoch)."""
+    batch_syn: int = 125
+    lr_images: float = 1000.0
+    lr_lr: float = 1e-5
+    momentum: float = 0.5
+    lr_init: float = 0.001
+    """η₀, the student's learning rate at the start; it is learned."""
+    strategy: str = DSA
+    gradient: Literal["exact", "tesla"] = "exact"
+    engine: Literal["auto", "fused", "autograd"] = "auto"
+    keep: Literal["nothing", "activations"] = "nothing"
+    precision: Precision = "float32"
+    max_loss: float = 100.0
+    """A matching loss above this stops the run: 1 is the distance between the expert's start and target."""
+    checkpoint_seconds: float = 30.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Networks trained from scratch on a small set and tested on the real test set."""
+
+    model: str = "ResNet18BN"
+    networks: int = 5
+    distilled_strategy: str = DSA
+    """Augmentation of distilled images: one operation, drawn per sample."""
+    selected_strategy: str = "simple"
+    """Augmentation of real images in the set; simple = RandomCrop(padding 4) and horizontal flip."""
+    training: Training = Training(epochs=1000, lr=0.1, momentum=0.9, weight_decay=5e-4, batch=128, schedule="cosine")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run from data set to evaluated distilled set."""
+
+    data: Data = field(default_factory=Data)
+    scores: Scores = field(default_factory=Scores)
+    window: Window = field(default_factory=Window)
+    experts: Experts = field(default_factory=Experts)
+    matching: Matching = field(default_factory=Matching)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    seed: int = 0
+
+
+def digits_demo() -> Run:
+    """SelMatch on scikit-learn's digits (8x8, one channel; no flips) within minutes on two CPU cores."""
+    strategy = "color_crop_cutout_scale_rotate"
+    model = "ConvNetW32"
+    return Run(
+        data=Data(dataset="digits"),
+        scores=Scores(source="el2n", model=model, training=Training(epochs=10, lr=0.02, momentum=0.9, batch=64)),
+        window=Window(ipc=6, alpha=0.6, step=0.2, networks=2),
+        experts=Experts(model=model, count=4, strategy=strategy, training=Training(epochs=20, lr=0.02, batch=64)),
+        matching=Matching(
+            iterations=300,
+            inner_steps=15,
+            expert_epochs=1,
+            max_start_epoch=10,
+            batch_syn=30,
+            lr_init=0.02,
+            strategy=strategy,
+        ),
+        evaluation=Evaluation(
+            model=model,
+            distilled_strategy=strategy,
+            selected_strategy="crop",
+            training=Training(epochs=200, lr=0.02, momentum=0.9, weight_decay=5e-4, batch=50, schedule="cosine"),
+        ),
+    )
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Nested plain dictionary of a settings object, for JSON and for file metadata."""
+    return asdict(settings)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Names and values of the settings in which two `to_dict` results differ, as 'name: old → new' lines."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a} → {b}")
+    return lines

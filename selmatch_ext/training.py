@@ -1,0 +1,95 @@
+"""The one loop in which networks are trained: experts, score networks and evaluations all pass through `train`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from selmatch_ext.ops.dsa import Augmentation, augment, mix_augmentations, sample_augmentation
+from selmatch_ext.precision import precision_scope
+from selmatch_ext.settings import Training
+
+Take = Callable[[Tensor], Tensor]  # indices (b,) -> images (b, C, H, W), normalised
+Augmenter = Callable[[Tensor, torch.Generator], Augmentation]  # indices (b,), generator -> what to do with each image
+
+
+def batch_augmenter(strategy: str, image_size: tuple[int, int]) -> Augmenter:
+    """One operation of `strategy` a batch (DSA's mode single), each image with its own parameters."""
+    return lambda indices, generator: sample_augmentation(
+        len(indices), *image_size, strategy=strategy, generator=generator
+    )
+
+
+def combined_augmenter(distilled: Tensor, dsa: str, simple: str, image_size: tuple[int, int]) -> Augmenter:
+    """SelMatch's combined augmentation (section 3 of the paper): distilled images get one operation of `dsa` each, drawn
+    per sample, real ones get `simple`. One table, so one launch a batch.
+
+    distilled: (n,) bool on the CPU, over the set that the indices count through."""
+
+    def sample(indices: Tensor, generator: torch.Generator) -> Augmentation:
+        size = (len(indices), *image_size)
+        mine = sample_augmentation(*size, strategy=dsa, per_sample=True, generator=generator)
+        other = sample_augmentation(*size, strategy=simple, mode="multi", generator=generator)
+        return mix_augmentations(distilled[indices], mine, other)
+
+    return sample
+
+
+def train(
+    model: nn.Module,
+    take: Take,
+    labels: Tensor,
+    settings: Training,
+    augmenter: Augmenter,
+    generator: torch.Generator,
+    after_epoch: Callable[[int], None] | None = None,
+) -> None:
+    """Trains `model` in place by SGD on cross-entropy.
+
+    labels: (n,) int64, or (n, K) float probabilities, on the model's device. Order and augmentation are drawn from
+    `generator` (CPU). after_epoch(epoch) is called after each, counted from 1.
+    Raises FloatingPointError when an epoch ends with a loss that is not finite."""
+    device = labels.device
+    optimiser = torch.optim.SGD(
+        model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+    )
+    for epoch in range(settings.epochs):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(settings, epoch)
+        model.train()
+        for indices in torch.randperm(len(labels), generator=generator).split(settings.batch):
+            p = Augmentation(*(t.to(device) for t in augmenter(indices, generator)))
+            indices = indices.to(device)
+            with precision_scope(settings.precision, device):
+                loss = F.cross_entropy(model(augment(take(indices), p)), labels[indices])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(
+                f"training stopped: the loss of epoch {epoch + 1} is {loss.item()} at lr {settings.lr}; try a smaller lr"
+            )
+        if after_epoch is not None:
+            after_epoch(epoch + 1)
+
+
+def learning_rate(settings: Training, epoch: int) -> float:
+    """Of the given epoch, counted from 0. cosine: from lr down to lr / 100 in the last epoch."""
+    if settings.schedule == "constant":
+        return settings.lr
+    progress = epoch / max(1, settings.epochs - 1)
+    return settings.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@torch.no_grad()
+def predict(model: nn.Module, take: Take, count: int, device: torch.device, batch: int = 512) -> Tensor:
+    """Logits (count, K) of images 0..count−1 in evaluation mode, on the CPU; the mode is put back afterwards."""
+    was_training = model.training
+    model.eval()
+    logits = [model(take(indices)).float().cpu() for indices in torch.arange(count, device=device).split(batch)]
+    model.train(was_training)
+    return torch.cat(logits)
