@@ -63,6 +63,14 @@ def show(result: dict) -> str:
     return "\n".join(lines)
 
 
+def summary(result: dict) -> list[tuple[str, str, str]]:
+    """Rows of `python -m bench`: what was measured, the figure, the goal."""
+    return [
+        (f"forward + backward, {name}", f"{case['speedup']:.1f}x eager", "at least 2x")
+        for name, case in result["cases"].items()
+    ]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
