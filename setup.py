@@ -95,7 +95,9 @@ def extension():
     macros = [("SELMATCH_VERSION", f'"{project_version()}"')]
     # OpenMP's symbols come from the library that torch already loaded: linking another one would start a second pool of
     # threads that torch.set_num_threads does not reach. So -fopenmp is for the compiler and not for the linker.
-    flags = {"cxx": ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]}
+    flags = {
+        "cxx": ["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
+    }
     kind = CppExtension
     if TOOLKIT is None:
         sources = [path for path in sources if not path.endswith("_cuda.cpp")]
