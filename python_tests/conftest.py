@@ -7,7 +7,7 @@ import torch
 
 from selmatch_ext.data.images import load
 from selmatch_ext.experts import train_experts
-from selmatch_ext.settings import Evaluation, Experts, Matching, Run, Scores, Training, Window, digits_demo
+from selmatch_ext.settings import Evaluation, Experts, Matching, Scores, Training, Window, digits_demo
 
 CPU = torch.device("cpu")
 MODEL = "ConvNetD2W8"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from conftest import CPU, MODEL, tiny_run
 
 from selmatch_ext import cli, pipeline
 from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.evaluation import Accuracy, seen_as
 from selmatch_ext.settings import Data, Scores, to_dict
 
 
@@ -53,8 +55,6 @@ def test_other_settings_in_the_same_folder_are_refused(finished):
 
 
 def test_the_window_is_chosen_without_test_images(digits, monkeypatch, tmp_path):
-    from selmatch_ext.evaluation import Accuracy
-
     def fake(subset, *rest):
         beta = float(str(rest[4]).rpartition("_")[2][:6])
         return {"train": Accuracy([90.0 if beta == 0.5 else 80.0]), "test": Accuracy([50.0 if beta == 0.5 else 95.0])}
@@ -62,9 +62,7 @@ def test_the_window_is_chosen_without_test_images(digits, monkeypatch, tmp_path)
     monkeypatch.setattr(pipeline, "evaluate", fake)
     settings = tiny_run()
     hardness = torch.rand(len(digits.train.labels), generator=torch.Generator().manual_seed(0))
-    beta, tried = pipeline.search_window(
-        digits, hardness, settings.window, settings.evaluation, 0, CPU, tmp_path
-    )
+    beta, tried = pipeline.search_window(digits, hardness, settings.window, settings.evaluation, 0, CPU, tmp_path)
     assert beta == 0.5 and len(tried) == 3
 
 
@@ -159,3 +157,21 @@ def test_errors_are_one_line_that_names_what_is_wrong(arguments, message, tmp_pa
     assert cli.main([a.format(tmp=tmp_path, scores=scores) for a in arguments]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("selmatch: ") and message in error
+
+
+def test_a_demo_with_another_seed_sets_the_old_one_aside(tmp_path):
+    cli.demo(tiny_run(), out=tmp_path / "demo", device="cpu")
+    first = (tmp_path / "demo" / "results.json").read_text()
+    cli.demo(tiny_run(seed=1), out=tmp_path / "demo", device="cpu")
+    assert (tmp_path / "demo.1" / "results.json").read_text() == first
+    assert json.loads((tmp_path / "demo" / "settings.json").read_text())["seed"] == 1
+
+
+def test_a_set_of_other_images_is_refused(finished, digits):
+    subset = DistilledSet.load(finished[0] / "window.safetensors")
+    with pytest.raises(ValueError, match="classes"):
+        seen_as(replace(subset, class_names=[f"x{i}" for i in range(10)]), digits)
+    with pytest.raises(ValueError, match=r"shape \(1, 4, 4\), digits of \(1, 8, 8\)"):
+        seen_as(replace(subset, images=subset.images[:, :, :4, :4]), digits)
+    shifted = replace(subset, mean=subset.mean + 0.1)
+    assert torch.equal(seen_as(shifted, digits).mean, shifted.mean)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -61,10 +62,14 @@ def demo(
     """The same on scikit-learn's digits, with settings for a few minutes on two cores.
 
     Args:
-        out: Folder of the run. One of a finished or other demo is replaced only by the same settings.
+        out: Folder of the run. A run with other settings that is there is renamed first, to demo.1, demo.2 and so on.
         device: auto, cpu, cuda, cuda:1 …
     """
-    pipeline.run(settings, out, device_of(device))
+    where = device_of(device)
+    if pipeline.other_settings(out, settings):
+        n = next(n for n in itertools.count(1) if not out.with_name(f"{out.name}.{n}").exists())
+        out.rename(out.with_name(f"{out.name}.{n}"))
+    pipeline.run(settings, out, where)
 
 
 def scores(data: Data = Data(), scores: Scores = Scores(), *, out: Path, seed: int = 0, device: str = "auto") -> None:
@@ -145,7 +150,7 @@ def distill(
     seed: int = 0,
     device: str = "auto",
 ) -> None:
-    """SelMatch from a starting set of `selmatch select`; continues after a kill. Writes distilled.safetensors and loss.png.
+    """SelMatch from a starting set of `selmatch select`; writes distilled.safetensors; continues after a kill.
 
     Args:
         start: The starting set (window.safetensors).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -50,9 +50,11 @@ def evaluate(
 ) -> dict[str, Accuracy]:
     """Trains `settings.networks` networks on `subset`; their accuracy on each of `data`'s `splits` (train, test).
 
-    Network k depends on `seed` and k alone, so that different sets are compared on the same initialisations and orders.
-    record: a JSON file that keeps finished networks; a killed evaluation goes on after them. It belongs to one set and one
-    setting: ValueError when the settings in it differ."""
+    Network k depends on `seed` and k alone, so that different sets are compared on the same initialisations and
+    orders. `data` is normalised the way the set is. record: a JSON file that keeps finished networks; a killed
+    evaluation goes on after them. Raises ValueError when the settings in it differ, or the set is of another kind of
+    images or of other classes than `data`."""
+    data = seen_as(subset, data)
     header = {"settings": to_dict(settings), "seed": seed, "splits": list(splits)}
     finished = [] if record is None else _recorded(Path(record), header)
     for k in tqdm(range(len(finished), settings.networks), desc=label, unit="network"):
@@ -66,6 +68,18 @@ def evaluate(
         if record is not None:
             write_json(record, {**header, "accuracies": finished})
     return {split: Accuracy(list(values)) for split, values in zip(splits, zip(*finished, strict=True), strict=True)}
+
+
+def seen_as(subset: DistilledSet, data: ImageData) -> ImageData:
+    """`data` with the normalisation of `subset`. ValueError when image shapes or class names differ."""
+    if subset.images.shape[1:] != data.train.images.shape[1:]:
+        raise ValueError(
+            f"the set has images of shape {tuple(subset.images.shape[1:])}, {data.name} of "
+            f"{tuple(data.train.images.shape[1:])}"
+        )
+    if subset.class_names != data.class_names:
+        raise ValueError(f"the set has the classes {subset.class_names}, {data.name} has {data.class_names}")
+    return replace(data, mean=subset.mean, std=subset.std)
 
 
 def accuracy(model: torch.nn.Module, data: ImageData, split: str, device: torch.device) -> float:

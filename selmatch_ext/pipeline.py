@@ -14,7 +14,7 @@ from selmatch_ext import models, report
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.images import ImageData, load
 from selmatch_ext.data.trajectories import ExpertStore
-from selmatch_ext.evaluation import Accuracy, evaluate, real_subset
+from selmatch_ext.evaluation import Accuracy, evaluate, real_subset, seen_as
 from selmatch_ext.experts import compute_scores, train_experts
 from selmatch_ext.files import atomic_write, write_json, write_text
 from selmatch_ext.methods.loop import run as run_method
@@ -44,9 +44,8 @@ def training_difficulty(
     device: torch.device,
     path: Path,
 ) -> Tensor:
-    """(n,) difficulty of each training image, higher = harder: read from `settings.source` or computed and kept at `path`.
-
-    A score file is for the full data set; `kept` picks from it."""
+    """(n,) difficulty of each training image, higher = harder: read from `settings.source`, or computed and kept at
+    `path`. A score file is for the full data set; `kept` picks from it."""
     if settings.source in ("forgetting", "el2n"):
         if not path.exists():
             scores = compute_scores(data, settings, seed, device)
@@ -117,7 +116,10 @@ def distil(
     folder: Path,
     context: dict,
 ) -> DistilledSet:
-    """SelMatch from `subset`; writes folder/distilled.safetensors and loss.png. `context`: settings saved with the result."""
+    """SelMatch from `subset`; writes folder/distilled.safetensors and loss.png. `context` is saved with the result.
+
+    Raises ValueError when `subset` or the experts are of other data or another network."""
+    seen_as(subset, data)
     network = models.build(model, data.channels, data.classes, data.image_size, generator=generator(seed, "student"))
     method = SelMatch(subset, store, network, settings, device)
     losses = run_method(
@@ -204,10 +206,13 @@ def write_report(
 
 def claim(folder: Path, settings: Run) -> None:
     """Writes folder/settings.json, or compares with the one there: ValueError naming what differs."""
+    changed = other_settings(folder, settings)
+    if changed:
+        raise ValueError(f"{folder} holds a run with other settings ({'; '.join(changed)}); choose another --out")
+    write_json(folder / "settings.json", to_dict(settings))
+
+
+def other_settings(folder: Path, settings: Run) -> list[str]:
+    """What the run in `folder` has been made with that differs from `settings`; nothing if there is no run."""
     path = folder / "settings.json"
-    new = to_dict(settings)
-    if path.exists():
-        changed = differences(json.loads(path.read_text()), new)
-        if changed:
-            raise ValueError(f"{folder} holds a run with other settings ({'; '.join(changed)}); choose another --out")
-    write_json(path, new)
+    return differences(json.loads(path.read_text()), to_dict(settings)) if path.exists() else []

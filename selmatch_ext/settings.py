@@ -1,6 +1,6 @@
-"""Every setting of a run, typed, in one place. Defaults are SelMatch's for CIFAR-10 at 5 % (arXiv 2406.18561, appendix).
+"""Every setting of a run, typed, in one place. Defaults are SelMatch's for CIFAR-10 at 5 % (arXiv 2406.18561).
 
-A result is saved with the settings that made it (`to_dict`), and a resumed run is refused when they differ (`differences`).
+A result is saved with the settings that made it (`to_dict`); a resumed run is refused when they differ (`differences`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Data:
     """Which images."""
 
     dataset: str = "CIFAR10"
-    """digits, MNIST, FashionMNIST, SVHN, CIFAR10, CIFAR100, tinyimagenet:PATH or imagefolder:PATH (a folder or an archive)."""
+    """digits, MNIST, FashionMNIST, SVHN, CIFAR10, CIFAR100, tinyimagenet:PATH or imagefolder:PATH (or an archive)."""
     root: str | None = None
     """Where torchvision's data sets lie."""
     download: bool = False
@@ -59,8 +59,8 @@ class Scores:
     """Difficulty of each training image."""
 
     source: str = "forgetting"
-    """forgetting or el2n, computed by training networks here; or the path of a C-score file (.npy, .npz; higher = easier),
-    or forgetting:PATH for a file whose scores grow with difficulty."""
+    """forgetting or el2n, computed by training networks here; or the path of a C-score file (.npy, .npz; higher =
+    easier); or forgetting:PATH or el2n:PATH, a file of such scores (higher = harder)."""
     model: str = "ConvNetBN"
     runs: int = 3
     strategy: str = "none"

@@ -25,8 +25,8 @@ def batch_augmenter(strategy: str, image_size: tuple[int, int]) -> Augmenter:
 
 
 def combined_augmenter(distilled: Tensor, dsa: str, simple: str, image_size: tuple[int, int]) -> Augmenter:
-    """SelMatch's combined augmentation (section 3 of the paper): distilled images get one operation of `dsa` each, drawn
-    per sample, real ones get `simple`. One table, so one launch a batch.
+    """SelMatch's combined augmentation (section 3 of the paper): distilled images get one operation of `dsa` each,
+    drawn per sample, real ones get `simple`. One table, so one launch a batch.
 
     distilled: (n,) bool on the CPU, over the set that the indices count through."""
 
@@ -71,7 +71,8 @@ def train(
             optimiser.step()
         if not math.isfinite(loss.item()):
             raise FloatingPointError(
-                f"training stopped: the loss of epoch {epoch + 1} is {loss.item()} at lr {settings.lr}; try a smaller lr"
+                f"training stopped: the loss of epoch {epoch + 1} is {loss.item()} at lr {settings.lr}; "
+                "try a smaller lr"
             )
         if after_epoch is not None:
             after_epoch(epoch + 1)

@@ -1,7 +1,7 @@
 """The one loop that every distillation method runs in: draw, loss, backward, update, checkpoint.
 
-A method is a class with the members of `Method`; the loop owns the optimiser, the checkpoints, the random streams and the
-checks, so a method is little more than its loss.
+A method is a class with the members of `Method`; the loop owns the optimiser, the checkpoints, the random streams and
+the checks, so a method is little more than its loss.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Method(Protocol):
         """A new optimiser over `learned`, each tensor once."""
 
     def loss(self, iteration: int, generator: torch.Generator) -> Tensor:
-        """The 0-d loss of one iteration, differentiable in `learned`; every random choice comes from `generator` (CPU)."""
+        """The 0-d loss of one iteration, differentiable in `learned`. Every random choice comes from `generator` (CPU)
+        or from `iteration`."""
 
     def check(self) -> None:
         """Raises FloatingPointError when `learned` is no longer usable, e.g. a learning rate that is not positive."""
@@ -57,9 +58,9 @@ def run(
 ) -> list[float]:
     """Runs `method` up to `iterations` iterations and returns the losses of all of them.
 
-    The state is saved to `folder`/checkpoint.safetensors every `checkpoint_seconds`, at the end and before an error. The
-    same call continues from there; on the CPU it ends with the same bits as a run that was never stopped, since iteration
-    i draws from the stream (seed, method.name, i).
+    The state is saved to `folder`/checkpoint.safetensors every `checkpoint_seconds`, at the end and before an error.
+    The same call continues from there; on the CPU it ends with the same bits as a run that was never stopped, since
+    iteration i draws from the stream (seed, method.name, i).
 
     Raises ValueError when the checkpoint was made with other settings, FloatingPointError (after saving the last good
     state) when a loss or gradient is not finite or the loss exceeds `max_loss`."""
@@ -79,8 +80,8 @@ def run(
             if problem is not None:
                 checkpoint.save(method, optimiser, losses)
                 raise FloatingPointError(
-                    f"{method.name} stopped at iteration {iteration + 1}: {problem}. The state before this iteration is in "
-                    f"{checkpoint.path}. {method.advice()}"
+                    f"{method.name} stopped at iteration {iteration + 1}: {problem}. The state before this iteration "
+                    f"is in {checkpoint.path}. {method.advice()}"
                 )
             losses.append(value)
             progress.update()

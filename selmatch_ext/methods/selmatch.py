@@ -17,15 +17,16 @@ from selmatch_ext.settings import Matching
 class SelMatch:
     """Partial update of a selected set (section 3.2 of the paper). A `Method` of the loop.
 
-    subset: the window, whose `distilled` mask says which images are learned; store: expert trajectories of `model`. Learned:
-    those images, and η, the student's learning rate. Raises ValueError for trajectories that are too short."""
+    subset: the window, whose `distilled` mask says which images are learned; store: expert trajectories of `model`.
+    Learned: those images, and η, the student's learning rate. Raises ValueError for trajectories of another network or
+    that are too short, and for a set in which nothing is to be distilled."""
 
     name = "selmatch"
 
     def __init__(
         self, subset: DistilledSet, store: ExpertStore, model: torch.nn.Module, settings: Matching, device: torch.device
     ):
-        check_experts(store, settings)
+        check_experts(store, model, settings)
         if not subset.distilled.any():
             raise ValueError("no image of the set is to be distilled; alpha times ipc must be at least 1")
         self.subset, self.store, self.settings = subset, store, settings
@@ -58,8 +59,8 @@ class SelMatch:
     def advice(self) -> str:
         s = self.settings
         return (
-            f"η is {self.lr.item():.6g} (lr_init {s.lr_init:g}, lr_lr {s.lr_lr:g}) and lr_images {s.lr_images:g}: try a smaller "
-            "lr_images or lr_lr, a smaller lr_init, or fewer inner_steps."
+            f"η is {self.lr.item():.6g} (lr_init {s.lr_init:g}, lr_lr {s.lr_lr:g}) and lr_images {s.lr_images:g}: "
+            "try a smaller lr_images or lr_lr, a smaller lr_init, or fewer inner_steps."
         )
 
     def distilled(self) -> DistilledSet:

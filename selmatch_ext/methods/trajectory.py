@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from selmatch_ext.data.trajectories import ExpertStore
+from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.ops.distance import trajectory_distance
 from selmatch_ext.ops.dsa import Augmentation, sample_augmentation
 from selmatch_ext.settings import Matching
@@ -32,8 +33,8 @@ def matching_loss(
 ) -> Tensor:
     """‖θ̂_N − θ*_{t+M}‖² / ‖θ*_t − θ*_{t+M}‖² for a random expert and start epoch t (equation 2 of the paper).
 
-    images: (n, C, H, W) and labels: (n,) int64 or (n, K) probabilities, the whole synthetic set; lr: 0-d. Differentiable in
-    all three. Draws from `generator` (CPU): the expert, t, the batches, one DSA operation a step."""
+    images: (n, C, H, W) and labels: (n,) int64 or (n, K) probabilities, the whole synthetic set; lr: 0-d.
+    Differentiable in all three. Draws from `generator` (CPU): the expert, t, the batches, one DSA operation a step."""
     expert = int(torch.randint(store.count, (), generator=generator))
     epoch = int(torch.randint(settings.max_start_epoch, (), generator=generator))
     start = store.row(expert, epoch).to(images)
@@ -63,15 +64,20 @@ def _draw(batch: int, images: Tensor, strategy: str, generator: torch.Generator)
     return Augmentation(*(t.to(images.device) for t in p))
 
 
-def check_experts(store: ExpertStore, settings: Matching) -> None:
-    """ValueError when the trajectories are too short for the start epochs and M, or there are none."""
+def check_experts(store: ExpertStore, model: torch.nn.Module, settings: Matching) -> None:
+    """ValueError when there are no trajectories, they are not of `model`, or too short for the start epochs and M."""
     if store.count == 0:
         raise ValueError(f"no expert trajectories in {store.folder}; train some with `selmatch experts`")
+    if store.parameters != parameter_count(model):
+        raise ValueError(
+            f"the experts in {store.folder} have {store.parameters} parameters, {type(model).__name__} has "
+            f"{parameter_count(model)}"
+        )
     if settings.max_start_epoch < 1:
         raise ValueError(f"max_start_epoch must be at least 1, got {settings.max_start_epoch}")
     last = settings.max_start_epoch - 1 + settings.expert_epochs
     if last > store.epochs:
         raise ValueError(
-            f"max_start_epoch {settings.max_start_epoch} and expert_epochs {settings.expert_epochs} need trajectories of "
-            f"{last} epochs; those in {store.folder} have {store.epochs}"
+            f"max_start_epoch {settings.max_start_epoch} and expert_epochs {settings.expert_epochs} need trajectories "
+            f"of {last} epochs; those in {store.folder} have {store.epochs}"
         )
