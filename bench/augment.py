@@ -3,8 +3,8 @@
     python -m bench.augment [--device cuda] [--json]
 
 Per name: DiffAugment on a batch, forward + backward through autograd, ours and plain PyTorch taking turns. Two plain
-copies (of the images and of the gradient) are the floor. Combined: half of the images DSA, half a random crop and a flip,
-each image drawing its own, as SelMatch evaluates; plain PyTorch draws it image by image, as a data loader does.
+copies (of the images and of the gradient) are the floor. Combined: half of the images DSA, half a random crop and a
+flip, each image drawing its own, as SelMatch evaluates; plain PyTorch draws it image by image, as a data loader does.
 """
 
 import argparse
