@@ -6,7 +6,6 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -23,11 +22,17 @@ TORCH_LIBRARY(selmatch_ext, m) {
 
 namespace {
 
+// "7.5;8.0 9.0+PTX" has three parts
 std::vector<std::string> split(const std::string& list) {
   std::vector<std::string> parts;
-  std::stringstream stream(list);
-  for (std::string part; std::getline(stream, part, ';');) {
-    parts.push_back(part);
+  std::string part;
+  for (const char c : list + ";") {
+    if (c != ';' && c != ' ') {
+      part += c;
+    } else if (!part.empty()) {
+      parts.push_back(part);
+      part.clear();
+    }
   }
   return parts;
 }

@@ -386,6 +386,10 @@ void test_dsa_in_workspace(bool quick) {
   const size_t usual = emulator::shared_limit();
   emulator::shared_limit() = 512;  // no image of these fits
   test_dsa(quick);
+  // More images than blocks, so that a block takes several.
+  const Shape small = {1027, 1, 2, 2};
+  std::mt19937 random(13);
+  test_chain(kDtypes[0], small, chain("many images", {kDsaColor, kDsaFlip}, small, true, &random), 0, &random);
   emulator::shared_limit() = usual;
 }
 
