@@ -136,9 +136,11 @@ def test_same_bits_twice_and_only_what_is_asked_for():
         gradients = alone.gradients(unrolled_sgd)
         assert gradients.keys() == {name}
         torch.testing.assert_close(gradients[name], first[name], rtol=1e-4, atol=1e-6)
+    arguments = problem.model, problem.start, problem.images, problem.labels, problem.batches, problem.lr
+    theta = unrolled_sgd(*arguments)
     with torch.no_grad():
-        arguments = problem.model, problem.start, problem.images, problem.labels, problem.batches, problem.lr
-        assert not unrolled_sgd(*arguments).requires_grad
+        plain = unrolled_sgd(*arguments, keep="activations")
+    assert torch.equal(plain, theta) and theta.requires_grad and not plain.requires_grad
 
 
 def test_second_backward_and_rates_as_numbers():

@@ -1,6 +1,6 @@
 """Networks by name, and their parameters as one flat vector."""
 
-from . import flat
-from .zoo import build, embed, names
+from selmatch_ext.models import flat
+from selmatch_ext.models.zoo import build, embed, names
 
 __all__ = ["build", "embed", "flat", "names"]

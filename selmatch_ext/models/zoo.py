@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .convnet import ConvNet, make_norm, parse_name, shrink
+from selmatch_ext.models.convnet import ConvNet, make_norm, parse_name, shrink
 
 
 class MLP(nn.Module):

@@ -17,14 +17,17 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from ..models.flat import flatten
-from ..ops.dsa import augment
-from ..precision import precision_scope
+from selmatch_ext.models.flat import flatten
+from selmatch_ext.ops.dsa import augment
+from selmatch_ext.precision import precision_scope
 
 
 def unroll(model, start, images, labels, lr, plan):
     """(P,) parameters after the steps of `plan`; see `unrolled_sgd`. lr: (N,)."""
-    return _Unroll.apply(start, images, labels, lr, _PrivateModel(model, start), plan)
+    tensors = (start, images, labels, lr)
+    if not torch.is_grad_enabled():  # a Function cannot tell, and would keep what nothing will use
+        tensors = [t.detach() for t in tensors]
+    return _Unroll.apply(*tensors, _PrivateModel(model, start), plan)
 
 
 class _PrivateModel:
@@ -175,7 +178,9 @@ def _run_step(ctx, i, theta, images, labels, leaves, graph):
     x = images.detach().index_select(0, batch).requires_grad_(graph and leaves[0])
     y = labels.detach().index_select(0, batch)
     y = y.requires_grad_(graph and leaves[1]) if y.is_floating_point() else y.long()
-    autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=plan.precision == "bfloat16")
+    # Autocast's cache of cast weights would hold those of every step.
+    rounded = plan.precision == "bfloat16"
+    autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=rounded, cache_enabled=False)
     with torch.enable_grad(), autocast:
         seen = x if plan.augmentations is None else augment(x, plan.augmentations[i])
         loss = _loss(ctx.model, parameters, seen, y, plan.label_range)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..models.flat import parameter_count
-from . import autograd
+from selmatch_ext.models.flat import parameter_count
+from selmatch_ext.unroll import autograd
 
 # An engine is a function (model, start, images, labels, lr, plan) -> theta of the arguments that `unrolled_sgd` has
 # checked; lr is then a tensor (N,) of the dtype and on the device of start.
@@ -54,7 +54,7 @@ def unrolled_sgd(
     step starts from the buffers that the model has now. All its parameters are trained, whatever their
     `requires_grad`; those that the loss does not reach stay as they are; shared ones count once. Dropout draws its
     masks from torch's global generator, as in ordinary training, and the backward pass sees the same masks without
-    advancing it. An autocast around the call has no effect: `precision` alone decides.
+    advancing it. Hooks run on the copy. An autocast around the call has no effect: `precision` alone decides.
 
     Args:
         model: nn.Module, images (B, C, H, W) -> logits (B, K).
@@ -170,13 +170,14 @@ def _check_batches(batches, images):
             raise TypeError(f"batches[{i}] must be an int64 tensor of indices, got {what}")
         if batch.dim() != 1 or batch.numel() == 0:
             raise ValueError(f"batches[{i}] must have shape (B,) with B of at least 1, got {tuple(batch.shape)}")
+    batches = [batch.to(images.device, torch.int64) for batch in batches]
     smallest, largest = torch.stack(torch.cat(batches).aminmax()).tolist()
     if smallest < 0 or largest >= images.shape[0]:
         raise ValueError(
             f"batches must hold indices of the {images.shape[0]} images, from 0 to {images.shape[0] - 1}, "
             f"got {smallest} to {largest}"
         )
-    return [batch.to(images.device, torch.int64) for batch in batches]
+    return batches
 
 
 def _learning_rates(lr, count, start):
