@@ -124,6 +124,14 @@ def show(result: dict) -> str:
     )
 
 
+def summary(result: dict) -> list[tuple[str, str, str]]:
+    """Rows of `python -m bench`: what was measured, the figure, the goal."""
+    return [
+        ("memory of 32 steps over that of 4, less what is kept", f"{result['growth']:.2f}x", "at most 1.25x"),
+        ("share of the full graph's memory, 32 steps", f"{result['share_of_full_graph']:.3f}", "at most 0.1"),
+    ]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")

@@ -25,7 +25,7 @@ def program(tmp_path_factory):
 
 
 def run(program, *arguments):
-    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=300)
+    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=1200)
 
 
 def test_kernels_against_the_cpu(program):
