@@ -9,6 +9,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import sysconfig
 import warnings
 
 import torch
@@ -82,6 +84,11 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtensio
 
 
 class Build(BuildExtension):
+    def finalize_options(self):
+        super().finalize_options()
+        # One place for the objects of wheels, editable installs and builds in place: only what changed is compiled.
+        self.build_temp = os.path.join("build", f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
+
     def build_extensions(self):
         # dsa_cuda.cpp (torch's side) and dsa_cuda.cu (the kernels) must not share one object file.
         self.compiler.object_filenames = lambda sources, strip_dir=0, output_dir="": [
