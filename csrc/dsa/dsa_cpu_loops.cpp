@@ -1,7 +1,6 @@
 // Compiles the loops of dsa_cpu_loops.h for several sets of vector instructions and picks one when it runs.
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <new>
 #include <string_view>
 

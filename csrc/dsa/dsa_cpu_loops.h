@@ -374,20 +374,71 @@ struct Loops {
   void pack_row(const T* src, int count, Pixel* __restrict out) const {
     const T *a = src, *b = src + (count > 1 ? plane : 0), *c = src + (count > 2 ? 2 * plane : 0),
             *d = src + (count > 3 ? 3 * plane : 0);
-    for (int j = 0, end = width; j < end; ++j) {
+    int j = 0;
+#if SELMATCH_DSA_LANES == 64
+    if constexpr (sizeof(T) == sizeof(float)) {
+      for (; j + 16 <= width; j += 16) {
+        pack16(a + j, b + j, c + j, d + j, reinterpret_cast<float*>(out + j));
+      }
+    }
+#endif
+    for (const int end = width; j < end; ++j) {
       out[j] = Pixel{a[j], b[j], c[j], d[j]};
     }
   }
 
   void unpack_row(const Pixel* in, int count, T* dst) const {
     const T* __restrict from = reinterpret_cast<const T*>(in);
+    int begin = 0;
+#if SELMATCH_DSA_LANES == 64
+    if constexpr (sizeof(T) == sizeof(float)) {
+      for (; begin + 16 <= width; begin += 16) {
+        unpack16(from + 4 * begin, count, plane, dst + begin);
+      }
+    }
+#endif
     for (int c = 0; c < count; ++c) {
       T* __restrict to = dst + c * plane;
-      for (int j = 0, end = width; j < end; ++j) {
+      for (int j = begin, end = width; j < end; ++j) {
         to[j] = from[4 * j + c];
       }
     }
   }
+
+#if SELMATCH_DSA_LANES == 64
+  // 16 pixels: transposes of 4 x 4 in each quarter of a vector. After them, quarter q of vector k is pixel 4 q + k.
+  // (Masks of ones, since without a mask GCC 12 warns about its own header.)
+  static void pack16(const float* a, const float* b, const float* c, const float* d, float* out) {
+    constexpr __mmask8 kAll = 0xff;
+    const __m512 va = _mm512_loadu_ps(a), vb = _mm512_loadu_ps(b), vc = _mm512_loadu_ps(c), vd = _mm512_loadu_ps(d);
+    const __m512d ab_low = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(0xffff, va, vb));
+    const __m512d ab_high = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(0xffff, va, vb));
+    const __m512d cd_low = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(0xffff, vc, vd));
+    const __m512d cd_high = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(0xffff, vc, vd));
+    const __m512 pixels[4] = {_mm512_castpd_ps(_mm512_maskz_unpacklo_pd(kAll, ab_low, cd_low)),
+                              _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(kAll, ab_low, cd_low)),
+                              _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(kAll, ab_high, cd_high)),
+                              _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(kAll, ab_high, cd_high))};
+    for (int k = 0; k < 4; ++k) {
+      _mm_storeu_ps(out + 4 * k, _mm512_maskz_extractf32x4_ps(kAll, pixels[k], 0));
+      _mm_storeu_ps(out + 16 + 4 * k, _mm512_maskz_extractf32x4_ps(kAll, pixels[k], 1));
+      _mm_storeu_ps(out + 32 + 4 * k, _mm512_maskz_extractf32x4_ps(kAll, pixels[k], 2));
+      _mm_storeu_ps(out + 48 + 4 * k, _mm512_maskz_extractf32x4_ps(kAll, pixels[k], 3));
+    }
+  }
+
+  // The way back: two permutations a channel pick every fourth value, of pixels 0 to 7 and of 8 to 15.
+  static void unpack16(const float* in, int count, int64_t plane, float* dst) {
+    const __m512 v0 = _mm512_loadu_ps(in), v1 = _mm512_loadu_ps(in + 16), v2 = _mm512_loadu_ps(in + 32),
+                 v3 = _mm512_loadu_ps(in + 48);
+    __m512i pick = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    for (int c = 0; c < count; ++c) {
+      const __m512 first = _mm512_permutex2var_ps(v0, pick, v1), second = _mm512_permutex2var_ps(v2, pick, v3);
+      _mm512_storeu_ps(dst + c * plane, _mm512_mask_blend_ps(0xff00, first, second));
+      pick = _mm512_add_epi32(pick, _mm512_set1_epi32(1));
+    }
+  }
+#endif
 
   void sample_row(int stride, const Pixel* grid, Pixel* __restrict line) const {
     const int* __restrict index = scratch.index;
