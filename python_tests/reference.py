@@ -194,7 +194,7 @@ def unrolled_sgd_full_graph(model, start, images, labels, batches, lr, augmentat
     theta = start
     for i, batch in enumerate(batches):
         x = images[batch] if augmentations is None else augment(images[batch], augmentations[i])
-        at = theta.detach().requires_grad_() if tesla else theta
+        at = theta.detach().requires_grad_() if tesla or not theta.requires_grad else theta
         parts = [part.view_as(p) for part, p in zip(at.split([p.numel() for p in parameters]), parameters, strict=True)]
         logits = functional_call(model, (dict(zip(names, parts, strict=True)), buffers), (x,))
         loss = F.cross_entropy(logits, labels[batch])
