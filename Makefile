@@ -27,7 +27,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.torch: | $(VENV)/bin/python
-	$(BIN)/python -m pip install "setuptools>=77" wheel ninja "torch>=2.11" torchvision
+	$(BIN)/python -m pip install "setuptools>=65" wheel ninja "torch>=2.11" torchvision
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
