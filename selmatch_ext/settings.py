@@ -39,6 +39,7 @@ class Training:
     momentum: float = 0.0
     weight_decay: float = 0.0
     batch: int = 256
+    """Images per update; the last of an epoch may have fewer."""
     schedule: Literal["constant", "cosine"] = "constant"
     """cosine falls to 1 % of lr at the last epoch."""
     precision: Precision = "float32"
@@ -49,8 +50,10 @@ class Experts:
     """Expert trajectories (MTT, arXiv 2203.11932, section 3.1)."""
 
     model: str = "ConvNetBN"
+    """The network of experts and students; a name of selmatch_ext.models.names(), torchvision:NAME or timm:NAME."""
     count: int = 100
     strategy: str = DSA
+    """Augmentation while they train: names joined by _, one of them drawn per batch; none for none."""
     training: Training = Training()
 
 
@@ -63,6 +66,7 @@ class Scores:
     easier); or forgetting:PATH or el2n:PATH, a file of such scores (higher = harder)."""
     model: str = "ConvNetBN"
     runs: int = 3
+    """Networks that are watched; their scores are averaged."""
     strategy: str = "none"
     training: Training = Training(epochs=20)
 
@@ -72,6 +76,7 @@ class Window:
     """The sliding window of SelMatch (section 3 of the paper)."""
 
     ipc: int = 250
+    """Images per class."""
     alpha: float = 0.6
     """Share of the window that is distilled: its easier part."""
     beta: float | None = None
@@ -86,7 +91,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Matching:
-    """Trajectory matching (METHODS: MTT section 3.2 of the paper; SelMatch's appendix for the values)."""
+    """Trajectory matching (MTT, section 3.2 of the paper)."""
 
     iterations: int = 10000
     inner_steps: int = 55
@@ -96,19 +101,25 @@ class Matching:
     max_start_epoch: int = 80
     """Start epochs are drawn from [0, max_start_epoch)."""
     batch_syn: int = 125
+    """Synthetic images per student update."""
     lr_images: float = 1000.0
+    """Step size of the images."""
     lr_lr: float = 1e-5
+    """Step size of η."""
     momentum: float = 0.5
     lr_init: float = 0.001
     """η₀, the student's learning rate at the start; it is learned."""
     strategy: str = DSA
+    """Augmentation of each student update: one of the names, drawn per batch."""
     gradient: Literal["exact", "tesla"] = "exact"
     engine: Literal["auto", "fused", "autograd"] = "auto"
     keep: Literal["nothing", "activations"] = "nothing"
+    """activations is faster, and its memory grows with inner_steps."""
     precision: Precision = "float32"
     max_loss: float = 100.0
     """A matching loss above this stops the run: 1 is the distance between the expert's start and target."""
     checkpoint_seconds: float = 30.0
+    """How often the state is saved."""
 
 
 @dataclass(frozen=True)
@@ -144,22 +155,24 @@ def digits_demo() -> Run:
     return Run(
         data=Data(dataset="digits"),
         scores=Scores(source="el2n", model=model, training=Training(epochs=10, lr=0.02, momentum=0.9, batch=64)),
-        window=Window(ipc=6, alpha=0.6, step=0.2, networks=2),
+        window=Window(ipc=6, alpha=0.85, step=0.2, networks=2),
         experts=Experts(model=model, count=4, strategy=strategy, training=Training(epochs=20, lr=0.02, batch=64)),
         matching=Matching(
-            iterations=300,
-            inner_steps=15,
-            expert_epochs=1,
+            iterations=200,
+            inner_steps=20,
+            expert_epochs=2,
             max_start_epoch=10,
             batch_syn=30,
+            lr_images=300.0,
             lr_init=0.02,
             strategy=strategy,
         ),
         evaluation=Evaluation(
             model=model,
+            networks=10,
             distilled_strategy=strategy,
             selected_strategy="crop",
-            training=Training(epochs=200, lr=0.02, momentum=0.9, weight_decay=5e-4, batch=50, schedule="cosine"),
+            training=Training(epochs=150, lr=0.02, momentum=0.9, weight_decay=5e-4, batch=30, schedule="cosine"),
         ),
     )
 
