@@ -10,23 +10,22 @@ import torch
 
 @contextlib.contextmanager
 def precision_scope(precision: str, device: torch.device) -> Iterator[None]:
-    """float32 changes nothing; bfloat16 runs convolutions and products in bfloat16 (autocast); tf32 lets a CUDA device
-    round float32 products to TF32.
+    """float32 rounds nothing, also on a CUDA device, where torch by itself lets convolutions use TF32; tf32 rounds
+    float32 products and convolutions there; bfloat16 runs them in bfloat16 (autocast).
 
     Raises ValueError for another name, or for tf32 on a device that is not CUDA."""
-    if precision == "float32":
-        yield
-    elif precision == "bfloat16":
-        with torch.autocast(device.type, torch.bfloat16):
-            yield
-    elif precision == "tf32":
-        if device.type != "cuda":
-            raise ValueError(f"precision 'tf32' needs a CUDA device, got {device}")
-        flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        try:
-            yield
-        finally:
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags
-    else:
+    if precision not in ("float32", "tf32", "bfloat16"):
         raise ValueError(f"precision must be float32, tf32 or bfloat16, got {precision!r}")
+    if precision == "tf32" and device.type != "cuda":
+        raise ValueError(f"precision 'tf32' needs a CUDA device, got {device}")
+    if device.type != "cuda":
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            yield
+        return
+    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags

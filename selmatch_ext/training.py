@@ -66,8 +66,8 @@ def train(
             indices = indices.to(device)
             with precision_scope(settings.precision, device):
                 loss = F.cross_entropy(model(augment(take(indices), p)), labels[indices])
-            optimiser.zero_grad()
-            loss.backward()
+                optimiser.zero_grad()
+                loss.backward()
             optimiser.step()
         if not math.isfinite(loss.item()):
             raise FloatingPointError(
@@ -91,6 +91,7 @@ def predict(model: nn.Module, take: Take, count: int, device: torch.device, batc
     """Logits (count, K) of images 0..count−1 in evaluation mode, on the CPU; the mode is put back afterwards."""
     was_training = model.training
     model.eval()
-    logits = [model(take(indices)).float().cpu() for indices in torch.arange(count, device=device).split(batch)]
+    with precision_scope("float32", device):
+        logits = [model(take(indices)).cpu() for indices in torch.arange(count, device=device).split(batch)]
     model.train(was_training)
     return torch.cat(logits)
