@@ -8,6 +8,7 @@ import torch
 from conftest import CPU, MODEL, tiny_run
 from torch.nn import functional as F
 
+from selmatch_ext import experts as experts_module
 from selmatch_ext import models
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.evaluation import Accuracy, evaluate, real_subset
@@ -98,6 +99,15 @@ def test_scores_put_the_hard_images_first(digits, source):
     assert loss[hard].mean() > 2 * loss.mean()
 
 
+def test_el2n_is_the_error_norm_averaged_over_epochs_and_runs(digits, monkeypatch):
+    logits = torch.randn(6, len(digits.train.labels), 10, generator=torch.Generator().manual_seed(0))
+    seen = iter(logits)
+    monkeypatch.setattr(experts_module, "predict", lambda *a: next(seen))
+    scores = compute_scores(digits, Scores(source="el2n", model=MODEL, runs=3, training=Training(epochs=2)), 0, CPU)
+    errors = logits.softmax(-1) - F.one_hot(digits.train.labels, 10)
+    torch.testing.assert_close(scores, errors.square().sum(-1).sqrt().mean(0))
+
+
 def test_evaluation_continues_and_compares_on_the_same_networks(digits, tmp_path):
     settings = tiny_run().evaluation
     subset = real_subset(digits, torch.arange(0, 1000, 10), "every tenth")
@@ -111,6 +121,8 @@ def test_evaluation_continues_and_compares_on_the_same_networks(digits, tmp_path
         evaluate(subset, digits, replace(settings, networks=3), 3, CPU, record)
     with pytest.raises(ValueError, match="seed"):
         evaluate(subset, digits, settings, 4, CPU, record)
+    with pytest.raises(ValueError, match="set: "):
+        evaluate(replace(subset, images=-subset.images), digits, settings, 3, CPU, record)
 
 
 def test_evaluation_takes_soft_labels(digits):
@@ -138,6 +150,12 @@ def test_precision_is_only_what_was_asked_for():
     a = torch.randn(4, 4)
     with precision_scope("float32", CPU):
         assert (a @ a).dtype == torch.float32
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [s.fp32_precision for s in switches]
+    for precision, expected in (("tf32", "tf32"), ("float32", "ieee")):
+        with precision_scope(precision, torch.device("cuda")):
+            assert [s.fp32_precision for s in switches] == [expected] * 2
+        assert [s.fp32_precision for s in switches] == before
     with precision_scope("bfloat16", CPU):
         assert (a @ a).dtype == torch.bfloat16
     assert (a @ a).dtype == torch.float32

@@ -161,6 +161,8 @@ def distill(
     """
     subset, store = DistilledSet.load(start), ExpertStore(experts)
     images, _ = pipeline.load_data(data, seed)
+    if "model" not in store.metadata:
+        raise ValueError(f"the experts in {experts} do not say of which network they are")
     context = {"data": to_dict(data), "matching": to_dict(matching), "model": store.metadata["model"]}
     pipeline.distil(subset, store, store.metadata["model"], matching, images, seed, device_of(device), out, context)
     print(out / "distilled.safetensors")
@@ -227,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one verb; an error that the user can mend is one line on standard error and exit status 1."""
     try:
         tyro.extras.subcommand_cli_from_dict(VERBS, prog="selmatch", args=arguments, description=__doc__)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, NotImplementedError, ImportError) as error:
         print(f"selmatch: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -52,10 +52,16 @@ def evaluate(
 
     Network k depends on `seed` and k alone, so that different sets are compared on the same initialisations and
     orders. `data` is normalised the way the set is. record: a JSON file that keeps finished networks; a killed
-    evaluation goes on after them. Raises ValueError when the settings in it differ, or the set is of another kind of
-    images or of other classes than `data`."""
+    evaluation goes on after them. Raises ValueError when it belongs to another set or other settings, or the set is of
+    another kind of images or of other classes than `data`."""
     data = seen_as(subset, data)
-    header = {"settings": to_dict(settings), "seed": seed, "splits": list(splits)}
+    header = {
+        "settings": to_dict(settings),
+        "seed": seed,
+        "splits": list(splits),
+        "data": data.name,
+        "set": subset.digest(),
+    }
     finished = [] if record is None else _recorded(Path(record), header)
     for k in tqdm(range(len(finished), settings.networks), desc=label, unit="network"):
         model = network(data, settings.model, seed, device, "evaluation", k)
@@ -109,7 +115,7 @@ def _recorded(path: Path, header: dict) -> list[list[float]]:
     if not path.exists():
         return []
     old = json.loads(path.read_text())
-    changed = differences({key: old[key] for key in header}, header)
+    changed = differences({key: old.get(key) for key in header}, header)
     if changed:
         raise ValueError(
             f"{path} was made with other settings ({'; '.join(changed)}); choose another --out or delete it"

@@ -51,22 +51,29 @@ def train_experts(
 def compute_scores(data: ImageData, settings: Scores, seed: int, device: torch.device) -> Tensor:
     """Difficulty (n,) float32 of every training image, higher = harder: forgetting events (arXiv 1812.05159) or EL2N
     (arXiv 2107.07075), averaged over `settings.runs` networks watched after every epoch."""
-    labels, logits = data.train.labels, []
+    labels, history = data.train.labels, []
+    measure = _is_right if settings.source == "forgetting" else _error_norm
     progress = tqdm(total=settings.runs * settings.training.epochs, desc="scores", unit="epoch")
     for run in range(settings.runs):
         model = network(data, settings.model, seed, device, "scores", run)
         take = real_images(data, device)
 
         def watch(epoch: int, model=model, take=take) -> None:
-            logits.append(predict(model, take, len(labels), device))
+            history.append(measure(predict(model, take, len(labels), device), labels))
             progress.update()
 
         train_on_real(model, data, settings.training, settings.strategy, generator(seed, "scores", run), device, watch)
     progress.close()
-    history = torch.stack(logits).view(settings.runs, settings.training.epochs, len(labels), -1)
-    if settings.source == "forgetting":
-        return forgetting_events(history.argmax(-1) == labels)
-    return el2n(F.softmax(history.mean(1), -1), labels)
+    watched = torch.stack(history).view(settings.runs, settings.training.epochs, len(labels))
+    return forgetting_events(watched) if settings.source == "forgetting" else watched.mean((0, 1))
+
+
+def _is_right(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.argmax(1) == labels
+
+
+def _error_norm(logits: Tensor, labels: Tensor) -> Tensor:
+    return el2n(F.softmax(logits, 1).unsqueeze(0), labels)
 
 
 def network(data: ImageData, model: str, seed: int, device: torch.device, *stream: str | int) -> torch.nn.Module:

@@ -47,11 +47,16 @@ def training_difficulty(
     """(n,) difficulty of each training image, higher = harder: read from `settings.source`, or computed and kept at
     `path`. A score file is for the full data set; `kept` picks from it."""
     if settings.source in ("forgetting", "el2n"):
+        how = json.dumps({"scores": to_dict(settings), "seed": seed, "data": data.name})
         if not path.exists():
             scores = compute_scores(data, settings, seed, device)
             with atomic_write(path) as temporary, open(temporary, "wb") as file:
-                np.savez(file, scores=scores.numpy(), labels=data.train.labels.numpy())
-        return difficulty(load_scores(path, data), settings.source)
+                np.savez(file, scores=scores.numpy(), labels=data.train.labels.numpy(), how=how)
+        scores = load_scores(path, data)
+        with np.load(path) as content:
+            if "how" not in content or str(content["how"]) != how:
+                raise ValueError(f"{path} holds scores made with other settings; choose another or delete it")
+        return difficulty(scores, settings.source)
     kind, _, source = settings.source.rpartition(":")
     full = data if kept is None else load_data(replace(data_settings, per_class=None), seed)[0]
     scores = difficulty(load_scores(source, full), kind or "cscore")
@@ -118,13 +123,18 @@ def distil(
 ) -> DistilledSet:
     """SelMatch from `subset`; writes folder/distilled.safetensors and loss.png. `context` is saved with the result.
 
-    Raises ValueError when `subset` or the experts are of other data or another network."""
+    Raises FloatingPointError when the loss explodes; the last good set is then in folder/stopped.safetensors. Raises
+    ValueError when `subset` or the experts are of other data or another network."""
     seen_as(subset, data)
     network = models.build(model, data.channels, data.classes, data.image_size, generator=generator(seed, "student"))
     method = SelMatch(subset, store, network, settings, device)
-    losses = run_method(
-        method, settings.iterations, folder, context, seed, settings.max_loss, settings.checkpoint_seconds
-    )
+    made_from = {**context, "start": subset.digest(), "experts": {"count": store.count, **store.metadata}}
+    limits = settings.max_loss, settings.checkpoint_seconds
+    try:
+        losses = run_method(method, settings.iterations, folder, made_from, seed, *limits)
+    except FloatingPointError:
+        replace(method.distilled(), settings=context).save(folder / "stopped.safetensors")
+        raise
     result = replace(method.distilled(), settings=context)
     result.save(folder / "distilled.safetensors")
     report.plot_loss(losses, folder / "loss.png")
@@ -170,11 +180,12 @@ def run(settings: Run, folder: str | Path, device: torch.device) -> dict[str, di
         )["test"]
         for name, subset in sets.items()
     }
-    return write_report(folder, settings, beta, betas, start, distilled, results)
+    return write_report(folder, data.name, settings, beta, betas, start, distilled, results)
 
 
 def write_report(
     folder: Path,
+    dataset: str,
     settings: Run,
     beta: float,
     betas: dict[float, Accuracy],
@@ -182,7 +193,7 @@ def write_report(
     distilled: DistilledSet,
     results: dict[str, Accuracy],
 ) -> dict[str, dict[str, float]]:
-    """PNGs, table and results.json of a finished run."""
+    """PNGs, table and results.json of a finished run on the data set of that name."""
     report.plot_beta({b: (r.mean, r.std) for b, r in betas.items()}, folder / "beta.png", beta)
     learned = distilled.distilled
     names = distilled.class_names
@@ -194,9 +205,7 @@ def write_report(
     report.before_after(before[learned], after[learned], labels[learned], folder / "distilled.png", names)
     rows = [["training set", "test accuracy", "networks"]]
     rows += [[name, str(r), str(len(r.values))] for name, r in results.items()]
-    title = (
-        f"{settings.data.dataset}, {settings.window.ipc} images per class, β = {beta:.2f}, {settings.evaluation.model}"
-    )
+    title = f"{dataset}, {settings.window.ipc} images per class, β = {beta:.2f}, {settings.evaluation.model}"
     print(f"\n{title}\n{report.table(rows)}")
     write_text(folder / "table.md", f"{title}\n\n{report.markdown(rows)}\n")
     summary = {name: {"mean": r.mean, "std": r.std} for name, r in results.items()}

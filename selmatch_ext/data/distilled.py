@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -84,6 +85,11 @@ class DistilledSet:
     def hard_labels(self) -> Tensor:
         """(n,) int64: the labels, or for soft ones the most probable class."""
         return self.labels.argmax(1) if self.labels.is_floating_point() else self.labels
+
+    def digest(self) -> str:
+        """What identifies the set: a hash of its images, labels, mask and normalisation."""
+        tensors = (self.images, self.labels, self.distilled, self.mean, self.std)
+        return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in tensors)).hexdigest()
 
     def denormalised(self) -> Tensor:
         """Images as float in [0, 1], clamped: for looking at."""

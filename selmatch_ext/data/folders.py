@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import lzma
 import os
 import tarfile
 import zipfile
@@ -97,7 +98,7 @@ def _read_archive(path: Path) -> dict[str, Content]:
             name = str(PurePosixPath(name)) + ("/" if name.endswith("/") else "")
             if not _hidden(name):
                 found[name] = content
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, lzma.LZMAError) as error:
         raise ValueError(f"{path} is truncated or is no archive ({error})") from error
     roots = {f"/{name}".partition("/train/")[0] + "/" for name in found if "/train/" in f"/{name}"}
     prefix = min(roots, key=lambda root: (len(root), root), default="/")[1:]

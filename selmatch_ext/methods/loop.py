@@ -68,6 +68,7 @@ def run(
     optimiser = method.optimiser()
     losses = checkpoint.restore(method, optimiser)
     saved_at = time.monotonic()
+    good = None
     with tqdm(total=iterations, initial=min(len(losses), iterations), desc=method.name, unit="iteration") as progress:
         while len(losses) < iterations:
             iteration = len(losses)
@@ -76,12 +77,20 @@ def run(
             loss.backward()
             value = loss.item()
             problem = _problem(value, method.learned, max_loss)
-            problem = problem or _update(method, optimiser)
+            if problem is None:
+                good = _State(method, optimiser)
+                optimiser.step()
+                problem = _refusal(method)
+            elif good is not None:
+                losses.pop()  # `good` is the state before the update that led here
             if problem is not None:
+                if good is not None:
+                    good.put_back(method, optimiser)
                 checkpoint.save(method, optimiser, losses)
                 raise FloatingPointError(
-                    f"{method.name} stopped at iteration {iteration + 1}: {problem}. The state before this iteration "
-                    f"is in {checkpoint.path}. {method.advice()}"
+                    f"{method.name} stopped at iteration {iteration + 1}: {problem}. The last good state, after "
+                    f"{len(losses)} iterations, is in {checkpoint.path}. {method.advice()} Changed settings need a new "
+                    "folder."
                 )
             losses.append(value)
             progress.update()
@@ -100,20 +109,26 @@ def _problem(loss: float, learned: dict[str, Tensor], max_loss: float) -> str | 
     return f"the gradient of {', '.join(bad)} is not finite" if bad else None
 
 
-def _update(method: Method, optimiser: torch.optim.Optimizer) -> str | None:
-    """One optimiser step, taken back when the method refuses its result; what was wrong with it."""
-    good = {name: t.detach().clone() for name, t in method.learned.items()}
-    state = copy.deepcopy(optimiser.state_dict())
-    optimiser.step()
+def _refusal(method: Method) -> str | None:
     try:
         method.check()
     except FloatingPointError as error:
-        optimiser.load_state_dict(state)
-        with torch.no_grad():
-            for name, t in method.learned.items():
-                t.copy_(good[name])
         return str(error)
     return None
+
+
+class _State:
+    """A copy of what is learned and of the optimiser's state."""
+
+    def __init__(self, method: Method, optimiser: torch.optim.Optimizer):
+        self.learned = {name: t.detach().clone() for name, t in method.learned.items()}
+        self.optimiser = copy.deepcopy(optimiser.state_dict())
+
+    def put_back(self, method: Method, optimiser: torch.optim.Optimizer) -> None:
+        optimiser.load_state_dict(self.optimiser)
+        with torch.no_grad():
+            for name, t in method.learned.items():
+                t.copy_(self.learned[name])
 
 
 class Checkpoint:
