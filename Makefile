@@ -35,7 +35,7 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 $(VENV)/.linters: | $(VENV)/bin/python
-	$(BIN)/python -m pip install ruff clang-format
+	$(BIN)/python -m pip install ruff clang-format cmake
 	touch $@
 
 clean:
