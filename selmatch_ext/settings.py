@@ -158,10 +158,10 @@ def digits_demo() -> Run:
         window=Window(ipc=6, alpha=0.85, step=0.2, networks=2),
         experts=Experts(model=model, count=4, strategy=strategy, training=Training(epochs=20, lr=0.02, batch=64)),
         matching=Matching(
-            iterations=200,
+            iterations=300,
             inner_steps=20,
             expert_epochs=2,
-            max_start_epoch=10,
+            max_start_epoch=16,
             batch_syn=30,
             lr_images=300.0,
             lr_init=0.02,
