@@ -19,20 +19,25 @@ def threads(count: int):
         torch.set_num_threads(before)
 
 
-def alternate(callables: Mapping[str, Callable[[], object]], repeats: int = 15, warmup: int = 2) -> dict[str, float]:
-    """The median seconds of each, the callables taking turns `repeats` times after `warmup` turns that do not count.
+def alternate(
+    callables: Mapping[str, Callable[[], object]], repeats: int = 15, warmup: int = 2, calls: int = 1
+) -> dict[str, float]:
+    """The median seconds of a call of each, taking turns `repeats` times after `warmup` turns that do not count.
 
-    Work on a GPU is waited for, before and after each call.
+    A turn is `calls` calls in a row, and its figure their mean: with several a case runs mostly in the caches and the
+    heap that it left itself, as in a training loop, not in those of the case before. Work on a GPU is waited for,
+    before and after each turn.
     """
     seconds = {name: [] for name in callables}
     for turn in range(warmup + repeats):
         for name, function in callables.items():
             _wait()
             begin = time.perf_counter()
-            function()
+            for _ in range(calls):
+                function()
             _wait()
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append((time.perf_counter() - begin) / calls)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
