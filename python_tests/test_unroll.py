@@ -347,7 +347,7 @@ def test_bad_arguments(error, message, spoil):
 
 def test_a_model_that_cannot_be_copied():
     model = network("ConvNetD1W4")
-    model.lock = open(__file__)  # noqa: SIM115
+    model.lock = open(__file__)
     arguments = problem_arguments()
     with model.lock, pytest.raises(TypeError, match="cannot be copied"):
         unrolled_sgd(**arguments | {"model": model})
