@@ -18,6 +18,24 @@ TORCH_LIBRARY(selmatch_ext, m) {
   m.def(
       "trajectory_distance_backward(Tensor grad, Tensor sums, Tensor[] student, Tensor[] start, Tensor[] target, "
       "bool student_wanted, bool start_wanted, bool target_wanted) -> Tensor[]");
+  // norm + activation + pooling; the integers are those of block/block.h. stats: (rows, 2, channels), dual 4
+  const std::string kind = "int norm, int groups, float eps, int activation, float slope, int pool)";
+  const auto define = [&](const std::string& head, const std::string& result) {
+    m.def((head + kind + result).c_str());
+  };
+  define("block_forward(Tensor z, Tensor? gamma, Tensor? beta, ", " -> (Tensor y, Tensor stats)");
+  define("block_backward(Tensor g, Tensor z, Tensor stats, Tensor? gamma, Tensor? beta, ",
+         " -> (Tensor gz, Tensor gamma_grad, Tensor beta_grad)");
+  // the batch of y_both: y, then its tangent
+  define(
+      "block_dual_forward(Tensor z, Tensor zt, Tensor? zt_more, Tensor? gamma, Tensor? beta, Tensor? gamma_t, "
+      "Tensor? beta_t, ",
+      " -> (Tensor y_both, Tensor stats)");
+  // the batch of gz_both: the tangent of the gradient of z, then that gradient; the other results are tangents
+  define(
+      "block_dual_backward(Tensor g, Tensor gt, Tensor? gt_more, Tensor z, Tensor zt, Tensor? zt_more, Tensor stats, "
+      "Tensor? gamma, Tensor? beta, Tensor? gamma_t, Tensor? beta_t, ",
+      " -> (Tensor gz_both, Tensor gamma_grad_t, Tensor beta_grad_t)");
 }
 
 namespace {
