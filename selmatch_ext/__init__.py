@@ -13,7 +13,7 @@ from selmatch_ext.ops.dsa import (
     mix_augmentations,
     sample_augmentation,
 )
-from selmatch_ext.unroll import unrolled_sgd
+from selmatch_ext.unroll import explain_engine, unrolled_sgd
 
 __version__ = build_info()["version"]
 
@@ -23,6 +23,7 @@ __all__ = [
     "ParamDiffAug",
     "augment",
     "build_info",
+    "explain_engine",
     "mix_augmentations",
     "models",
     "sample_augmentation",

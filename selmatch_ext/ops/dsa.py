@@ -311,6 +311,11 @@ def augment(x: Tensor, p: Augmentation) -> Tensor:
     return torch.ops.selmatch_ext.dsa(x, p.ops, p.params, FORWARD)
 
 
+def augment_transposed(g: Tensor, p: Augmentation) -> Tensor:
+    """The transpose of the linear part of `augment`: what its backward pass makes of the gradient g of its result."""
+    return torch.ops.selmatch_ext.dsa(g, p.ops, p.params, TRANSPOSE)
+
+
 def DiffAugment(
     x: Tensor, strategy: str = DEFAULT_STRATEGY, seed: int = -1, param: ParamDiffAug | None = None
 ) -> Tensor:

@@ -1,30 +1,20 @@
-"""`unrolled_sgd`: checks what it is given, then hands it to an engine."""
+"""`unrolled_sgd`: checks what it is given, chooses an engine, and runs the recursion with it."""
 
 from dataclasses import dataclass
 
 import torch
 
+from selmatch_ext._C import build_info
 from selmatch_ext.models.flat import parameter_count
-from selmatch_ext.unroll import autograd
+from selmatch_ext.unroll.adjoint import Plan, Stepper, unroll
+from selmatch_ext.unroll.autograd import AutogradStepper, PrivateModel
+from selmatch_ext.unroll.fused import FusedStepper
+from selmatch_ext.unroll.program import Unsupported, read
 
-# An engine is a function (model, start, images, labels, lr, plan) -> theta of the arguments that `unrolled_sgd` has
-# checked; lr is then a tensor (N,) of the dtype and on the device of start.
-ENGINES = {"autograd": autograd.unroll}
+ENGINES = ("auto", "fused", "autograd")
 KEEP = ("nothing", "activations")
 GRADIENT = ("exact", "tesla")
 PRECISION = ("float32", "tf32", "bfloat16")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What an engine is told beside its tensors."""
-
-    batches: list  # N int64 tensors on the images' device
-    augmentations: list | None  # N augmentations, or None
-    label_range: tuple | None  # (smallest, largest) integer label; None for float labels
-    keep: str
-    gradient: str
-    precision: str
 
 
 def unrolled_sgd(
@@ -90,17 +80,60 @@ def unrolled_sgd(
     if precision == "tf32" and start.device.type != "cuda":
         raise ValueError(f'precision="tf32" needs CUDA tensors, start is on {start.device}')
     plan = Plan(batches, augmentations, label_range, keep, gradient, precision)
-    run = ENGINES["autograd" if engine == "auto" else engine]
-    return run(model, start, images, labels, _learning_rates(lr, len(batches), start), plan)
+    stepper = _choose(model, start, images, plan, engine)
+    return unroll(stepper, start, images, labels, _learning_rates(lr, len(batches), start), plan)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Which engine `unrolled_sgd` takes for a network, and why."""
+
+    name: str
+    reason: str
+
+    def __str__(self):
+        return f"{self.name}: {self.reason}"
+
+
+def explain_engine(model, images):
+    """Which engine `unrolled_sgd(model, ..., engine="auto")` takes: an `Engine` with a name and a reason.
+
+    model: nn.Module; images: any (n, C, H, W) tensor like those it will be given. "autograd" is exact too, and slower;
+    its reason names the operation that the fused engine has no rule for.
+    """
+    start = images.new_empty((parameter_count(model),))
+    _check_tensors(model, start, images)
+    return _read(PrivateModel(model, start), images)[1]
+
+
+def _read(private, images):
+    """(the network's steps or None, which engine it takes and why)."""
+    try:
+        steps = read(private.module)
+    except Unsupported as problem:
+        return None, Engine("autograd", f"the fused engine has no rule for {problem}")
+    if images.device.type == "cuda" and build_info()["cuda"] is None:
+        return None, Engine("autograd", "the extension was built without CUDA")
+    if images.device.type not in ("cpu", "cuda"):
+        return None, Engine("autograd", f"the fused engine has no kernels for {images.device.type} tensors")
+    return steps, Engine("fused", f"all {len(steps)} operations of the network have a rule")
+
+
+def _choose(model, start, images, plan, engine) -> Stepper:
+    private = PrivateModel(model, start)
+    if engine == "autograd":
+        return AutogradStepper(private, plan)
+    steps, choice = _read(private, images)
+    if steps is not None:
+        return FusedStepper(private, steps, plan)
+    if engine == "fused":
+        raise NotImplementedError(f'engine="fused" cannot run this network: {choice.reason}; use engine="auto"')
+    return AutogradStepper(private, plan)
 
 
 def _check_choices(engine, keep, gradient, precision):
-    if engine == "fused":
-        raise NotImplementedError(
-            'engine="fused" is not part of this version; use engine="autograd" (same gradient) or "auto"'
-        )
     choices = (
-        ("engine", engine, ("auto", *ENGINES)),
+        ("engine", engine, ENGINES),
         ("keep", keep, KEEP),
         ("gradient", gradient, GRADIENT),
         ("precision", precision, PRECISION),

@@ -1,0 +1,150 @@
+"""Norm + activation + pooling of a convolutional network in one pass over memory: forward, backward, and both again
+carrying tangents (csrc/block/block.h has the formulas). The fused engine of `unrolled_sgd` is built on these; `block`
+is the differentiable operation for ordinary training."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from selmatch_ext import _C  # noqa: F401  (loads the operators)
+
+NO_NORM, SAMPLE_NORM, BATCH_NORM = range(3)
+PIECEWISE, SIGMOID, SWISH = range(3)
+NO_POOL, AVERAGE_POOL, MAX_POOL = range(3)
+
+
+class BlockKind(NamedTuple):
+    """What a block does; the numbers are those of csrc/block/block.h.
+
+    norm: SAMPLE_NORM is over each image and group of channels (instance norm: a group per channel; layer norm: one
+    group), BATCH_NORM with the statistics of the batch. activation: PIECEWISE is x > 0 ? x : slope x (ReLU with slope 0,
+    none with slope 1). pool: of 2 x 2 pixels with stride 2."""
+
+    norm: int = NO_NORM
+    groups: int = 1
+    eps: float = 1e-5
+    activation: int = PIECEWISE
+    slope: float = 1.0
+    pool: int = NO_POOL
+
+
+def block_forward(z: Tensor, gamma: Tensor | None, beta: Tensor | None, kind: BlockKind) -> tuple[Tensor, Tensor]:
+    """y = pool(act(norm(z))) and the statistics that the backward pass takes.
+
+    z: (B, C, H, W) float32, float64 or bfloat16, best in channels-last memory (else it is copied); gamma, beta: (C,), or
+    (C, H, W) as in torch's LayerNorm, float64 where z is and else float32; None: ones and zeros. y: (B, C, H // 2,
+    W // 2), or like z without pooling, channels-last; stats: (B or 1, 2, C).
+    Raises ValueError or TypeError for shapes, dtypes or devices that do not fit."""
+    return torch.ops.selmatch_ext.block_forward(z, gamma, beta, *kind)
+
+
+def block_backward(
+    g: Tensor, z: Tensor, stats: Tensor, gamma: Tensor | None, beta: Tensor | None, kind: BlockKind
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of z, gamma and beta from that of y, g. Without a norm those of gamma and beta are empty."""
+    return torch.ops.selmatch_ext.block_backward(g, z, stats, gamma, beta, *kind)
+
+
+def block_dual_forward(
+    z: Tensor,
+    zt: Tensor,
+    zt_more: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    gamma_t: Tensor | None,
+    beta_t: Tensor | None,
+    kind: BlockKind,
+) -> tuple[Tensor, Tensor]:
+    """y and its tangent in one batch, (2B, ...), y first, and statistics (B or 1, 4, C). The tangent of z is zt +
+    zt_more (None: zt alone); gamma_t and beta_t are those of gamma and beta."""
+    return torch.ops.selmatch_ext.block_dual_forward(z, zt, zt_more, gamma, beta, gamma_t, beta_t, *kind)
+
+
+def block_dual_backward(
+    g: Tensor,
+    gt: Tensor,
+    gt_more: Tensor | None,
+    z: Tensor,
+    zt: Tensor,
+    zt_more: Tensor | None,
+    stats: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    gamma_t: Tensor | None,
+    beta_t: Tensor | None,
+    kind: BlockKind,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tangent of the gradient of z and that gradient in one batch, (2B, ...), the tangent first; and the tangents of
+    the gradients of gamma and beta. The tangent of g is gt + gt_more; stats are those of `block_dual_forward`."""
+    return torch.ops.selmatch_ext.block_dual_backward(
+        g, gt, gt_more, z, zt, zt_more, stats, gamma, beta, gamma_t, beta_t, *kind
+    )
+
+
+def block(z: Tensor, gamma: Tensor | None, beta: Tensor | None, kind: BlockKind) -> Tensor:
+    """y of `block_forward`, differentiable once in z, gamma and beta."""
+    return torch.ops.selmatch_ext.block_forward(z, gamma, beta, *kind)[0]
+
+
+def _pooled(z: Tensor, kind: BlockKind, batch: int) -> Tensor:
+    by = 1 if kind.pool == NO_POOL else 2
+    size = (batch, z.shape[1], z.shape[2] // by, z.shape[3] // by)
+    return torch.empty(size, dtype=z.dtype, device=z.device, memory_format=torch.channels_last)
+
+
+def _wide(z: Tensor) -> torch.dtype:
+    return torch.float64 if z.dtype == torch.float64 else torch.float32
+
+
+def _stats(z: Tensor, kind: BlockKind, count: int) -> Tensor:
+    rows = z.shape[0] if kind.norm == SAMPLE_NORM else 1
+    return z.new_empty((rows, count, z.shape[1]), dtype=_wide(z))
+
+
+def _gradient(z: Tensor, gamma: Tensor | None, kind: BlockKind) -> Tensor:
+    if kind.norm == NO_NORM:
+        return z.new_empty((0,), dtype=_wide(z))
+    return z.new_empty((z.shape[1],) if gamma is None else gamma.shape, dtype=_wide(z))
+
+
+@torch.library.register_fake("selmatch_ext::block_forward")
+def _(z, gamma, beta, *kind):
+    kind = BlockKind(*kind)
+    return _pooled(z, kind, z.shape[0]), _stats(z, kind, 2)
+
+
+@torch.library.register_fake("selmatch_ext::block_backward")
+def _(g, z, stats, gamma, beta, *kind):
+    gz = torch.empty(z.shape, dtype=z.dtype, device=z.device, memory_format=torch.channels_last)
+    return gz, _gradient(z, gamma, BlockKind(*kind)), _gradient(z, gamma, BlockKind(*kind))
+
+
+@torch.library.register_fake("selmatch_ext::block_dual_forward")
+def _(z, zt, zt_more, gamma, beta, gamma_t, beta_t, *kind):
+    kind = BlockKind(*kind)
+    return _pooled(z, kind, 2 * z.shape[0]), _stats(z, kind, 4)
+
+
+@torch.library.register_fake("selmatch_ext::block_dual_backward")
+def _(g, gt, gt_more, z, zt, zt_more, stats, gamma, beta, gamma_t, beta_t, *kind):
+    size = (2 * z.shape[0], *z.shape[1:])
+    both = torch.empty(size, dtype=z.dtype, device=z.device, memory_format=torch.channels_last)
+    return both, _gradient(z, gamma, BlockKind(*kind)), _gradient(z, gamma, BlockKind(*kind))
+
+
+def _save(ctx, inputs, output):
+    z, gamma, beta, *kind = inputs
+    ctx.kind = BlockKind(*kind)
+    ctx.save_for_backward(z, gamma, beta, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, g, _):
+    z, gamma, beta, stats = ctx.saved_tensors
+    gz, gamma_grad, beta_grad = block_backward(g, z, stats, gamma, beta, ctx.kind)
+    absent = ctx.kind.norm == NO_NORM
+    return gz, *(None if absent or p is None else d for p, d in ((gamma, gamma_grad), (beta, beta_grad))), *[None] * 6
+
+
+torch.library.register_autograd("selmatch_ext::block_forward", _backward, setup_context=_save)

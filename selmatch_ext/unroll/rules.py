@@ -1,0 +1,311 @@
+"""What the fused engine can compute: each kind of operation with its four rules, forward, backward, and both again
+carrying tangents ("dual").
+
+In a dual pass everything is the derivative, along one direction in parameter space, of what the plain pass computes:
+where the plain pass has x and parameters p, the dual one has (x, tangent of x) and (p, tangent of p). The mathematics is
+that of forward-mode differentiation of the backward pass; csrc/block/block.h has the formulas of `Block`.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from selmatch_ext.ops.block import BlockKind, block_backward, block_dual_backward, block_dual_forward, block_forward
+
+Parameters = dict[str, Tensor]
+
+
+class Dual:
+    """A tensor and its tangent. The tangent may come in two parts that are yet to be added (`more`), so that the next
+    kernel can add them while it reads; None stands for a tangent of zero.
+
+    `both` holds the two in one batch where they were written that way: (value, tangent) on the way forward, (tangent,
+    value) on the way back, so that one correlation over both pairs value with tangent and tangent with value."""
+
+    def __init__(
+        self, value: Tensor | None, tangent: Tensor | None, more: Tensor | None = None, both: Tensor | None = None
+    ):
+        self.value, self.tangent, self.more, self._both = value, tangent, more, both
+
+    @classmethod
+    def forward(cls, both: Tensor) -> "Dual":
+        value, tangent = both.chunk(2)
+        return cls(value, tangent, both=both)
+
+    @classmethod
+    def backward(cls, both: Tensor, more: Tensor | None = None) -> "Dual":
+        tangent, value = both.chunk(2)
+        return cls(value, tangent, more, both if more is None else None)
+
+    def whole_tangent(self) -> Tensor:
+        if self.tangent is None:
+            self.tangent = torch.zeros_like(self.value)
+        if self.more is not None:
+            self.tangent, self.more, self._both = self.tangent + self.more, None, None
+        return self.tangent
+
+    def both(self, value_first: bool) -> Tensor:
+        tangent = self.whole_tangent()
+        if self._both is None:
+            self._both = torch.cat((self.value, tangent) if value_first else (tangent, self.value))
+        return self._both
+
+    def map(self, function) -> "Dual":
+        """A linear function of each image, applied to both."""
+        tangent = None if self.tangent is None else function(self.whole_tangent())
+        return Dual(None if self.value is None else function(self.value), tangent)
+
+    def __add__(self, other: "Dual") -> "Dual":
+        value = None if self.value is None else self.value + other.value
+        return Dual(value, self.whole_tangent() + other.whole_tangent())
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, rule: "Conv") -> Tensor:
+    return F.conv2d(x, weight, bias, rule.stride, rule.padding, rule.dilation, rule.groups)
+
+
+@dataclass(frozen=True)
+class Conv:
+    """Convolution; on the way back through it into `x`, and of `g` with it into the weights.
+
+    cancelled: the bias is followed by a norm that takes every channel's mean away, so its gradient is exactly zero."""
+
+    weight: str
+    bias: str | None
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    cancelled: bool = False
+
+    def forward(self, p: Parameters, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = _as_images(x, p[self.weight])
+        return _convolution(x, self._weight(p, x), self._bias(p, x), self), x
+
+    def backward(self, p: Parameters, x: Tensor, g: Tensor, need_x: bool) -> tuple[Tensor | None, Parameters]:
+        gradients = {self.weight: self._weight_gradient(p, x, g)}
+        if self.bias is not None:
+            gradients[self.bias] = self._bias_gradient(p, g)
+        return self._input_gradient(g, self._weight(p, g), x) if need_x else None, gradients
+
+    def dual_forward(self, p: Parameters, t: Parameters, x: Dual, kept: Tensor | None) -> tuple[Dual, Dual]:
+        """kept: the convolution of x.value, where it is known."""
+        if x.tangent is None:
+            x = Dual(_as_images(x.value, p[self.weight]), None)
+        weight = self._weight(p, x.value)
+        value = _convolution(x.value, weight, self._bias(p, x.value), self) if kept is None else kept
+        moved = _convolution(x.value, self._weight(t, x.value), self._bias(t, x.value), self)
+        if x.tangent is None:
+            return Dual(value, moved), x
+        return Dual(value, _convolution(x.whole_tangent(), weight, None, self), moved), x
+
+    def dual_backward(
+        self, p: Parameters, t: Parameters, x: Dual, g: Dual, need_x: bool, need_p: bool
+    ) -> tuple[Dual | None, Parameters]:
+        gradients = {}
+        if need_p and x.tangent is None:
+            gradients[self.weight] = self._weight_gradient(p, x.value, g.whole_tangent())
+        elif need_p:
+            gradients[self.weight] = self._weight_gradient(p, x.both(value_first=True), g.both(value_first=False))
+        if need_p and self.bias is not None:
+            gradients[self.bias] = self._bias_gradient(p, g.whole_tangent())
+        if not need_x:
+            return None, gradients
+        weight, weight_t = self._weight(p, g.value), self._weight(t, g.value)
+        if x.tangent is None:  # the images: only the tangent of their gradient is asked for
+            moved = self._input_gradient(g.whole_tangent(), weight, x.value)
+            return Dual(None, moved, self._input_gradient(g.value, weight_t, x.value)), gradients
+        both = self._input_gradient(g.both(value_first=False), weight, x.value)
+        return Dual.backward(both, self._input_gradient(g.value, weight_t, x.value)), gradients
+
+    def _weight(self, p: Parameters, like: Tensor) -> Tensor:
+        return p[self.weight].to(like.dtype)
+
+    def _bias(self, p: Parameters, like: Tensor) -> Tensor | None:
+        return None if self.bias is None else p[self.bias].to(like.dtype)
+
+    def _settings(self) -> tuple:
+        return None, self.stride, self.padding, self.dilation, False, (0, 0), self.groups
+
+    def _weight_gradient(self, p: Parameters, x: Tensor, g: Tensor) -> Tensor:
+        like = p[self.weight]
+        mask = (False, True, False)
+        _, gradient, _ = torch.ops.aten.convolution_backward(g, x, like.to(g.dtype), *self._settings(), mask)
+        return gradient.to(like.dtype)
+
+    def _bias_gradient(self, p: Parameters, g: Tensor) -> Tensor:
+        like = p[self.bias]
+        return torch.zeros_like(like) if self.cancelled else g.sum((0, 2, 3), dtype=like.dtype)
+
+    def _input_gradient(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        """The transposed convolution of g, like x (whose batch may be another)."""
+        few = self.groups == 1 and x.shape[1] <= 4 and g.device.type == "cpu" and g.dtype != torch.bfloat16
+        if few:  # torch's own is six times slower where so few channels come out
+            columns = weight.flatten(1).T @ g.flatten(2)
+            return F.fold(columns, x.shape[2:], weight.shape[2:], self.dilation, self.padding, self.stride)
+        x = x.new_empty(()).expand(len(g), *x.shape[1:])  # only its shape counts
+        mask = (True, False, False)
+        return torch.ops.aten.convolution_backward(g, x, weight, *self._settings(), mask)[0]
+
+
+def _as_images(x: Tensor, like: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Norm, activation and pooling, each of which may be missing, in one pass over memory (ops/block.py).
+
+    centres: the norm takes the mean of every channel away."""
+
+    kind: BlockKind
+    weight: str | None = None
+    bias: str | None = None
+    centres: bool = False
+
+    def forward(self, p: Parameters, x: Tensor) -> tuple[Tensor, tuple]:
+        z = _four(x)
+        y, stats = block_forward(z, *self._pick(p), self.kind)
+        return y.flatten(1) if x.dim() == 2 else y, (z, stats)
+
+    def backward(self, p: Parameters, saved: tuple, g: Tensor, need_x: bool) -> tuple[Tensor | None, Parameters]:
+        z, stats = saved
+        gz, *gradients = block_backward(_four(g), z, stats, *self._pick(p), self.kind)
+        return gz.flatten(1) if g.dim() == 2 else gz, self._named(gradients)
+
+    def dual_forward(self, p: Parameters, t: Parameters, x: Dual, kept: None) -> tuple[Dual, tuple]:
+        x.tangent = x.whole_tangent() if x.tangent is None else x.tangent
+        z, zt = _four(x.value), _four(x.tangent)
+        more = None if x.more is None else _four(x.more)
+        both, stats = block_dual_forward(z, zt, more, *self._pick(p), *self._pick(t), self.kind)
+        return Dual.forward(both.flatten(1) if x.value.dim() == 2 else both), (z, zt, more, stats)
+
+    def dual_backward(
+        self, p: Parameters, t: Parameters, saved: tuple, g: Dual, need_x: bool, need_p: bool
+    ) -> tuple[Dual | None, Parameters]:
+        more = None if g.more is None else _four(g.more)
+        both, *gradients = block_dual_backward(
+            _four(g.value), _four(g.tangent), more, *saved, *self._pick(p), *self._pick(t), self.kind
+        )
+        return Dual.backward(both.flatten(1) if g.value.dim() == 2 else both), self._named(gradients)
+
+    def _pick(self, p: Parameters) -> tuple[Tensor | None, Tensor | None]:
+        return (None if self.weight is None else p[self.weight]), (None if self.bias is None else p[self.bias])
+
+    def _named(self, gradients: list[Tensor]) -> Parameters:
+        named = zip((self.weight, self.bias), gradients, strict=True)
+        return {name: gradient for name, gradient in named if name is not None}
+
+
+def _four(x: Tensor) -> Tensor:
+    return x[:, :, None, None] if x.dim() == 2 else x
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Matrix product with (out, in) weights, in the parameters' dtype."""
+
+    weight: str
+    bias: str | None
+
+    def forward(self, p: Parameters, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.to(p[self.weight].dtype)
+        return F.linear(x, p[self.weight], self._bias(p)), x
+
+    def backward(self, p: Parameters, x: Tensor, g: Tensor, need_x: bool) -> tuple[Tensor | None, Parameters]:
+        gradients = {self.weight: g.T @ x}
+        if self.bias is not None:
+            gradients[self.bias] = g.sum(0)
+        return g @ p[self.weight] if need_x else None, gradients
+
+    def dual_forward(self, p: Parameters, t: Parameters, x: Dual, kept: None) -> tuple[Dual, Dual]:
+        x = x.map(lambda v: v.to(p[self.weight].dtype))
+        moved = F.linear(x.value, t[self.weight], self._bias(t))
+        if x.tangent is not None:
+            moved += x.tangent @ p[self.weight].T
+        return Dual(F.linear(x.value, p[self.weight], self._bias(p)), moved), x
+
+    def dual_backward(
+        self, p: Parameters, t: Parameters, x: Dual, g: Dual, need_x: bool, need_p: bool
+    ) -> tuple[Dual | None, Parameters]:
+        gt = g.whole_tangent()
+        gradients = {}
+        if need_p:
+            gradients[self.weight] = gt.T @ x.value
+            if x.tangent is not None:
+                gradients[self.weight] += g.value.T @ x.tangent
+            if self.bias is not None:
+                gradients[self.bias] = gt.sum(0)
+        if not need_x:
+            return None, gradients
+        value = None if x.tangent is None else g.value @ p[self.weight]
+        return Dual(value, gt @ p[self.weight] + g.value @ t[self.weight]), gradients
+
+    def _bias(self, p: Parameters) -> Tensor | None:
+        return None if self.bias is None else p[self.bias]
+
+
+@dataclass(frozen=True)
+class Flatten:
+    """(B, C, H, W) to (B, C H W)."""
+
+    def forward(self, p: Parameters, x: Tensor) -> tuple[Tensor, tuple]:
+        return x.flatten(1), (x.shape[1:], x.dtype)
+
+    def backward(self, p: Parameters, saved: tuple, g: Tensor, need_x: bool) -> tuple[Tensor | None, Parameters]:
+        return self._back(g, saved), {}
+
+    def dual_forward(self, p: Parameters, t: Parameters, x: Dual, kept: None) -> tuple[Dual, tuple]:
+        return x.map(lambda v: v.flatten(1)), (x.value.shape[1:], x.value.dtype)
+
+    def dual_backward(
+        self, p: Parameters, t: Parameters, saved: tuple, g: Dual, need_x: bool, need_p: bool
+    ) -> tuple[Dual | None, Parameters]:
+        return g.map(lambda v: self._back(v, saved)), {}
+
+    @staticmethod
+    def _back(g: Tensor, saved: tuple) -> Tensor:
+        shape, dtype = saved
+        return g.to(dtype).view(len(g), *shape)
+
+
+@dataclass(frozen=True)
+class Average:
+    """Average pooling other than the 2 x 2 that a block does; size None: over the whole map."""
+
+    size: tuple[int, int] | None
+    stride: tuple[int, int] = field(default=(1, 1))
+
+    def forward(self, p: Parameters, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._pool(x), x
+
+    def backward(self, p: Parameters, x: Tensor, g: Tensor, need_x: bool) -> tuple[Tensor | None, Parameters]:
+        return self._back(g, x), {}
+
+    def dual_forward(self, p: Parameters, t: Parameters, x: Dual, kept: None) -> tuple[Dual, Tensor]:
+        return x.map(self._pool), x.value
+
+    def dual_backward(
+        self, p: Parameters, t: Parameters, x: Tensor, g: Dual, need_x: bool, need_p: bool
+    ) -> tuple[Dual | None, Parameters]:
+        return g.map(lambda v: self._back(v, x)), {}
+
+    def _settings(self, x: Tensor) -> tuple:
+        size = tuple(x.shape[2:]) if self.size is None else self.size
+        return size, self.stride if self.size is not None else size, (0, 0), False, True, None
+
+    def _pool(self, x: Tensor) -> Tensor:
+        return torch.ops.aten.avg_pool2d(x, *self._settings(x))
+
+    def _back(self, g: Tensor, x: Tensor) -> Tensor:
+        return torch.ops.aten.avg_pool2d_backward(g.contiguous(), x, *self._settings(x))
+
+
+@dataclass(frozen=True)
+class Add:
+    """The sum of two maps, as in residual networks. The program gives its cotangent to both."""
+
+
+Rule = Conv | Block | Linear | Flatten | Average | Add
