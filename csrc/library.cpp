@@ -18,6 +18,9 @@ TORCH_LIBRARY(selmatch_ext, m) {
   m.def(
       "trajectory_distance_backward(Tensor grad, Tensor sums, Tensor[] student, Tensor[] start, Tensor[] target, "
       "bool student_wanted, bool start_wanted, bool target_wanted) -> Tensor[]");
+  // 3 x 3, stride 1, padding 1; transposed: of the gradient of the result, with the same weight
+  m.def("conv3x3(Tensor x, Tensor weight, Tensor? bias, bool transposed) -> Tensor");
+  m.def("conv3x3_weight_gradient(Tensor x, Tensor g) -> Tensor");
   // norm + activation + pooling; the integers are those of block/block.h. stats: (rows, 2, channels), dual 4
   const std::string kind = "int norm, int groups, float eps, int activation, float slope, int pool)";
   const auto define = [&](const std::string& head, const std::string& result) {

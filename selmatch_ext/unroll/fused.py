@@ -19,6 +19,7 @@ class FusedStepper:
 
     def __init__(self, model: PrivateModel, steps: list[Step], plan: Plan):
         self.model, self.steps, self.plan = model, steps, plan
+        self.filters = {step.rule.weight for step in steps if isinstance(step.rule, Conv)}
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor, wanted: Wanted | None, keep: bool):
         p = self._named(theta)
@@ -49,14 +50,19 @@ class FusedStepper:
         )
 
     def _named(self, vector: Tensor) -> Parameters:
-        return dict(zip(self.model.names, self.model.split(vector), strict=True))
+        named = dict(zip(self.model.names, self.model.split(vector), strict=True))
+        for name in self.filters:
+            named[name] = self._images(named[name]).contiguous(memory_format=torch.channels_last)
+        return named
 
     def _flat(self, gradients: Parameters, like: Tensor) -> Tensor:
         """(P,); zeros where the loss does not reach a parameter."""
         shaped = zip(self.model.names, self.model.shapes, strict=True)
-        return torch.cat([gradients[n].reshape(-1) if n in gradients else like.new_zeros(s.numel()) for n, s in shaped])
+        parts = [gradients[n].reshape(-1) if n in gradients else like.new_zeros(s.numel()) for n, s in shaped]
+        return torch.cat([part.to(like.dtype) for part in parts])
 
     def _images(self, x: Tensor) -> Tensor:
+        """Images or weights in the dtype of the convolutions."""
         return x.bfloat16() if self.plan.precision == "bfloat16" else x
 
     def _run(self, p: Parameters, x: Tensor):

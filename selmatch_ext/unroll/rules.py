@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selmatch_ext.ops.block import BlockKind, block_backward, block_dual_backward, block_dual_forward, block_forward
+from selmatch_ext.ops.conv3x3 import conv3x3, conv3x3_input_gradient, conv3x3_suits, conv3x3_weight_gradient
 
 Parameters = dict[str, Tensor]
 
@@ -62,13 +63,9 @@ class Dual:
         return Dual(value, self.whole_tangent() + other.whole_tangent())
 
 
-def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, rule: "Conv") -> Tensor:
-    return F.conv2d(x, weight, bias, rule.stride, rule.padding, rule.dilation, rule.groups)
-
-
 @dataclass(frozen=True)
 class Conv:
-    """Convolution; on the way back through it into `x`, and of `g` with it into the weights.
+    """Convolution. Its weights come in the dtype of the images, in channels-last memory (`FusedStepper` sees to that).
 
     cancelled: the bias is followed by a norm that takes every channel's mean away, so its gradient is exactly zero."""
 
@@ -81,25 +78,24 @@ class Conv:
     cancelled: bool = False
 
     def forward(self, p: Parameters, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = _as_images(x, p[self.weight])
-        return _convolution(x, self._weight(p, x), self._bias(p, x), self), x
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self._convolve(x, p[self.weight], self._bias(p, x)), x
 
     def backward(self, p: Parameters, x: Tensor, g: Tensor, need_x: bool) -> tuple[Tensor | None, Parameters]:
         gradients = {self.weight: self._weight_gradient(p, x, g)}
         if self.bias is not None:
             gradients[self.bias] = self._bias_gradient(p, g)
-        return self._input_gradient(g, self._weight(p, g), x) if need_x else None, gradients
+        return self._input_gradient(g, p[self.weight], x) if need_x else None, gradients
 
     def dual_forward(self, p: Parameters, t: Parameters, x: Dual, kept: Tensor | None) -> tuple[Dual, Dual]:
         """kept: the convolution of x.value, where it is known."""
         if x.tangent is None:
-            x = Dual(_as_images(x.value, p[self.weight]), None)
-        weight = self._weight(p, x.value)
-        value = _convolution(x.value, weight, self._bias(p, x.value), self) if kept is None else kept
-        moved = _convolution(x.value, self._weight(t, x.value), self._bias(t, x.value), self)
+            x = Dual(x.value.contiguous(memory_format=torch.channels_last), None)
+        value = self._convolve(x.value, p[self.weight], self._bias(p, x.value)) if kept is None else kept
+        moved = self._convolve(x.value, t[self.weight], self._bias(t, x.value))
         if x.tangent is None:
             return Dual(value, moved), x
-        return Dual(value, _convolution(x.whole_tangent(), weight, None, self), moved), x
+        return Dual(value, self._convolve(x.whole_tangent(), p[self.weight], None), moved), x
 
     def dual_backward(
         self, p: Parameters, t: Parameters, x: Dual, g: Dual, need_x: bool, need_p: bool
@@ -113,27 +109,34 @@ class Conv:
             gradients[self.bias] = self._bias_gradient(p, g.whole_tangent())
         if not need_x:
             return None, gradients
-        weight, weight_t = self._weight(p, g.value), self._weight(t, g.value)
+        weight, weight_t = p[self.weight], t[self.weight]
         if x.tangent is None:  # the images: only the tangent of their gradient is asked for
             moved = self._input_gradient(g.whole_tangent(), weight, x.value)
             return Dual(None, moved, self._input_gradient(g.value, weight_t, x.value)), gradients
         both = self._input_gradient(g.both(value_first=False), weight, x.value)
         return Dual.backward(both, self._input_gradient(g.value, weight_t, x.value)), gradients
 
-    def _weight(self, p: Parameters, like: Tensor) -> Tensor:
-        return p[self.weight].to(like.dtype)
-
     def _bias(self, p: Parameters, like: Tensor) -> Tensor | None:
         return None if self.bias is None else p[self.bias].to(like.dtype)
 
     def _settings(self) -> tuple:
-        return None, self.stride, self.padding, self.dilation, False, (0, 0), self.groups
+        return self.stride, self.padding, self.dilation, False, (0, 0), self.groups
+
+    def _by_conv3x3(self, x: Tensor, weight: Tensor) -> bool:
+        usual = self._settings() == ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+        return usual and conv3x3_suits(x, weight)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self._by_conv3x3(x, weight):
+            return conv3x3(x, weight, bias)
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def _weight_gradient(self, p: Parameters, x: Tensor, g: Tensor) -> Tensor:
-        like = p[self.weight]
+        weight = p[self.weight]
+        if self._by_conv3x3(x, weight):
+            return conv3x3_weight_gradient(x, g)
         mask = (False, True, False)
-        _, gradient, _ = torch.ops.aten.convolution_backward(g, x, like.to(g.dtype), *self._settings(), mask)
-        return gradient.to(like.dtype)
+        return torch.ops.aten.convolution_backward(g, x, weight, None, *self._settings(), mask)[1]
 
     def _bias_gradient(self, p: Parameters, g: Tensor) -> Tensor:
         like = p[self.bias]
@@ -141,17 +144,16 @@ class Conv:
 
     def _input_gradient(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         """The transposed convolution of g, like x (whose batch may be another)."""
+        if self._by_conv3x3(g, weight):
+            return conv3x3_input_gradient(g, weight)
         few = self.groups == 1 and x.shape[1] <= 4 and g.device.type == "cpu" and g.dtype != torch.bfloat16
-        if few:  # torch's own is six times slower where so few channels come out
+        if few:  # torch's own is several times slower where so few channels come out
             columns = weight.flatten(1).T @ g.flatten(2)
             return F.fold(columns, x.shape[2:], weight.shape[2:], self.dilation, self.padding, self.stride)
-        x = x.new_empty(()).expand(len(g), *x.shape[1:])  # only its shape counts
+        # Only the shape of x counts.
+        x = torch.empty((len(g), *x.shape[1:]), dtype=g.dtype, device=g.device, memory_format=torch.channels_last)
         mask = (True, False, False)
-        return torch.ops.aten.convolution_backward(g, x, weight, *self._settings(), mask)[0]
-
-
-def _as_images(x: Tensor, like: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+        return torch.ops.aten.convolution_backward(g, x, weight, None, *self._settings(), mask)[0]
 
 
 @dataclass(frozen=True)

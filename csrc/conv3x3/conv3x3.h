@@ -1,0 +1,48 @@
+// 3 x 3 convolution with stride 1 and padding 1 on the CPU by Winograd's minimal filtering F(2x2, 3x3) (Lavin and Gray,
+// arXiv 1509.09308): 2 x 2 results out of 4 x 4 pixels take 16 products instead of 36. Exact in exact arithmetic; in
+// floating point its error is of the order of the direct sum's, since 16 short sums stand for one long one.
+//   y = A^T [ (G w G^T) o (B^T d B) ] A       w: 3 x 3 weights, d: 4 x 4 pixels, o: product of each pair of channels
+// The products are 16 matrix products (tiles x channels) (channels x outputs). The gradient of w is the transpose of
+// the same map: G^T [ sum over tiles of (B^T d B) (A g A^T) ] G. No ATen here.
+#pragma once
+
+#include "platform.h"
+
+namespace selmatch {
+
+// Images are stored pixel by pixel, the channels of a pixel side by side (torch's channels-last); T is float or double.
+template <typename T>
+struct Conv3x3Call {
+  int64_t batch;
+  int height, width;
+  int channels, outputs;  // of x and of y, as the call sees them
+  const T* x;             // (batch, height, width, channels)
+  const T* weight;        // (outputs, channels, 3, 3); transposed: (channels, outputs, 3, 3)
+  bool transposed;        // the convolution's transpose: x is the gradient of its result, y that of its input
+  const T* bias;          // (outputs) or null
+  T* y;                   // (batch, height, width, outputs)
+};
+
+template <typename T>
+struct Conv3x3GradientCall {
+  int64_t batch;
+  int height, width;
+  int channels, outputs;
+  const T* x;  // (batch, height, width, channels)
+  const T* g;  // (batch, height, width, outputs)
+  T* weight;   // (outputs, channels, 3, 3)
+};
+
+// parallel(context, count, body) calls body(context, begin, end) for ranges of 0..count.
+using Conv3x3Body = void (*)(void* context, int64_t begin, int64_t end);
+using Conv3x3Parallel = void (*)(void* context, int64_t count, Conv3x3Body body);
+
+// channels and outputs must be multiples of this.
+constexpr int kConv3x3Multiple = 32;
+
+void conv3x3(const Conv3x3Call<float>& call, Conv3x3Parallel parallel);
+void conv3x3(const Conv3x3Call<double>& call, Conv3x3Parallel parallel);
+void conv3x3_gradient(const Conv3x3GradientCall<float>& call, Conv3x3Parallel parallel);
+void conv3x3_gradient(const Conv3x3GradientCall<double>& call, Conv3x3Parallel parallel);
+
+}  // namespace selmatch

@@ -1,0 +1,65 @@
+"""3 x 3 convolution with stride 1 and padding 1 on the CPU, by Winograd's minimal filtering (arXiv 1509.09308): 16 products
+where the direct sum takes 36."""
+
+import torch
+from torch import Tensor
+
+from selmatch_ext import _C  # noqa: F401  (loads the operators)
+
+MULTIPLE = 32  # of channels
+
+
+def conv3x3_suits(x: Tensor, weight: Tensor) -> bool:
+    """Whether a convolution of x with weight (K, C, 3, 3), stride 1 and padding 1, or its transpose, is one for
+    `conv3x3` and faster by it: float32 on the CPU, channels in multiples of 32."""
+    outputs, channels, *size = weight.shape
+    fits = size == [3, 3] and channels % MULTIPLE == 0 and outputs % MULTIPLE == 0
+    return fits and x.dtype == torch.float32 and x.device.type == "cpu"
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The convolution of torch's conv2d with padding 1.
+
+    x: (B, C, H, W) float32 or float64 on the CPU, best in channels-last memory (else it is copied); weight: (K, C, 3, 3);
+    bias: (K,); C and K multiples of 32. The result, (B, K, H, W), is in channels-last memory. Differentiable once.
+    Raises ValueError or TypeError for shapes and dtypes that do not fit."""
+    return torch.ops.selmatch_ext.conv3x3(x, weight, bias, False)
+
+
+def conv3x3_input_gradient(g: Tensor, weight: Tensor) -> Tensor:
+    """The gradient (B, C, H, W) of x from that of the result, g (B, K, H, W)."""
+    return torch.ops.selmatch_ext.conv3x3(g, weight, None, True)
+
+
+def conv3x3_weight_gradient(x: Tensor, g: Tensor) -> Tensor:
+    """The gradient (K, C, 3, 3) of the weight; sums are taken in a fixed order, whatever the number of threads."""
+    return torch.ops.selmatch_ext.conv3x3_weight_gradient(x, g)
+
+
+@torch.library.register_fake("selmatch_ext::conv3x3")
+def _(x, weight, bias, transposed):
+    size = (x.shape[0], weight.shape[1 if transposed else 0], *x.shape[2:])
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("selmatch_ext::conv3x3_weight_gradient")
+def _(x, g):
+    return x.new_empty((g.shape[1], x.shape[1], 3, 3))
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias, ctx.transposed = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, g):
+    x, weight = ctx.saved_tensors
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    gx = torch.ops.selmatch_ext.conv3x3(g, weight, None, not ctx.transposed) if need_x else None
+    pair = (g, x) if ctx.transposed else (x, g)
+    gw = conv3x3_weight_gradient(*pair) if need_weight else None
+    return gx, gw, g.sum((0, 2, 3)) if ctx.has_bias and need_bias else None, None
+
+
+torch.library.register_autograd("selmatch_ext::conv3x3", _backward, setup_context=_save)
