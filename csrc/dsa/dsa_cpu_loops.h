@@ -183,7 +183,8 @@ struct Loops {
       if (!(at > T(-1) && at < static_cast<T>(size))) {
         continue;
       }
-      const int low = static_cast<int>(at + T(1)) - 1;
+      const int floor = static_cast<int>(at + T(1)) - 1;
+      const int low = floor < size ? floor : size - 1;  // the sum rounds: the last number below 32 gives 33
       const T part = at - static_cast<T>(low);
       for (int side = low < 0; side < (low + 1 < size ? 2 : 1); ++side) {
         const int out = turn ? low + side : j, k = used[out]++;
