@@ -25,15 +25,19 @@ def contrast(x, amount):
     return (x - mean) * per_image(amount, x) + mean
 
 
+def index_grids(*sizes, device):
+    """One int64 tensor of all `sizes` a dimension, holding every element's place in it."""
+    return torch.meshgrid(*(torch.arange(size, device=device) for size in sizes), indexing="ij")
+
+
 def shift(x, rows, columns):
     """out[i, j] = x[i + rows, j + columns], 0 outside the image."""
     batch, _, height, width = x.shape
-    i = torch.arange(height, device=x.device)[None, :, None] + rows.view(-1, 1, 1)
-    j = torch.arange(width, device=x.device)[None, None, :] + columns.view(-1, 1, 1)
+    image, i, j = index_grids(batch, height, width, device=x.device)
+    i = (i + rows.view(-1, 1, 1) + 1).clamp(0, height + 1)
+    j = (j + columns.view(-1, 1, 1) + 1).clamp(0, width + 1)
     padded = F.pad(x, (1, 1, 1, 1))
-    i, j = (i + 1).clamp(0, height + 1), (j + 1).clamp(0, width + 1)
-    image = torch.arange(batch, device=x.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[image, i, j].permute(0, 3, 1, 2)
+    return padded.permute(0, 2, 3, 1).contiguous()[image, i, j].permute(0, 3, 1, 2)
 
 
 def zero_box(x, first_row, end_row, first_column, end_column):
@@ -86,7 +90,9 @@ def augment(x, table):
 
 # Then DiffAugment, with the random streams of the public code: seed -1 draws from the global generator; any other seed
 # reseeds the global generator before every draw, with seed, seed + 1, ..., and all images share the first one's
-# parameters.
+# parameters. This is what bench/augment.py measures against, so it also does its work the way the public code does (the
+# DSA repository's, which MTT and SelMatch kept): colour in three passes, crop and cutout through index tensors of
+# every pixel, the matrices of scale and rotate put together image by image.
 
 
 class Draws:
@@ -131,14 +137,15 @@ def diff_crop(x, draws, param):
 
 def diff_cutout(x, draws, param):
     batch, _, height, width = x.shape
-    covered = []
-    for size in (height, width):
-        box = int(size * param.ratio_cutout + 0.5)
-        centre = draws.integers(0, size + (1 - box % 2))
-        covered.append((torch.arange(box, device=x.device) - box // 2 + centre[:, None]).clamp(0, size - 1))
-    rows, columns = covered
+    boxes = [int(size * param.ratio_cutout + 0.5) for size in (height, width)]
+    centre_row, centre_column = (
+        draws.integers(0, size + (1 - box % 2)) for size, box in zip((height, width), boxes, strict=True)
+    )
+    image, i, j = index_grids(batch, *boxes, device=x.device)
+    i = (i + centre_row.view(-1, 1, 1) - boxes[0] // 2).clamp(0, height - 1)
+    j = (j + centre_column.view(-1, 1, 1) - boxes[1] // 2).clamp(0, width - 1)
     mask = torch.ones(batch, height, width, dtype=x.dtype, device=x.device)
-    mask[torch.arange(batch, device=x.device)[:, None, None], rows[:, :, None], columns[:, None, :]] = 0
+    mask[image, i, j] = 0
     return x * mask.unsqueeze(1)
 
 
@@ -150,13 +157,14 @@ def diff_scale(x, draws, param):
     low, high = 1.0 / param.ratio_scale, param.ratio_scale
     width = draws.uniform() * (high - low) + low
     height = draws.uniform() * (high - low) + low
-    zero = torch.zeros_like(width)
-    return affine(x, linear_map(width, zero, zero, height))
+    theta = [[[w, 0, 0], [0, h, 0]] for w, h in zip(width, height, strict=True)]
+    return affine(x, torch.tensor(theta))
 
 
 def diff_rotate(x, draws, param):
     angle = (draws.uniform() - 0.5) * 2 * param.ratio_rotate / 180 * math.pi
-    return affine(x, linear_map(angle.cos(), (-angle).sin(), angle.sin(), angle.cos()))
+    theta = [[[a.cos(), (-a).sin(), 0], [a.sin(), a.cos(), 0]] for a in angle]
+    return affine(x, torch.tensor(theta))
 
 
 DIFF_OPERATIONS = {

@@ -135,6 +135,17 @@ def test_images_wider_than_a_vector_window(device):
     assert_matches_reference((4, 3, 50, 70), table, torch.float32, device)
 
 
+def test_sampling_just_inside_the_far_edges(device):
+    """Positions that are less than 32 but that rounding can move there, on each side: a step of the float at a time."""
+    edge = torch.tensor(16.5 / 15.5)  # takes pixel 31 to 15.5 + 15.5 * edge = 32
+    bits = edge.view(torch.int32) + torch.arange(-200, 200, dtype=torch.int32)
+    scale, one = bits.view(torch.float32), torch.ones(400)
+    for a, d in ((scale, one), (one, scale), (scale, scale)):
+        params = torch.stack([a, 0 * a, 0 * a, d], dim=1)[:, None]
+        table = sm.Augmentation(torch.full((400, 1), dsa.AFFINE, dtype=torch.uint8), params)
+        assert_matches_reference((400, 2, 32, 32), table, torch.float32, device)
+
+
 def test_images_larger_than_shared_memory(device):
     table = sm.sample_augmentation(2, 160, 150, ALL, "multi", generator=generator(0))
     assert_matches_reference((2, 3, 160, 150), table, torch.float64, device)

@@ -231,11 +231,12 @@ def pack_zip(tree, path):
 
 
 def pack_tar(tree, path):
-    with tarfile.open(path, "w:gz" if path.suffix != ".tar" else "w") as archive:
+    compression = {".tar": "", ".bz2": "bz2", ".xz": "xz"}.get(path.suffix, "gz")
+    with tarfile.open(path, f"w:{compression}") as archive:
         archive.add(tree, "./deep/er/pets")
 
 
-@pytest.mark.parametrize("name", ["pets.zip", "pets.tar", "pets.tar.gz", "pets.tgz"])
+@pytest.mark.parametrize("name", ["pets.zip", "pets.tar", "pets.tar.gz", "pets.tgz", "pets.tar.bz2", "pets.tar.xz"])
 def test_archives_equal_the_folder(tree, tmp_path, name):
     expected = load(f"imagefolder:{tree}")
     path = tmp_path / "archives" / name
@@ -262,6 +263,19 @@ def test_archives_that_are_damaged(tree, tmp_path):
         load(f"imagefolder:{tmp_path}/x.rar")
     with pytest.raises(FileNotFoundError, match="none does not exist"):
         load(f"imagefolder:{tmp_path}/none")
+
+
+@pytest.mark.parametrize("name", ["pets.tar.gz", "pets.tar.bz2", "pets.tar.xz"])
+def test_archives_with_a_byte_that_is_wrong(tree, tmp_path, name):
+    path = tmp_path / name
+    pack_tar(tree, path)
+    content = bytearray(path.read_bytes())
+    for place in (0, len(content) // 3, len(content) // 2, 2 * len(content) // 3, len(content) - 6):
+        content[place] ^= 0xFF
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} is truncated or is no archive"):
+            load(f"imagefolder:{path}")
+        content[place] ^= 0xFF
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\xff\xd8\xff\xe0 no picture", "truncated png", "truncated jpg"])

@@ -15,6 +15,7 @@ from conftest import CPU, MODEL, tiny_run
 
 from selmatch_ext import cli, pipeline
 from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.data.trajectories import ExpertStore
 from selmatch_ext.evaluation import Accuracy, seen_as
 from selmatch_ext.settings import Data, Scores, to_dict
 
@@ -134,6 +135,17 @@ def test_each_verb_from_the_command_line(finished, tmp_path):
     assert len(list((tmp_path / "pngs").rglob("*_distilled.png"))) == 30
 
 
+def test_select_refuses_a_folder_made_with_other_settings(finished, tmp_path, capsys):
+    command = ["select", "--data.dataset", "digits", "--device", "cpu", "--out", str(tmp_path / "select")]
+    command += ["--scores.source", f"el2n:{finished[0] / 'scores.npz'}", "--window.ipc", "6", "--window.beta"]
+    assert cli.main([*command, "0.5"]) == 0
+    before = DistilledSet.load(tmp_path / "select" / "window.safetensors").digest()
+    assert cli.main([*command, "0.5"]) == 0
+    assert cli.main([*command, "0.25"]) == 1
+    assert "other settings (window.beta: 0.5 → 0.25); choose another --out" in capsys.readouterr().err
+    assert DistilledSet.load(tmp_path / "select" / "window.safetensors").digest() == before
+
+
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_verb_has_help(verb, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -170,6 +182,13 @@ def test_a_demo_with_another_seed_sets_the_old_one_aside(tmp_path):
     cli.demo(tiny_run(seed=1), out=tmp_path / "demo", device="cpu")
     assert (tmp_path / "demo.1" / "results.json").read_text() == first
     assert json.loads((tmp_path / "demo" / "settings.json").read_text())["seed"] == 1
+
+
+def test_experts_of_other_images_are_refused(finished, digits, tmp_path):
+    subset, store = DistilledSet.load(finished[0] / "window.safetensors"), ExpertStore(finished[0] / "experts")
+    other = replace(digits, train=replace(digits.train, images=digits.train.images.flip(3)))
+    with pytest.raises(ValueError, match="made differently: images: [0-9a-f]{64} → [0-9a-f]{64}"):
+        pipeline.distil(subset, store, MODEL, tiny_run().matching, other, 0, CPU, tmp_path, {})
 
 
 def test_a_set_of_other_images_is_refused(finished, digits):

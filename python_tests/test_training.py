@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from selmatch_ext import experts as experts_module
 from selmatch_ext import models
 from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.data.images import ImageSplit
 from selmatch_ext.evaluation import Accuracy, evaluate, real_subset
 from selmatch_ext.experts import compute_scores, network, train_experts
 from selmatch_ext.models import flat
@@ -83,6 +84,15 @@ def test_experts_start_at_their_initialisation_and_depend_on_their_number_alone(
         train_experts(digits, replace(settings, training=Training(epochs=2)), tmp_path, 0, CPU)
     with pytest.raises(ValueError, match="seed"):
         train_experts(digits, settings, tmp_path, 1, CPU)
+
+
+def test_experts_of_other_contents_under_the_same_name_are_refused(digits, experts):
+    images, labels = digits.train.images.clone(), digits.train.labels.clone()
+    images[5, 0, 3, 3] ^= 1
+    labels[7] = (labels[7] + 1) % 10
+    for changed in (ImageSplit(images, digits.train.labels), ImageSplit(digits.train.images, labels)):
+        with pytest.raises(ValueError, match="images: [0-9a-f]{64} → [0-9a-f]{64}"):
+            train_experts(replace(digits, train=changed), tiny_run().experts, experts.folder, 0, CPU)
 
 
 @pytest.mark.parametrize("source", ["forgetting", "el2n"])

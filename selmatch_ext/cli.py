@@ -66,7 +66,7 @@ def demo(
         device: auto, cpu, cuda, cuda:1 …
     """
     where = device_of(device)
-    if pipeline.other_settings(out, settings):
+    if pipeline.other_settings(out, to_dict(settings)):
         n = next(n for n in itertools.count(1) if not out.with_name(f"{out.name}.{n}").exists())
         out.rename(out.with_name(f"{out.name}.{n}"))
     pipeline.run(settings, out, where)
@@ -105,6 +105,8 @@ def select(
     """
     where = device_of(device)
     images, kept = pipeline.load_data(data, seed)
+    parts = {"data": data, "scores": scores, "window": window, "evaluation": evaluation}
+    pipeline.claim(out, {**{name: to_dict(part) for name, part in parts.items()}, "seed": seed})
     hardness = pipeline.training_difficulty(scores, data, images, kept, seed, where, out / "scores.npz")
     beta = window.beta
     if beta is None:

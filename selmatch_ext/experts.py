@@ -25,11 +25,18 @@ def train_experts(
     """Trains the experts that `folder` still lacks and returns the store (MTT, arXiv 2203.11932, section 3.1).
 
     Row 0 of a trajectory is the initialisation, row e the parameters after epoch e. A killed run goes on with the first
-    missing expert; expert i depends on `seed` and i alone. Raises ValueError when the folder holds others' experts."""
+    missing expert; expert i depends on `seed` and i alone. Raises ValueError when the folder holds experts of another
+    network, of other images or labels (even if the data set has the same name), or made with other settings."""
     store = ExpertStore(folder)
     progress = tqdm(total=settings.count * settings.training.epochs, desc="experts", unit="epoch")
     how = {key: value for key, value in to_dict(settings).items() if key != "count"}
-    metadata = {"model": settings.model, "dataset": data.name, "seed": seed, "settings": how}
+    metadata = {
+        "model": settings.model,
+        "dataset": data.name,
+        "images": data.train.digest(),
+        "seed": seed,
+        "settings": how,
+    }
     for index in range(settings.count):
         if index < store.count:
             store.check(index, metadata)

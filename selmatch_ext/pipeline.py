@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,6 +127,8 @@ def distil(
     Raises FloatingPointError when the loss explodes; the last good set is then in folder/stopped.safetensors. Raises
     ValueError when `subset` or the experts are of other data or another network."""
     seen_as(subset, data)
+    if "images" in store.metadata:  # imported experts do not say
+        store.check(0, {"images": data.train.digest()})
     network = models.build(model, data.channels, data.classes, data.image_size, generator=generator(seed, "student"))
     method = SelMatch(subset, store, network, settings, device)
     made_from = {**context, "start": subset.digest(), "experts": {"count": store.count, **store.metadata}}
@@ -147,7 +150,7 @@ def run(settings: Run, folder: str | Path, device: torch.device) -> dict[str, di
     Returns and writes folder/results.json: {"random": {"mean": %, "std": %}, "window": …, "selmatch": …}. The same call
     after a kill continues. Raises ValueError when `folder` holds a run with other settings."""
     folder = Path(folder)
-    claim(folder, settings)
+    claim(folder, to_dict(settings))
     data, kept = load_data(settings.data, settings.seed)
     hardness = training_difficulty(
         settings.scores, settings.data, data, kept, settings.seed, device, folder / "scores.npz"
@@ -213,15 +216,15 @@ def write_report(
     return summary
 
 
-def claim(folder: Path, settings: Run) -> None:
+def claim(folder: Path, settings: dict[str, Any]) -> None:
     """Writes folder/settings.json, or compares with the one there: ValueError naming what differs."""
     changed = other_settings(folder, settings)
     if changed:
         raise ValueError(f"{folder} holds a run with other settings ({'; '.join(changed)}); choose another --out")
-    write_json(folder / "settings.json", to_dict(settings))
+    write_json(folder / "settings.json", settings)
 
 
-def other_settings(folder: Path, settings: Run) -> list[str]:
+def other_settings(folder: Path, settings: dict[str, Any]) -> list[str]:
     """What the run in `folder` has been made with that differs from `settings`; nothing if there is no run."""
     path = folder / "settings.json"
-    return differences(json.loads(path.read_text()), to_dict(settings)) if path.exists() else []
+    return differences(json.loads(path.read_text()), settings) if path.exists() else []

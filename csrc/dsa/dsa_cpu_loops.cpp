@@ -1,15 +1,9 @@
 // Compiles the loops of dsa_cpu_loops.h for several sets of vector instructions and picks one when it runs.
-#include <cstdlib>
 #include <cstring>
 #include <new>
-#include <string_view>
 
+#include "cpu_levels.h"
 #include "dsa/dsa.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define SELMATCH_X86_LEVELS
-#include <immintrin.h>
-#endif
 
 namespace selmatch {
 namespace {
@@ -85,60 +79,27 @@ namespace baseline {
 
 #ifdef SELMATCH_X86_LEVELS
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
+SELMATCH_TARGET_AVX2_BEGIN
 #undef SELMATCH_DSA_LANES
 #define SELMATCH_DSA_LANES 32
 namespace avx2 {
 #include "dsa/dsa_cpu_loops.h"
 }
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))), \
-                             apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=256")
-#endif
+SELMATCH_TARGET_END
+
+SELMATCH_TARGET_AVX512_BEGIN
 #undef SELMATCH_DSA_LANES
 #define SELMATCH_DSA_LANES 64
 namespace avx512 {
 #include "dsa/dsa_cpu_loops.h"
 }
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+SELMATCH_TARGET_END
 
-#endif  // x86-64
-
-enum class Level { kBaseline, kAvx2, kAvx512 };
-
-// The best the machine has; SELMATCH_CPU=baseline or avx2 asks for less (tests run all of them).
-Level find_level() {
-#ifdef SELMATCH_X86_LEVELS
-  const char* wish = std::getenv("SELMATCH_CPU");
-  const bool baseline = wish && std::string_view(wish) == "baseline", avx2 = wish && std::string_view(wish) == "avx2";
-  if (baseline || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
-    return Level::kBaseline;
-  }
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  return avx512 && !avx2 ? Level::kAvx512 : Level::kAvx2;
-#else
-  return Level::kBaseline;
-#endif
-}
+#endif  // SELMATCH_X86_LEVELS
 
 template <typename S, typename T>
 void run(const DsaCall& call, int64_t begin, int64_t end) {
-  static const Level level = find_level();
+  const Level level = cpu_level();
   DsaScratch<T> scratch(call);
 #ifdef SELMATCH_X86_LEVELS
   if (level == Level::kAvx512) {

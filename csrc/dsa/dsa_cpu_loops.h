@@ -169,8 +169,30 @@ struct Loops {
   // --- affine, separable (rotation and shear 0): a band matrix along the rows and one along the columns
   // -----------------
 
-  // Result q is the sum of weight * in[index] over used[q] taps; false where more than kDsaMaxTaps are needed.
-  static bool make_taps(T slope, T offset, int size, bool turn, DsaTaps<T>* taps) {
+  // Result q is the sum of weight * in[index] over used[q] taps. Sampling takes two neighbours; one off the line weighs
+  // nothing.
+  static void make_sampling_taps(T slope, T offset, int size, DsaTaps<T>* taps) {
+    int* __restrict used = taps->used, * __restrict left = taps->index, * __restrict right = left + taps->stride;
+    T* __restrict left_weight = taps->weight, * __restrict right_weight = left_weight + taps->stride;
+    const T beyond = static_cast<T>(size);
+    for (int q = 0; q < size; ++q) {
+      T at = slope * static_cast<T>(q) + offset;
+      at = at > T(-1) ? at : T(-1);
+      at = at < beyond ? at : beyond;
+      const int low = static_cast<int>(at + T(1)) - 1;
+      const T part = at - static_cast<T>(low);
+      used[q] = 2;
+      left[q] = low < 0 ? 0 : low < size ? low : size - 1;
+      right[q] = low + 1 < size ? low + 1 : size - 1;
+      left_weight[q] = low >= 0 && low < size ? T(1) - part : T(0);
+      right_weight[q] = low + 1 < size ? part : T(0);
+    }
+    taps->count = 2;
+  }
+
+  // The transpose: output j, which sampled between two neighbours, is a tap of both. False where one gets more than
+  // kDsaMaxTaps.
+  static bool make_scattering_taps(T slope, T offset, int size, DsaTaps<T>* taps) {
     int* __restrict used = taps->used, * __restrict index = taps->index;
     T* __restrict weight = taps->weight;
     const int stride = taps->stride;
@@ -183,14 +205,15 @@ struct Loops {
       if (!(at > T(-1) && at < static_cast<T>(size))) {
         continue;
       }
-      const int low = static_cast<int>(at + T(1)) - 1;
+      const int floor = static_cast<int>(at + T(1)) - 1;
+      const int low = floor < size ? floor : size - 1;  // the sum rounds: the last number below 32 gives 33
       const T part = at - static_cast<T>(low);
       for (int side = low < 0; side < (low + 1 < size ? 2 : 1); ++side) {
-        const int out = turn ? low + side : j, k = used[out]++;
+        const int out = low + side, k = used[out]++;
         if (k == kDsaMaxTaps) {
           return false;
         }
-        index[k * stride + out] = turn ? j : low + side;
+        index[k * stride + out] = j;
         weight[k * stride + out] = side == 0 ? T(1) - part : part;
         count = k < count ? count : k + 1;
       }
@@ -322,8 +345,11 @@ struct Loops {
       return false;
     }
     DsaTaps<T>&across = scratch.across, &along = scratch.along;
-    if (!make_taps(step.f[0], step.f[2], width, step.turn, &across) ||
-        !make_taps(step.f[4], step.f[5], height, step.turn, &along)) {
+    if (!step.turn) {
+      make_sampling_taps(step.f[0], step.f[2], width, &across);
+      make_sampling_taps(step.f[4], step.f[5], height, &along);
+    } else if (!make_scattering_taps(step.f[0], step.f[2], width, &across) ||
+               !make_scattering_taps(step.f[4], step.f[5], height, &along)) {
       return false;
     }
     T* narrowed = scratch.image;

@@ -115,6 +115,8 @@ def _tar_members(path: Path) -> Iterable[tuple[str, bytes]]:
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
             raise tarfile.ReadError("it has no end mark")  # iteration ends silently where a header is cut
+        while archive.fileobj.read(tarfile.RECORDSIZE):
+            pass  # to the end: there the compressed ones have their checksum
 
 
 def _zip_members(path: Path) -> Iterable[tuple[str, bytes]]:
