@@ -1,16 +1,10 @@
 // Compiles the loops of conv3x3_cpu_loops.h for several sets of vector instructions and picks one when it runs.
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <new>
-#include <string_view>
 
 #include "conv3x3/conv3x3.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define SELMATCH_X86_LEVELS
-#include <immintrin.h>
-#endif
+#include "cpu_levels.h"
 
 namespace selmatch {
 namespace {
@@ -38,44 +32,27 @@ namespace baseline {
 
 #ifdef SELMATCH_X86_LEVELS
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
+SELMATCH_TARGET_AVX2_BEGIN
 #undef SELMATCH_CONV_LANES
 #define SELMATCH_CONV_LANES 32
 namespace avx2 {
 #include "conv3x3/conv3x3_cpu_loops.h"
 }
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
+SELMATCH_TARGET_END
+
+SELMATCH_TARGET_AVX512_BEGIN
 #undef SELMATCH_CONV_LANES
 #define SELMATCH_CONV_LANES 64
 namespace avx512 {
 #include "conv3x3/conv3x3_cpu_loops.h"
 }
-#pragma GCC pop_options
+SELMATCH_TARGET_END
 
-#endif  // x86-64
-
-enum class Level { kBaseline, kAvx2, kAvx512 };
-Level find_level() {
-#ifdef SELMATCH_X86_LEVELS
-  const char* wish = std::getenv("SELMATCH_CPU");
-  const bool baseline = wish && std::string_view(wish) == "baseline", avx2 = wish && std::string_view(wish) == "avx2";
-  if (baseline || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
-    return Level::kBaseline;
-  }
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  return avx512 && !avx2 ? Level::kAvx512 : Level::kAvx2;
-#else
-  return Level::kBaseline;
-#endif
-}
+#endif  // SELMATCH_X86_LEVELS
 
 template <typename Call>
 void dispatch(const Call& call, Conv3x3Parallel parallel) {
-  static const Level level = find_level();
+  const Level level = cpu_level();
 #ifdef SELMATCH_X86_LEVELS
   if (level == Level::kAvx512) {
     return avx512::run(call, parallel);

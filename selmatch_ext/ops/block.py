@@ -18,8 +18,8 @@ class BlockKind(NamedTuple):
     """What a block does; the numbers are those of csrc/block/block.h.
 
     norm: SAMPLE_NORM is over each image and group of channels (instance norm: a group per channel; layer norm: one
-    group), BATCH_NORM with the statistics of the batch. activation: PIECEWISE is x > 0 ? x : slope x (ReLU with slope 0,
-    none with slope 1). pool: of 2 x 2 pixels with stride 2."""
+    group), BATCH_NORM with the statistics of the batch. activation: PIECEWISE is x > 0 ? x : slope x (ReLU has slope
+    0, none slope 1). pool: of 2 x 2 pixels with stride 2."""
 
     norm: int = NO_NORM
     groups: int = 1
@@ -32,8 +32,8 @@ class BlockKind(NamedTuple):
 def block_forward(z: Tensor, gamma: Tensor | None, beta: Tensor | None, kind: BlockKind) -> tuple[Tensor, Tensor]:
     """y = pool(act(norm(z))) and the statistics that the backward pass takes.
 
-    z: (B, C, H, W) float32, float64 or bfloat16, best in channels-last memory (else it is copied); gamma, beta: (C,), or
-    (C, H, W) as in torch's LayerNorm, float64 where z is and else float32; None: ones and zeros. y: (B, C, H // 2,
+    z: (B, C, H, W) float32, float64 or bfloat16, best in channels-last memory (else it is copied); gamma, beta: (C,),
+    or (C, H, W) as in torch's LayerNorm, float64 where z is and else float32; None: ones and zeros. y: (B, C, H // 2,
     W // 2), or like z without pooling, channels-last; stats: (B or 1, 2, C).
     Raises ValueError or TypeError for shapes, dtypes or devices that do not fit."""
     return torch.ops.selmatch_ext.block_forward(z, gamma, beta, *kind)
@@ -75,8 +75,8 @@ def block_dual_backward(
     beta_t: Tensor | None,
     kind: BlockKind,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The tangent of the gradient of z and that gradient in one batch, (2B, ...), the tangent first; and the tangents of
-    the gradients of gamma and beta. The tangent of g is gt + gt_more; stats are those of `block_dual_forward`."""
+    """The tangent of the gradient of z and that gradient in one batch, (2B, ...), the tangent first; and the tangents
+    of the gradients of gamma and beta. The tangent of g is gt + gt_more; stats are those of `block_dual_forward`."""
     return torch.ops.selmatch_ext.block_dual_backward(
         g, gt, gt_more, z, zt, zt_more, stats, gamma, beta, gamma_t, beta_t, *kind
     )

@@ -1,5 +1,5 @@
-"""3 x 3 convolution with stride 1 and padding 1 on the CPU, by Winograd's minimal filtering (arXiv 1509.09308): 16 products
-where the direct sum takes 36."""
+"""3 x 3 convolution with stride 1 and padding 1 on the CPU, by Winograd's minimal filtering (arXiv 1509.09308): 16
+products where the direct sum takes 36."""
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ def conv3x3_suits(x: Tensor, weight: Tensor) -> bool:
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The convolution of torch's conv2d with padding 1.
 
-    x: (B, C, H, W) float32 or float64 on the CPU, best in channels-last memory (else it is copied); weight: (K, C, 3, 3);
-    bias: (K,); C and K multiples of 32. The result, (B, K, H, W), is in channels-last memory. Differentiable once.
+    x: (B, C, H, W) float32 or float64 on the CPU, best in channels-last memory (else it is copied); weight: (K, C, 3,
+    3); bias: (K,); C and K multiples of 32. The result, (B, K, H, W), is in channels-last memory. Differentiable once.
     Raises ValueError or TypeError for shapes and dtypes that do not fit."""
     return torch.ops.selmatch_ext.conv3x3(x, weight, bias, False)
 

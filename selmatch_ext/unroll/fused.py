@@ -1,8 +1,8 @@
 """The fused engine: one step's gradient, and its derivative along a direction, by the rules of rules.py.
 
-No graph is kept and no second backward pass is made: the derivative of the gradient along a direction in parameter space
-is one dual pass, forward and backward, whose parameter part is the Hessian-vector product and whose image part is the
-mixed term (adjoint.py says what they are for)."""
+No graph is kept and no second backward pass is made: the derivative of the gradient along a direction in parameter
+space is one dual pass, forward and backward, whose parameter part is the Hessian-vector product and whose image part is
+the mixed term (adjoint.py says what they are for)."""
 
 import torch
 from torch import Tensor

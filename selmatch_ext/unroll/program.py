@@ -1,5 +1,5 @@
-"""Reads a network with torch.fx into the operations of rules.py, so that the fused engine also takes classes that are not
-ours. What has no rule raises `Unsupported`, whose message names it."""
+"""Reads a network with torch.fx into the operations of rules.py, so that the fused engine also takes classes that are
+not ours. What has no rule raises `Unsupported`, whose message names it."""
 
 import operator
 from collections.abc import Callable

@@ -2,8 +2,8 @@
 carrying tangents ("dual").
 
 In a dual pass everything is the derivative, along one direction in parameter space, of what the plain pass computes:
-where the plain pass has x and parameters p, the dual one has (x, tangent of x) and (p, tangent of p). The mathematics is
-that of forward-mode differentiation of the backward pass; csrc/block/block.h has the formulas of `Block`.
+where the plain pass has x and parameters p, the dual one has (x, tangent of x) and (p, tangent of p). The mathematics
+is that of forward-mode differentiation of the backward pass; csrc/block/block.h has the formulas of `Block`.
 """
 
 from dataclasses import dataclass, field
