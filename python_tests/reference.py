@@ -221,3 +221,26 @@ def trajectory_distance(student, start, target):
         return sum(((x - y) ** 2).sum() for x, y in zip(xs, ys, strict=True))
 
     return squared(student, target) / squared(start, target)
+
+
+# --- norm + activation + pooling ("block") ----------------------------------------------------------------------------
+
+
+def block(z, gamma, beta, kind):
+    """Torch's own layers one after the other; kind: selmatch_ext.ops.block.BlockKind."""
+    if kind.norm == 1 and gamma is not None and gamma.dim() == 3:
+        n = F.layer_norm(z, z.shape[1:], gamma, beta, kind.eps)
+    elif kind.norm == 1:
+        n = F.group_norm(z, kind.groups, gamma, beta, kind.eps)
+    elif kind.norm == 2:
+        n = F.batch_norm(z, None, None, gamma, beta, training=True, eps=kind.eps)
+    else:
+        n = z
+    a = [F.leaky_relu(n, kind.slope), torch.sigmoid(n), F.silu(n)][kind.activation]
+    return [a, F.avg_pool2d(a, 2), F.max_pool2d(a, 2)][kind.pool]
+
+
+def block_gradients(z, gamma, beta, g, kind):
+    """Of z, gamma and beta."""
+    _, backward = torch.func.vjp(lambda *inputs: block(*inputs, kind), z, gamma, beta)
+    return backward(g)

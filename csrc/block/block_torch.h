@@ -38,7 +38,8 @@ class Block {
                       ", got ", options.pool);
     TORCH_CHECK_VALUE(options.groups >= 1 && z.size(1) % options.groups == 0, "block: ", z.size(1),
                       " channels do not divide into ", options.groups, " groups");
-    TORCH_CHECK_VALUE(z[0].numel() < (int64_t{1} << 31) || z.size(0) == 0, "block: images of 2^31 elements or more");
+    TORCH_CHECK_VALUE(z.size(0) == 0 || z.numel() / z.size(0) < (int64_t{1} << 31),
+                      "block: images of 2^31 elements or more");
     z_ = z;
     call.type = type_of(z);
     call.norm = static_cast<int>(options.norm);
@@ -77,8 +78,8 @@ class Block {
 
   // (rows, 2 or 4, channels)
   void set_stats(const at::Tensor& stats) {
-    TORCH_CHECK_VALUE(stats.sizes() == stats_sizes(), "block: stats must have shape ", stats_sizes(), ", got ",
-                      stats.sizes());
+    TORCH_CHECK_VALUE(stats.sizes() == stats_sizes(), "block: stats must have shape ", at::IntArrayRef(stats_sizes()),
+                      ", got ", stats.sizes());
     call.stats = const_cast<void*>(keep(stats.contiguous()).const_data_ptr());
   }
   at::Tensor make_stats() {
@@ -177,8 +178,8 @@ class Block {
     }
     const auto expected = call.per_pixel ? std::vector<int64_t>{call.channels, call.height, call.width}
                                          : std::vector<int64_t>{call.channels};
-    TORCH_CHECK_VALUE(tensor->sizes() == expected, "block: ", name, " must have shape ", expected, ", got ",
-                      tensor->sizes());
+    TORCH_CHECK_VALUE(tensor->sizes() == expected, "block: ", name, " must have shape ", at::IntArrayRef(expected),
+                      ", got ", tensor->sizes());
     TORCH_CHECK_TYPE(tensor->scalar_type() == options().dtype(), "block: ", name, " must be ", options().dtype(),
                      ", got ", tensor->scalar_type());
     TORCH_CHECK_VALUE(tensor->device() == z_.device(), "block: ", name, " is on ", tensor->device(), ", z on ",

@@ -1,0 +1,107 @@
+"""3 x 3 convolutions by Winograd's filtering against torch's direct ones."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from selmatch_ext.ops.conv3x3 import conv3x3, conv3x3_input_gradient, conv3x3_suits, conv3x3_weight_gradient
+
+# (batch, channels, outputs, height, width): part of a tile at the edges, one row, more tiles than are done together
+SHAPES = [(1, 32, 32, 4, 4), (3, 32, 64, 5, 7), (5, 64, 32, 1, 3), (2, 32, 96, 8, 8), (9, 32, 32, 9, 16)]
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6}
+
+
+def tensors(batch, channels, outputs, height, width, dtype):
+    draw = torch.Generator().manual_seed(0)
+    sizes = [(batch, channels, height, width), (outputs, channels, 3, 3), (outputs,), (batch, outputs, height, width)]
+    return [torch.randn(size, generator=draw, dtype=torch.float64).to(dtype) for size in sizes]
+
+
+def check(shape, dtype):
+    x, weight, bias, g = tensors(*shape, dtype)
+    inputs = [t.double().requires_grad_() for t in (x, weight, bias)]
+    y = F.conv2d(*inputs, padding=1)
+    gx, gw, gb = torch.autograd.grad(y, inputs, g.double())
+    ours = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    result = conv3x3(*ours)
+    for a, b in [
+        (result, y),
+        (conv3x3_input_gradient(g, weight), gx),
+        (conv3x3_weight_gradient(x, g), gw),
+        *zip(torch.autograd.grad(result, ours, g), (gx, gw, gb), strict=True),
+    ]:
+        assert a.dtype == dtype and a.shape == b.shape
+        assert (a.double() - b).norm() <= TOLERANCE[dtype] * b.norm()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_direct_convolution(shape, dtype):
+    check(shape, dtype)
+
+
+def test_error_is_of_the_order_of_the_direct_sum():
+    x, weight, _, _ = tensors(4, 128, 128, 16, 16, torch.float32)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    error = (conv3x3(x, weight) - exact).norm()
+    assert error <= 2 * (F.conv2d(x, weight, padding=1) - exact).norm()
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2"])
+def test_other_vector_instructions(level):
+    here = os.path.dirname(__file__)
+    code = f"""
+import sys; sys.path.insert(0, {here!r})
+import torch, test_conv3x3
+for dtype in test_conv3x3.TOLERANCE:
+    test_conv3x3.check((3, 32, 64, 5, 7), dtype)
+"""
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "SELMATCH_CPU": level}, check=True)
+
+
+def test_the_same_bits_for_any_number_of_threads():
+    x, weight, bias, g = tensors(9, 32, 64, 9, 9, torch.float32)
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append((conv3x3(x, weight, bias), conv3x3_weight_gradient(x, g)))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_operators_are_registered_completely():
+    x, weight, bias, g = tensors(2, 32, 32, 5, 4, torch.float64)
+    arguments = (x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), False)
+    torch.library.opcheck(torch.ops.selmatch_ext.conv3x3.default, arguments)
+    torch.library.opcheck(torch.ops.selmatch_ext.conv3x3.default, (g, weight, None, True))
+    torch.library.opcheck(torch.ops.selmatch_ext.conv3x3_weight_gradient.default, (x.detach(), g))
+
+
+def test_what_suits():
+    x, weight, _, _ = tensors(1, 32, 64, 4, 4, torch.float32)
+    assert conv3x3_suits(x, weight)
+    assert not conv3x3_suits(x.double(), weight.double())
+    assert not conv3x3_suits(x[:, :3], weight[:, :3])
+    assert not conv3x3_suits(x, weight[..., :2])
+
+
+def test_bad_input_and_empty_batch():
+    x, weight, bias, g = tensors(2, 32, 64, 4, 4, torch.float32)
+    assert conv3x3(x[:0], weight, bias).shape == (0, 64, 4, 4)
+    assert (conv3x3_weight_gradient(x[:0], g[:0]) == 0).all()
+    for error, message, arguments in [
+        (ValueError, "multiples of 32, got 16", (x[:, :16], weight[:, :16], bias)),
+        (ValueError, "does not fit x", (x, weight[:, :, :2], bias)),
+        (ValueError, r"bias must have shape \(64\)", (x, weight, bias[:3])),
+        (TypeError, "weight is Double", (x, weight.double(), bias)),
+        (TypeError, "x must be float32 or float64", (x.bfloat16(), weight.bfloat16(), None)),
+        (ValueError, "x must have 4 dimensions", (x[0], weight, bias)),
+    ]:
+        with pytest.raises(error, match=message):
+            conv3x3(*arguments)
+    with pytest.raises(ValueError, match="does not fit x"):
+        conv3x3_weight_gradient(x, g[:1])

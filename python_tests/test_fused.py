@@ -1,0 +1,200 @@
+"""The fused engine: exact for every layer of the ConvNet family and for classes that are not ours; what it cannot read
+falls back and says why."""
+
+import itertools
+
+import pytest
+import torch
+from reference import unrolled_sgd_full_graph
+from test_unroll import CLASSES, Problem, assert_near, network, one_thread  # noqa: F401  (a fixture)
+from torch import nn
+from torch.nn import functional as F
+
+import selmatch_ext as sm
+from selmatch_ext import models
+from selmatch_ext.unroll import unrolled_sgd
+
+LAYERS = list(itertools.product(("IN", "BN", "GN", "LN", "NN"), ("AR", "AL", "AS", "ASwish"), ("AP", "MP", "NP")))
+
+
+@pytest.mark.parametrize("norm, activation, pooling", LAYERS, ids="".join)
+def test_every_layer_equals_full_graph(norm, activation, pooling):
+    problem = Problem(network(f"ConvNetD2W8{norm}{activation}{pooling}"), augmented=True)
+    expected = problem.gradients(unrolled_sgd_full_graph)
+    assert_near(problem.gradients(unrolled_sgd, engine="fused"), expected, 1e-10)
+
+
+@pytest.mark.parametrize(
+    "name, size", [("MLP", 8), ("LeNet", 28), ("VGG11", 32), ("ResNet18BN", 16), ("ResNet18_AP", 16)], ids=str
+)
+def test_other_networks_equal_full_graph(name, size):
+    problem = Problem(network(name, size), size=size, lr=(0.01, 0.01, 0.01))
+    expected = problem.gradients(unrolled_sgd_full_graph)
+    assert_near(problem.gradients(unrolled_sgd, engine="fused"), expected, 1e-10)
+
+
+@pytest.mark.parametrize("size, channels", [(9, 3), (13, 1), (8, 5)], ids=str)
+def test_odd_sides_and_channels(size, channels):
+    problem = Problem(network("ConvNetD2W6", size, channels), size=size, channels=channels, soft=False)
+    expected = problem.gradients(unrolled_sgd_full_graph)
+    assert_near(problem.gradients(unrolled_sgd, engine="fused", keep="activations"), expected, 1e-10)
+
+
+@pytest.mark.parametrize("norm", ["IN", "BN", "GN", "LN", "NN"])
+def test_float32_is_as_near_to_float64_as_the_full_graph(norm):
+    """Twice the full graph's distance at most, Winograd's convolutions included (width 32). Of the gradients that are
+    long enough for their distance not to be luck."""
+    exact, rounded = (
+        Problem(network(f"ConvNetD3W32{norm}", 32), dtype, size=32) for dtype in (torch.float64, torch.float32)
+    )
+    expected = exact.gradients(unrolled_sgd_full_graph)
+    plain, fused = rounded.gradients(unrolled_sgd_full_graph), rounded.gradients(unrolled_sgd, engine="fused")
+    for name in ("images", "start"):
+        distance = (plain[name] - expected[name]).norm()
+        assert (fused[name] - expected[name]).norm() <= 2 * distance, name
+
+
+def test_bfloat16_points_the_same_way():
+    exact = Problem(network("ConvNetD2W32", 16), size=16, lr=(0.01,) * 3)
+    rounded = Problem(network("ConvNetD2W32", 16), torch.float32, size=16, lr=(0.01,) * 3)
+    expected = exact.gradients(unrolled_sgd_full_graph)["images"].flatten()
+    for keep in ("nothing", "activations"):
+        found = rounded.gradients(unrolled_sgd, engine="fused", precision="bfloat16", keep=keep)["images"].flatten()
+        assert F.cosine_similarity(found.double(), expected, dim=0) > 0.99
+        assert (found - expected).norm() > 1e-4 * expected.norm()
+
+
+class PublicConvNet(nn.Module):
+    """The structure of the ConvNet that distillation repositories share, written anew: in-place ReLU, view, a swish of
+    its own."""
+
+    class Swish(nn.Module):
+        def forward(self, x):
+            return x * torch.sigmoid(x)
+
+    def __init__(self, norm, activation, width=8, depth=2, size=8):
+        super().__init__()
+        layers, inputs = [], 3
+        for _ in range(depth):
+            layers += [nn.Conv2d(inputs, width, kernel_size=3, padding=1)]
+            layers += [nn.GroupNorm(width, width, affine=True) if norm == "instance" else nn.BatchNorm2d(width)]
+            layers += [nn.ReLU(inplace=True) if activation == "relu" else self.Swish()]
+            layers += [nn.AvgPool2d(kernel_size=2, stride=2)]
+            inputs, size = width, size // 2
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(width * size * size, CLASSES)
+
+    def forward(self, x):
+        out = self.features(x)
+        out = out.view(out.size(0), -1)
+        return self.classifier(out)
+
+
+class Functional(nn.Module):
+    """The same out of functions, with a sum of two branches."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 5, stride=2, padding=2, bias=False)
+        self.short = nn.Conv2d(8, 8, 1, stride=2)
+        self.norm = nn.InstanceNorm2d(8, affine=True)
+        self.out = nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        x = F.silu(self.norm(self.second(x))) + self.short(x)
+        return self.out(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: PublicConvNet("instance", "relu"), lambda: PublicConvNet("batch", "swish"), Functional],
+    ids=["instance", "batch", "functional"],
+)
+def test_classes_that_are_not_ours(make):
+    torch.manual_seed(0)
+    problem = Problem(make())
+    choice = sm.explain_engine(problem.model, problem.images)
+    assert choice.name == "fused", choice
+    expected = problem.gradients(unrolled_sgd_full_graph)
+    assert_near(problem.gradients(unrolled_sgd, engine="fused"), expected, 1e-10)
+
+
+class Unknown(PublicConvNet):
+    def forward(self, x):
+        return super().forward(torch.tanh(x))
+
+
+class Branching(PublicConvNet):
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+def hooked():
+    model = PublicConvNet("instance", "relu")
+    model.classifier.register_forward_hook(lambda *_: None)
+    return model
+
+
+def with_layer(layer):
+    model = PublicConvNet("instance", "relu")
+    model.features.insert(3, layer)
+    return model
+
+
+FALLBACKS = [
+    (lambda: Unknown("instance", "relu"), "tanh"),
+    (lambda: Branching("instance", "relu"), "torch.fx cannot read Branching"),
+    (hooked, "classifier has hooks"),
+    (lambda: with_layer(nn.Dropout(0.3)), r"Dropout \(features.3\)"),
+    (lambda: with_layer(nn.MaxPool2d(3, 1, 1)), r"MaxPool2d \(features.3\) with a window of 3"),
+    (lambda: with_layer(nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")), "padding_mode 'reflect'"),
+    (lambda: with_layer(nn.Softmax2d()), r"Softmax2d \(features.3\)"),
+]
+
+
+@pytest.mark.parametrize("make, reason", FALLBACKS, ids=[reason for _, reason in FALLBACKS])
+def test_what_has_no_rule_falls_back_and_says_why(make, reason):
+    problem = Problem(make())
+    choice = sm.explain_engine(problem.model, problem.images)
+    assert choice.name == "autograd"
+    with pytest.raises(NotImplementedError, match=reason):
+        problem.gradients(unrolled_sgd, engine="fused")
+    torch.manual_seed(0)
+    automatic = problem.gradients(unrolled_sgd)
+    torch.manual_seed(0)
+    assert_near(automatic, problem.gradients(unrolled_sgd, engine="autograd"), 0)
+
+
+@pytest.mark.parametrize("name", [name for name in models.names() if name.startswith("ConvNet")])
+def test_every_name_of_the_convnet_family_is_read(name):
+    images = torch.zeros(1, 3, 256, 256)
+    assert sm.explain_engine(models.build(name, 3, 10, 256), images).name == "fused"
+
+
+def test_the_number_of_threads_hardly_matters():
+    """Torch's own convolutions are free to add in another order."""
+    problem = Problem(network("ConvNetD2W32BN", 16), torch.float32, size=16)
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(problem.gradients(unrolled_sgd, engine="fused"))
+    first, second = results
+    assert_near(first, second, 1e-6)
+
+
+def test_an_unused_parameter_and_a_shared_one():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.idle = nn.Linear(3, 3)
+            self.layer = nn.Conv2d(3, 3, 3, padding=1)
+            self.out = nn.Linear(3 * 64, CLASSES)
+
+        def forward(self, x):
+            return self.out(torch.relu(self.layer(torch.relu(self.layer(x)))).flatten(1))
+
+    torch.manual_seed(0)
+    problem = Problem(Model())
+    expected = problem.gradients(unrolled_sgd_full_graph)
+    assert_near(problem.gradients(unrolled_sgd, engine="fused"), expected, 1e-10)
