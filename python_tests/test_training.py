@@ -1,5 +1,6 @@
 """Training, experts, scores and evaluation."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from selmatch_ext.data.images import ImageSplit
 from selmatch_ext.evaluation import Accuracy, evaluate, real_subset
 from selmatch_ext.experts import compute_scores, network, train_experts
 from selmatch_ext.models import flat
+from selmatch_ext.models.fast import fast
 from selmatch_ext.ops.dsa import augment
 from selmatch_ext.precision import precision_scope
 from selmatch_ext.seeds import derive, generator
@@ -173,3 +175,39 @@ def test_precision_is_only_what_was_asked_for():
         pass
     with pytest.raises(ValueError, match="float32, tf32 or bfloat16.*'half'"), precision_scope("half", CPU):
         pass
+
+
+@pytest.mark.parametrize("name", ["ConvNetD2W32", "ConvNetD2W32BN", "ConvNetD2W8LNASwishMP", "ResNet18BN"])
+def test_fused_kernels_train_the_same(name):
+    """Loss, gradients and running statistics of the fast path against those of the module itself."""
+    draw = torch.Generator().manual_seed(0)
+    plain = models.build(name, 3, 5, 16, generator=draw)
+    copied = copy.deepcopy(plain)
+    x, y = torch.randn(12, 3, 16, 16, generator=draw), torch.randint(5, (12,), generator=draw)
+    network = fast(copied, x)
+    assert network is not copied
+    losses = [F.cross_entropy(f(x), y) for f in (plain, network)]
+    losses[0].backward()
+    losses[1].backward()
+    assert abs(losses[0] - losses[1]) < 1e-5
+    gradients = [flat.flatten([p.grad for p in m.parameters()]) for m in (plain, copied)]
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
+    for a, b in zip(plain.buffers(), copied.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_fast_path_leaves_what_it_cannot_do_to_the_module():
+    x = torch.zeros(2, 3, 8, 8)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Tanh())
+    assert fast(model, x) is model
+    model = models.build("ConvNetD1W8", 3, 5, 8)
+    assert fast(model, x.double()) is model and fast(model.eval(), x) is model
+
+
+def test_bfloat16_on_the_fast_path():
+    draw = torch.Generator().manual_seed(0)
+    model = models.build("ConvNetD2W32BN", 3, 5, 16, generator=draw)
+    x = torch.randn(12, 3, 16, 16, generator=draw)
+    exact, rounded = fast(model, x)(x), fast(model, x, "bfloat16")(x)
+    assert rounded.dtype == torch.float32
+    assert 1e-5 < (exact - rounded).norm() / exact.norm() < 0.05

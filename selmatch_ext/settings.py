@@ -112,7 +112,7 @@ class Matching:
     strategy: str = DSA
     """Augmentation of each student update: one of the names, drawn per batch."""
     gradient: Literal["exact", "tesla"] = "exact"
-    engine: Literal["auto", "autograd"] = "auto"
+    engine: Literal["auto", "fused", "autograd"] = "auto"
     keep: Literal["nothing", "activations"] = "nothing"
     """activations is faster, and its memory grows with inner_steps."""
     precision: Precision = "float32"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selmatch_ext.models.fast import fast
 from selmatch_ext.ops.dsa import Augmentation, augment, mix_augmentations, sample_augmentation
 from selmatch_ext.precision import precision_scope
 from selmatch_ext.settings import Training
@@ -54,6 +55,7 @@ def train(
     `generator` (CPU). after_epoch(epoch) is called after each, counted from 1.
     Raises FloatingPointError when an epoch ends with a loss that is not finite."""
     device = labels.device
+    network = None
     optimiser = torch.optim.SGD(
         model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
     )
@@ -65,7 +67,9 @@ def train(
             p = Augmentation(*(t.to(device) for t in augmenter(indices, generator)))
             indices = indices.to(device)
             with precision_scope(settings.precision, device):
-                loss = F.cross_entropy(model(augment(take(indices), p)), labels[indices])
+                x = augment(take(indices), p)
+                network = fast(model, x, settings.precision) if network is None else network
+                loss = F.cross_entropy(network(x), labels[indices])
                 optimiser.zero_grad()
                 loss.backward()
             optimiser.step()
