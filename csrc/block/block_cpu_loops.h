@@ -9,10 +9,18 @@
 template <typename T>
 struct BlockVectors {
   static constexpr int kLanes = SELMATCH_BLOCK_LANES / sizeof(T);
-  typedef T lanes __attribute__((vector_size(SELMATCH_BLOCK_LANES), aligned(sizeof(T))));
+  typedef T lanes __attribute__((vector_size(SELMATCH_BLOCK_LANES)));
   typedef uint32_t words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-  typedef uint16_t halves __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(sizeof(uint16_t))));
+  typedef uint16_t halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 };
+
+// Vectors from and to memory of any alignment.
+template <typename V>
+SELMATCH_HD V load_bytes(const void* p) {
+  V value;
+  std::memcpy(&value, p, sizeof(V));
+  return value;
+}
 
 // V = T or its vector, from and to memory of type S
 template <typename V, typename S>
@@ -21,10 +29,10 @@ SELMATCH_HD V load(const S* p) {
     return widen(*p);
   } else if constexpr (sizeof(S) == 2) {
     using Vectors = BlockVectors<float>;
-    const auto halves = *reinterpret_cast<const typename Vectors::halves*>(p);
+    const auto halves = load_bytes<typename Vectors::halves>(p);
     return reinterpret_cast<V>(__builtin_convertvector(halves, typename Vectors::words) << 16);
   } else {
-    return *reinterpret_cast<const V*>(p);
+    return load_bytes<V>(p);
   }
 }
 
@@ -38,9 +46,10 @@ SELMATCH_HD void store(V value, S* p) {
     const Words bits = reinterpret_cast<Words>(value);
     const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const Words result = (bits & 0x7fffffffu) > 0x7f800000u ? (rounded | 0x7fc0u) : rounded;  // NaN stays NaN
-    *reinterpret_cast<typename Vectors::halves*>(p) = __builtin_convertvector(result, typename Vectors::halves);
+    const auto halves = __builtin_convertvector(result, typename Vectors::halves);
+    std::memcpy(p, &halves, sizeof(halves));
   } else {
-    *reinterpret_cast<V*>(p) = value;
+    std::memcpy(p, &value, sizeof(value));
   }
 }
 
