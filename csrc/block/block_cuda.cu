@@ -57,7 +57,10 @@ struct BlockVariant {
 
   // Parameters of each pixel's own (layer norm) only one channel at a time, which leaves the others their registers.
   static constexpr bool kPerPixel = kWidth == 1;
-  // Blocks to a multiprocessor: as many as have registers for a cell without spilling.
+  // Threads of a block, and blocks to a multiprocessor: as many as have registers for a cell without spilling.
+  static constexpr int threads(bool backward) {
+    return kDual && kPooled && backward && sizeof(S) == 2 ? (kBlockThreads * 3 / 4 + 31) / 32 * 32 : kBlockThreads;
+  }
   static constexpr int resident(bool backward) { return kDual || backward || kWidth == 8 ? 2 : 3; }
 };
 
@@ -138,9 +141,9 @@ struct BlockSlab {
   using Pair = BlockPair<V>;
   static constexpr int kPixels = V::kPixels, kOuts = V::kOuts, kWidth = V::kWidth;
 
-  struct Place {  // where a cell's pixels and its output begin in an image; none: < 0
-    int pixel[kPixels];
-    int out;
+  struct Place {  // where a cell's first pixel and its output begin in an image
+    int first, out;
+    int present;  // bit k: there is a pixel k; pooled, bit kPixels: there is an output
   };
   struct Cell {
     Pack z[kPixels], g[kOuts];
@@ -165,50 +168,52 @@ struct BlockSlab {
   }
 
   SELMATCH_DEVICE Place place(int cell, int cell_columns) const {
-    Place at;
     if constexpr (V::kPooled) {
       const int i = cell / cell_columns, j = cell - i * cell_columns;
-#pragma unroll
-      for (int k = 0; k < kPixels; ++k) {
-        const int row = 2 * i + k / 2, column = 2 * j + k % 2;
-        at.pixel[k] = row < call.height && column < call.width ? (row * call.width + column) * call.channels : -1;
-      }
-      at.out = at.pixel[kPixels - 1] < 0 ? -1 : (i * (call.width / 2) + j) * call.channels;
+      const bool right = 2 * j + 1 < call.width, below = 2 * i + 1 < call.height;
+      return {(2 * i * call.width + 2 * j) * call.channels, (i * (call.width / 2) + j) * call.channels,
+              1 | (right ? 2 : 0) | (below ? 4 : 0) | (right && below ? 8 | 1 << kPixels : 0)};
     } else {
-#pragma unroll
-      for (int k = 0; k < kPixels; ++k) {
-        const int pixel = cell * kPixels + k;
-        at.pixel[k] = pixel < pixels() ? pixel * call.channels : -1;
-      }
-      at.out = -1;
+      const int first = cell * kPixels, rest = pixels() - first;
+      return {first * call.channels, 0, rest < kPixels ? (1 << rest) - 1 : (1 << kPixels) - 1};
     }
-    return at;
   }
-  SELMATCH_DEVICE int out_of(const Place& at, int k) const { return V::kPooled ? at.out : at.pixel[k]; }
+  SELMATCH_DEVICE bool has_pixel(const Place& at, int k) const { return at.present >> k & 1; }
+  SELMATCH_DEVICE int pixel(const Place& at, int k) const {
+    return at.first + (V::kPooled ? k / 2 * call.width + k % 2 : k) * call.channels;
+  }
+  // Output k of a cell; pooled there is one.
+  SELMATCH_DEVICE bool has_out(const Place& at, int k) const { return has_pixel(at, V::kPooled ? kPixels : k); }
+  SELMATCH_DEVICE int out(const Place& at, int k) const { return V::kPooled ? at.out : pixel(at, k); }
 
   // --- reading a cell, from global memory or from what this thread kept of it
 
-  SELMATCH_DEVICE static Pack load(const void* tensor, int64_t at, int offset) {
-    return offset < 0 ? Pack{} : *reinterpret_cast<const Pack*>(static_cast<const S*>(tensor) + at + offset);
+  SELMATCH_DEVICE Pack load_pixel(const void* tensor, const Place& at, int k) const {
+    return has_pixel(at, k) ? pack_at(tensor, begin + pixel(at, k)) : Pack{};
   }
-  SELMATCH_DEVICE static void store(const Pack& pack, void* tensor, int64_t at, int offset) {
-    if (offset >= 0) {
-      *reinterpret_cast<Pack*>(static_cast<S*>(tensor) + at + offset) = pack;
-    }
+  SELMATCH_DEVICE Pack load_out(const void* tensor, const Place& at, int k) const {
+    return has_out(at, k) ? pack_at(tensor, out_begin + out(at, k)) : Pack{};
+  }
+  SELMATCH_DEVICE static const Pack& pack_at(const void* tensor, int64_t element) {
+    return *reinterpret_cast<const Pack*>(static_cast<const S*>(tensor) + element);
+  }
+  SELMATCH_DEVICE static Pack& pack_at(void* tensor, int64_t element) {
+    return *reinterpret_cast<Pack*>(static_cast<S*>(tensor) + element);
   }
 
-  template <int kCount, typename Offset>
-  SELMATCH_DEVICE void load_pairs(const void* tensor, const void* more, int64_t at, Offset offset, Pair* pairs) const {
+  // load_one(tensor, k): pack k of a tensor
+  template <int kCount, typename Load>
+  SELMATCH_DEVICE static void load_pairs(const void* tensor, const void* more, Load load_one, Pair* pairs) {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      pairs[k].value = load(tensor, at, offset(k));
+      pairs[k].value = load_one(tensor, k);
     }
     if (more == nullptr) {
       return;
     }
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      pairs[k].more = load(more, at, offset(k));
+      pairs[k].more = load_one(more, k);
     }
     if constexpr (V::kFolds) {
 #pragma unroll
@@ -224,22 +229,22 @@ struct BlockSlab {
   template <bool kBackward>
   SELMATCH_DEVICE Cell read(const Place& at) const {
     Cell cell = {};
-    const auto pixel = [&](int k) { return at.pixel[k]; };
-    const auto out = [&](int k) { return out_of(at, k); };
+    const auto pixel_of = [&](const void* tensor, int k) { return load_pixel(tensor, at, k); };
+    const auto out_of = [&](const void* tensor, int k) { return load_out(tensor, at, k); };
 #pragma unroll
     for (int k = 0; k < kPixels; ++k) {
-      cell.z[k] = load(call.z, begin, pixel(k));
+      cell.z[k] = load_pixel(call.z, at, k);
     }
     if constexpr (V::kDual) {
-      load_pairs<kPixels>(call.zt, call.zt_more, begin, pixel, cell.zt);
+      load_pairs<kPixels>(call.zt, call.zt_more, pixel_of, cell.zt);
     }
     if constexpr (kBackward) {
 #pragma unroll
       for (int k = 0; k < kOuts; ++k) {
-        cell.g[k] = load(call.g, out_begin, out(k));
+        cell.g[k] = load_out(call.g, at, k);
       }
       if constexpr (V::kDual) {
-        load_pairs<kOuts>(call.gt, call.gt_more, out_begin, out, cell.gt);
+        load_pairs<kOuts>(call.gt, call.gt_more, out_of, cell.gt);
       }
     }
     return cell;
@@ -280,9 +285,6 @@ struct BlockSlab {
   // --- one channel of a cell, j of the thread's
 
   SELMATCH_DEVICE BlockParameters<T> pixel_parameters(int pixel, int j) const {
-    if (pixel < 0) {
-      return {};
-    }
     const int at = pixel + channel + j;
     BlockParameters<T> p = {static_cast<const T*>(call.gamma)[at], static_cast<const T*>(call.beta)[at]};
     if constexpr (V::kDual) {
@@ -302,7 +304,7 @@ struct BlockSlab {
     if (V::kPerPixel && call.per_pixel) {
 #pragma unroll
       for (int k = 0; k < kPixels; ++k) {
-        p[k] = pixel_parameters(at.pixel[k], j);
+        p[k] = has_pixel(at, k) ? pixel_parameters(pixel(at, k), j) : BlockParameters<T>{};
       }
     }
 #pragma unroll
@@ -551,14 +553,14 @@ struct BlockWork {
   SELMATCH_DEVICE void sum_moments() const {
     T sum[kCount][kWidth] = {};
     if (active) {
-      const Pack shift = Slab::load(call.z, slab.begin, 0);
+      const Pack shift = Slab::pack_at(call.z, slab.begin);
       each_cell([&](int turn, const Place& at) {
         const Cell cell = first_read(turn, at);
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
 #pragma unroll
           for (int k = 0; k < kPixels; ++k) {
-            if (at.pixel[k] >= 0) {
+            if (slab.has_pixel(at, k)) {
               const T d = widen(cell.z[k].item[j]) - widen(shift.item[j]);
               sum[0][j] += d;
               sum[1][j] += d * d;
@@ -666,9 +668,12 @@ struct BlockWork {
       }
 #pragma unroll
       for (int k = 0; k < V::kOuts; ++k) {
-        Slab::store(cell.z[k], call.y, slab.out_begin, slab.out_of(at, k));
-        if constexpr (V::kDual) {
-          Slab::store(cell.zt[k].value, call.yt, slab.out_begin, slab.out_of(at, k));
+        if (slab.has_out(at, k)) {
+          const int64_t to = slab.out_begin + slab.out(at, k);
+          Slab::pack_at(call.y, to) = cell.z[k];
+          if constexpr (V::kDual) {
+            Slab::pack_at(call.yt, to) = cell.zt[k].value;
+          }
         }
       }
     });
@@ -794,9 +799,12 @@ struct BlockWork {
       }
 #pragma unroll
       for (int k = 0; k < kPixels; ++k) {
-        Slab::store(cell.z[k], call.gz, slab.begin, at.pixel[k]);
-        if constexpr (V::kDual) {
-          Slab::store(cell.zt[k].value, call.gzt, slab.begin, at.pixel[k]);
+        if (slab.has_pixel(at, k)) {
+          const int64_t to = slab.begin + slab.pixel(at, k);
+          Slab::pack_at(call.gz, to) = cell.z[k];
+          if constexpr (V::kDual) {
+            Slab::pack_at(call.gzt, to) = cell.zt[k].value;
+          }
         }
       }
     });
@@ -822,13 +830,13 @@ struct BlockWork {
 };
 
 template <typename V>
-SELMATCH_KERNEL SELMATCH_LAUNCH_BOUNDS(kBlockThreads, V::resident(false))
+SELMATCH_KERNEL SELMATCH_LAUNCH_BOUNDS(V::threads(false), V::resident(false))
     forward_kernel(BlockCall call, BlockPlan plan) {
   BlockWork<V, false>(call, plan).forward();
 }
 
 template <typename V>
-SELMATCH_KERNEL SELMATCH_LAUNCH_BOUNDS(kBlockThreads, V::resident(true))
+SELMATCH_KERNEL SELMATCH_LAUNCH_BOUNDS(V::threads(true), V::resident(true))
     backward_kernel(BlockCall call, BlockPlan plan) {
   BlockWork<V, true>(call, plan).backward();
 }
@@ -976,13 +984,9 @@ SELMATCH_KERNEL SELMATCH_LAUNCH_BOUNDS(kBlockThreads, 2) pixel_gradients_kernel(
     for (int w = 0; w < warps; ++w) {
       total += table[k][32 * w + lane];
     }
-    int pixel = -1;
-#pragma unroll
-    for (int i = 0; i < V::kPixels; ++i) {
-      pixel = i == k / 2 ? at.pixel[i] : pixel;
-    }
-    if (pixel >= 0 && slab.channel < call.channels) {
-      static_cast<T*>(k % 2 == 0 ? call.beta_grad : call.gamma_grad)[pixel + slab.channel] = total;
+    if (slab.has_pixel(at, k / 2) && slab.channel < call.channels) {
+      T* grad = static_cast<T*>(k % 2 == 0 ? call.beta_grad : call.gamma_grad);
+      grad[slab.pixel(at, k / 2) + slab.channel] = total;
     }
   }
 }
@@ -1023,7 +1027,7 @@ struct BlockPlanner {
   bool shape(int bits) {
     plan.lane_bits = bits;
     const int64_t wanted = static_cast<int64_t>(plan.cells) << bits;
-    plan.threads = wanted < kBlockThreads ? round_up(static_cast<int>(wanted), 32) : kBlockThreads;
+    plan.threads = wanted < V::threads(kBackward) ? round_up(static_cast<int>(wanted), 32) : V::threads(kBackward);
     const int rows = plan.threads >> bits, turns = round_up(plan.cells, rows) / rows;
     plan.kept = 0;
     const int64_t left = budget - static_cast<int64_t>(Memory::bytes(plan));
