@@ -1,15 +1,18 @@
 // Norm + activation + pooling on the GPU. One thread block owns a slab: some channels of one image.
 //
 // Layout. Channels lie side by side in memory, so the threads of a block stand `lanes` side by side along the channels,
-// each with 16 bytes of them (4 float32 or 8 bfloat16: a pack), and in rows, each row at a cell of its own: the 2 x 2
-// pixels that are pooled into one, or some pixels in a row without pooling. A slab is 64 or 128 bytes of a pixel wide:
-// whole memory sectors, and narrow enough that what a block reads in its first sweep (for the sums) still lies in
-// shared memory in its second one (for the results), with two or three blocks to a multiprocessor, so that some load
-// while others add up. Each thread keeps what it read itself and needs no barrier for that; cells beyond the shared
-// memory are read again, mostly from the second cache. A thread has a whole cell's loads under way at once, up to 15 of
-// 16 bytes. At 32 x 32 with 128 channels, float32, this is 8 slabs of 64 KB an image: with 50 images 400 blocks, with 3
-// blocks to a multiprocessor one wave of an H100's 132; in all 49 KB are under way on each (3.35 TB/s over 132 at 700
-// ns: 18 KB).
+// each with a pack of them (4 float32; 8 bfloat16, 4 in the dual passes for want of registers), and in rows, each row
+// at a cell of its own: the 2 x 2 pixels that are pooled into one, or some pixels in a row without pooling. A slab is
+// 64 or 128 bytes of a pixel wide: whole memory sectors, and narrow enough that most or all of what a block reads in
+// its first sweep (for the sums) still lies in shared memory in its second one (for the results), with two or three
+// blocks to a multiprocessor, so that some load while others add up. Each thread keeps what it read itself and needs no
+// barrier for that; cells beyond the shared memory are read again, the last first, mostly from the second cache. A
+// thread has a whole cell's loads under way at once: 4 packs in the forward pass, up to 15 in the dual backward pass.
+// For example 32 x 32 pixels, 128 channels, float32, on an H100: forward 8 slabs of 64 KB an image, all kept, 3 blocks
+// to a multiprocessor, so 48 KB under way on each (its share of 3.35 TB/s takes 18 KB at 700 ns) and 50 images are one
+// wave. Dual forward keeps 3 of 4 cells of a thread, dual backward 2 of 4. None of this was measured yet:
+// bench/block.py does, and the figures to turn are the slab's widths in BlockPlanner and BlockVariant's threads, pixels
+// and residents.
 //
 // Where the norm's mean goes beyond a slab (batch norm, wide groups), the two sweeps are two launches with a small
 // kernel between them. Everything is added up in a fixed order, without atomics: the same input gives the same bits.
@@ -29,7 +32,8 @@ SELMATCH_HD double exp_of(double x) { return std::exp(x); }
 #include "block/block_math.h"
 
 constexpr int kMaxLanes = 32;
-constexpr int kMergeColumns = 8;  // channels that a block of the small kernels takes: a sector of a row of sums
+constexpr int kMergeThreads = 2 * kBlockThreads;
+constexpr int kMergeColumns = 4;  // channels that a block of the merging kernels takes: half a sector, more blocks
 
 // How one launch shares out the work.
 struct BlockPlan {
@@ -406,8 +410,10 @@ struct BlockWork {
 
   SELMATCH_DEVICE BlockWork(const BlockCall& call_, const BlockPlan& plan_) : call(call_), plan(plan_), slab(call_) {
     const int thread = static_cast<int>(threadIdx.x), lanes = 1 << plan.lane_bits;
-    image = blockIdx.x / plan.slabs;
-    first = static_cast<int>(blockIdx.x % plan.slabs) * plan.slab;
+    // The second of two launches takes the images the other way round, for what the first one left in the second cache.
+    const unsigned block = plan.sums ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+    image = block / plan.slabs;
+    first = static_cast<int>(block % plan.slabs) * plan.slab;
     width = call.channels - first < plan.slab ? call.channels - first : plan.slab;
     lane = thread & (lanes - 1);
     row = thread >> plan.lane_bits;
@@ -503,6 +509,16 @@ struct BlockWork {
     if (active) {
       int turn = 0;
       for (int cell = row; cell < plan.cells; cell += rows, ++turn) {
+        body(turn, slab.place(cell, plan.cell_columns));
+      }
+    }
+  }
+  // The same from the last one to the first: what was not kept was read last and is likeliest in the second cache.
+  template <typename Body>
+  SELMATCH_DEVICE void each_cell_backwards(Body body) const {
+    if (active) {
+      int turn = (plan.cells - row + rows - 1) / rows - 1;
+      for (int cell = row + turn * rows; cell >= 0; cell -= rows, --turn) {
         body(turn, slab.place(cell, plan.cell_columns));
       }
     }
@@ -638,7 +654,7 @@ struct BlockWork {
   }
 
   SELMATCH_DEVICE void apply_forward() const {
-    each_cell([&](int turn, const Place& at) {
+    each_cell_backwards([&](int turn, const Place& at) {
       Cell cell = second_read(turn, at);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
@@ -772,7 +788,7 @@ struct BlockWork {
   }
 
   SELMATCH_DEVICE void apply_backward() const {
-    each_cell([&](int turn, const Place& at) {
+    each_cell_backwards([&](int turn, const Place& at) {
       Cell cell = second_read(turn, at);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
@@ -864,6 +880,7 @@ struct MergeTask {
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
     Part part = {};
     if (!over_batch || first + thread % columns < channels) {
+#pragma unroll 4  // so many loads under way
       for (int64_t item = thread / columns; item < items; item += threads / columns) {
         merge_part(&part,
                    over_batch ? read(item, first + thread % columns) : read(row, first + static_cast<int>(item)));
@@ -884,8 +901,8 @@ struct MergeTask {
 };
 
 template <typename T>
-SELMATCH_KERNEL SELMATCH_LAUNCH_BOUNDS(kBlockThreads, 2) stats_kernel(BlockCall call) {
-  SELMATCH_SHARED BlockMoments parts[kBlockThreads];
+SELMATCH_KERNEL SELMATCH_LAUNCH_BOUNDS(kMergeThreads, 1) stats_kernel(BlockCall call) {
+  SELMATCH_SHARED BlockMoments parts[kMergeThreads];
   const MergeTask task(call, call.norm == kBlockBatchNorm);
   const int64_t channels = call.channels;
   const bool dual = call.stats_count == kBlockStats;
@@ -906,8 +923,8 @@ SELMATCH_KERNEL SELMATCH_LAUNCH_BOUNDS(kBlockThreads, 2) stats_kernel(BlockCall 
 
 // The means of the backward pass where groups go beyond a slab, and, over the batch, the gradients of gamma and beta.
 template <typename T>
-SELMATCH_KERNEL SELMATCH_LAUNCH_BOUNDS(kBlockThreads, 2) sums_kernel(BlockCall call, bool over_batch) {
-  SELMATCH_SHARED BlockSums parts[kBlockThreads];
+SELMATCH_KERNEL SELMATCH_LAUNCH_BOUNDS(kMergeThreads, 1) sums_kernel(BlockCall call, bool over_batch) {
+  SELMATCH_SHARED BlockSums parts[kMergeThreads];
   const MergeTask task(call, over_batch);
   const int64_t channels = call.channels;
   const bool dual = call.stats_count == kBlockStats;
@@ -1089,7 +1106,7 @@ void forward(const BlockCall& call, void* stream) {
   if (call.norm != kBlockNoNorm && !plan.apply) {
     sweep<V, false>(call, plan, true, false, stream);
     const int64_t blocks = merge_blocks(call, call.norm == kBlockBatchNorm);
-    launch(&stats_kernel<typename V::T>, blocks, kBlockThreads, 0, stream, call);
+    launch(&stats_kernel<typename V::T>, blocks, kMergeThreads, 0, stream, call);
   }
   sweep<V, false>(call, plan, plan.apply, true, stream);
 }
@@ -1104,11 +1121,11 @@ void backward(const BlockCall& call, void* stream) {
   const bool batch_norm = call.norm == kBlockBatchNorm;
   sweep<V, true>(call, plan, true, plan.apply, stream);
   if (batch_norm || !call.per_pixel) {
-    launch(&sums_kernel<T>, merge_blocks(call, true), kBlockThreads, 0, stream, call, true);
+    launch(&sums_kernel<T>, merge_blocks(call, true), kMergeThreads, 0, stream, call, true);
   }
   if (!plan.apply) {
     if (!batch_norm) {
-      launch(&sums_kernel<T>, merge_blocks(call, false), kBlockThreads, 0, stream, call, false);
+      launch(&sums_kernel<T>, merge_blocks(call, false), kMergeThreads, 0, stream, call, false);
     }
     sweep<V, true>(call, plan, false, true, stream);
   }
