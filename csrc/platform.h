@@ -27,6 +27,7 @@
 #define SELMATCH_DEVICE __device__ __forceinline__
 #define SELMATCH_KERNEL __global__ void
 #define SELMATCH_SHARED __shared__
+#define SELMATCH_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)  // at least so many to a processor
 
 #else
 
@@ -39,6 +40,7 @@
 #define SELMATCH_DEVICE inline
 #define SELMATCH_KERNEL void
 #define SELMATCH_SHARED static  // blocks run one after another, so one copy serves them all
+#define SELMATCH_LAUNCH_BOUNDS(threads, blocks)
 
 #endif
 #endif

@@ -2,14 +2,19 @@
 
 import importlib.metadata
 import os
+import pathlib
+import re
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import selmatch_ext as sm
 
+ROOT = pathlib.Path(__file__).parent.parent
 OPERATORS = ["dsa", "trajectory_distance", "trajectory_distance_backward"]
 
 
@@ -64,3 +69,32 @@ def test_one_openmp_library():
         libraries = {line.split()[-1] for line in maps if "omp" in line.rsplit("/", 1)[-1] and ".so" in line}
     ours = {path for path in libraries if "/sklearn/" not in path and "scikit_learn" not in path}
     assert len(ours) <= 1, ours
+
+
+def test_kernels_do_not_spill(tmp_path):
+    """No kernel keeps registers in memory, on Ampere (80) or on Hopper (90); ptxas says so for each of them."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        assert os.environ.get("SELMATCH_CUDA") != "1", "CUDA is wanted and nvcc is not on the path"
+        pytest.skip("no nvcc here")
+    pattern = r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+
+    def compile_kernels(source, arch):
+        cubin = tmp_path / f"{source.stem}_{arch}.cubin"
+        flags = ["-std=c++20", "-O3", "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
+        result = subprocess.run([nvcc, *flags, str(source), "-o", str(cubin)], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        kernels = re.findall(pattern, result.stderr, re.DOTALL)
+        assert kernels, f"no kernel in {source.name}: {result.stderr}"
+        return [
+            f"{source.name} sm_{arch} {name}: {out} bytes out, {back} in"
+            for name, out, back in kernels
+            if out + back != "00"
+        ]
+
+    sources = sorted(ROOT.glob("csrc/*/*.cu"), key=lambda path: -path.stat().st_size)
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(
+            compile_kernels, *zip(*[(source, arch) for source in sources for arch in (80, 90)], strict=True)
+        )
+        assert [kernel for kernels in found for kernel in kernels] == []

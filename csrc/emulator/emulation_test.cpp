@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "block/block.h"
 #include "distance/distance_loops.h"
 #include "dsa/dsa.h"
 #include "platform.h"
@@ -393,6 +394,211 @@ void test_dsa_in_workspace(bool quick) {
   emulator::shared_limit() = usual;
 }
 
+// --- block
+// ------------------------------------------------------------------------------------------------------------
+
+struct BlockKind {
+  const char* name;
+  int norm;
+  int groups;  // of the sample norm; 0: as many as channels
+  bool per_pixel;
+};
+
+const BlockKind kBlockKinds[] = {{"no norm", kBlockNoNorm, 1, false},
+                                 {"instance", kBlockSampleNorm, 0, false},
+                                 {"groups", kBlockSampleNorm, 2, false},
+                                 {"layer", kBlockSampleNorm, 1, false},
+                                 {"layer, per pixel", kBlockSampleNorm, 1, true},
+                                 {"groups, per pixel", kBlockSampleNorm, 2, true},
+                                 {"batch", kBlockBatchNorm, 1, false},
+                                 {"batch, per pixel", kBlockBatchNorm, 1, true}};
+
+struct BlockCurveKind {
+  const char* name;
+  int activation;
+  double slope;
+};
+
+const BlockCurveKind kBlockCurves[] = {{"relu", kBlockPiecewise, 0},
+                                       {"leaky", kBlockPiecewise, 0.01},
+                                       {"sigmoid", kBlockSigmoid, 0},
+                                       {"swish", kBlockSwish, 0}};
+
+void in_one_thread(void* context, int64_t count, BlockBody body) { body(context, 0, count); }
+
+// What goes into one call and what comes out of it, `shift` elements behind where memory is aligned.
+template <typename S, typename T>
+struct BlockTensors {
+  std::vector<S> z, zt, zt_more, g, gt, gt_more, y, yt, gz, gzt;
+  std::vector<T> gamma, beta, gamma_t, beta_t, stats, sums, means, gamma_grad, beta_grad;
+  size_t shift;
+
+  BlockTensors(const BlockCall& call, size_t shift_, std::mt19937* random) : shift(shift_) {
+    const size_t pixels = static_cast<size_t>(call.height) * call.width, by = call.pool == kBlockNoPool ? 1 : 2;
+    const size_t full = call.batch * pixels * call.channels + shift;
+    const size_t pooled = call.batch * (call.height / by) * (call.width / by) * call.channels + shift;
+    const size_t parameters = call.channels * (call.per_pixel ? pixels : 1), rows = block_rows(call);
+    std::normal_distribution<float> normal;
+    const auto draw = [&](auto* tensor, size_t size, float mean, float deviation) {
+      tensor->resize(size);
+      for (auto& value : *tensor) {
+        narrow(mean + deviation * normal(*random), &value);
+      }
+    };
+    draw(&z, full, 3, 2);  // far from 0: what cancels would show
+    for (auto* tensor : {&zt, &zt_more}) draw(tensor, full, 0.5f, 1);
+    for (auto* tensor : {&g, &gt, &gt_more}) draw(tensor, pooled, 0.2f, 1);
+    draw(&gamma, parameters, 1, 0.5f);
+    for (auto* tensor : {&beta, &gamma_t, &beta_t}) draw(tensor, parameters, 0, 1);
+    for (auto* tensor : {&y, &yt}) draw(tensor, pooled, 1e4f, 1e3f);  // what nobody writes would be noticed
+    for (auto* tensor : {&gz, &gzt}) draw(tensor, full, 1e4f, 1e3f);
+    for (auto* tensor : {&gamma_grad, &beta_grad}) draw(tensor, parameters, 1e4f, 1e3f);
+    draw(&stats, rows * kBlockStats * call.channels, 1e4f, 1e3f);
+    const T nothing = static_cast<T>(std::nan(""));
+    sums.assign(call.batch * 4 * call.channels, nothing);
+    means.assign(rows * kBlockMeans * call.channels, nothing);
+  }
+
+  void point(BlockCall* call, bool dual, bool more) {
+    call->stats_count = dual ? kBlockStats : 2;
+    const auto of = [&](auto& tensor, bool used) { return used ? static_cast<void*>(tensor.data() + shift) : nullptr; };
+    call->z = of(z, true);
+    call->zt = of(zt, dual);
+    call->zt_more = of(zt_more, dual && more);
+    call->g = of(g, true);
+    call->gt = of(gt, dual);
+    call->gt_more = of(gt_more, dual && more);
+    call->y = of(y, true);
+    call->yt = of(yt, dual);
+    call->gz = of(gz, true);
+    call->gzt = of(gzt, dual);
+    call->gamma = gamma.data();
+    call->beta = beta.data();
+    call->gamma_t = dual ? gamma_t.data() : nullptr;
+    call->beta_t = dual ? beta_t.data() : nullptr;
+    call->stats = stats.data();
+    call->sums = sums.data();
+    call->means = means.data();
+    call->gamma_grad = call->norm == kBlockNoNorm ? nullptr : gamma_grad.data();
+    call->beta_grad = call->norm == kBlockNoNorm ? nullptr : beta_grad.data();
+  }
+};
+
+// The greatest difference of two results, relative to 1 + size.
+template <typename X>
+double apart(const std::vector<X>& results, const std::vector<X>& expected, size_t shift, size_t size) {
+  double worst = 0;
+  for (size_t i = shift; i < shift + size; ++i) {
+    const double right = widen(expected[i]), gap = std::abs(widen(results[i]) - right) / (1 + std::abs(right));
+    worst = gap <= worst ? worst : gap;  // NaN as well
+  }
+  return worst;
+}
+
+// Both passes of one kind, dual or not, on the emulated GPU and on the CPU.
+template <typename S, typename T>
+void test_block(const std::string& name, BlockCall call, bool dual, bool more, size_t shift, double tolerance,
+                std::mt19937* random) {
+  BlockTensors<S, T> gpu(call, shift, random);
+  BlockTensors<S, T> cpu = gpu;
+  gpu.point(&call, dual, more);
+  block_cuda(call, dual ? kBlockDualForward : kBlockForward, nullptr);
+  gpu.sums.assign(gpu.sums.size(), static_cast<T>(std::nan("")));
+  cpu.point(&call, dual, more);
+  for (auto* tensor : {&cpu.gamma_grad, &cpu.beta_grad}) {
+    std::fill(tensor->begin(), tensor->end(), call.norm == kBlockNoNorm ? gpu.gamma_grad[0] : static_cast<T>(-1e4));
+  }
+  block_cpu(call, dual ? kBlockDualForward : kBlockForward, &in_one_thread);
+  const size_t stats = block_rows(call) * call.stats_count * call.channels;
+  double worst = apart(gpu.stats, cpu.stats, 0, stats);
+  worst = std::max(worst, apart(gpu.y, cpu.y, shift, cpu.y.size() - shift));
+  if (dual) {
+    worst = std::max(worst, apart(gpu.yt, cpu.yt, shift, cpu.yt.size() - shift));
+  }
+  expect(worst <= tolerance, name + ", forward: off by " + std::to_string(worst));
+
+  gpu.stats = cpu.stats;
+  gpu.point(&call, dual, more);
+  block_cuda(call, dual ? kBlockDualBackward : kBlockBackward, nullptr);
+  cpu.point(&call, dual, more);
+  block_cpu(call, dual ? kBlockDualBackward : kBlockBackward, &in_one_thread);
+  worst = apart(gpu.gz, cpu.gz, shift, cpu.gz.size() - shift);
+  if (dual) {
+    worst = std::max(worst, apart(gpu.gzt, cpu.gzt, shift, cpu.gzt.size() - shift));
+  }
+  if (call.norm != kBlockNoNorm) {
+    worst = std::max(worst, apart(gpu.gamma_grad, cpu.gamma_grad, 0, cpu.gamma_grad.size()));
+    worst = std::max(worst, apart(gpu.beta_grad, cpu.beta_grad, 0, cpu.beta_grad.size()));
+  }
+  expect(worst <= tolerance, name + ", backward: off by " + std::to_string(worst));
+}
+
+// All norms and poolings of one shape; activations, duality, second parts of tangents and misaligned memory by turns.
+template <typename S, typename T>
+void test_blocks(BlockType type, const char* type_name, double tolerance, const Shape& shape, int step) {
+  constexpr int kCurves = sizeof(kBlockCurves) / sizeof(kBlockCurves[0]);
+  std::mt19937 random(17);
+  int turn = shape.channels + shape.height;
+  for (const BlockKind& kind : kBlockKinds) {
+    for (int pool = 0; pool < kBlockPools; ++pool, ++turn) {
+      for (int variant = turn % step; variant < 2 * kCurves; variant += step) {
+        const BlockCurveKind& curve = kBlockCurves[variant % kCurves];
+        const bool dual = (variant / kCurves + turn) % 2 == 1;
+        const int groups = kind.groups == 0 ? shape.channels : shape.channels % kind.groups == 0 ? kind.groups : 1;
+        BlockCall call = {};
+        call.type = type;
+        call.norm = kind.norm;
+        call.groups = groups;
+        call.eps = 1e-5;
+        call.activation = curve.activation;
+        call.slope = curve.slope;
+        call.pool = pool;
+        call.per_pixel = kind.per_pixel;
+        call.batch = shape.batch;
+        call.channels = shape.channels;
+        call.height = shape.height;
+        call.width = shape.width;
+        char name[256];
+        std::snprintf(name, sizeof(name), "block %s (%d, %d, %d, %d) %s, %s, pool %d%s", type_name,
+                      static_cast<int>(shape.batch), shape.channels, shape.height, shape.width, kind.name, curve.name,
+                      pool, dual ? ", dual" : "");
+        test_block<S, T>(name, call, dual, variant % 3 != 0, turn % 5 == 0, tolerance, &random);
+      }
+    }
+  }
+}
+
+void test_blocks(bool quick) {
+  if (quick) {
+    test_blocks<double, double>(BlockType::kDouble, "double", 1e-11, {2, 10, 5, 4}, 4);
+    test_blocks<double, double>(BlockType::kDouble, "double", 1e-11, {1, 40, 2, 3}, 8);  // groups of several slabs
+    test_blocks<float, float>(BlockType::kFloat, "float", 1e-4, {2, 12, 6, 5}, 8);
+    return;
+  }
+  for (const Shape& shape : {Shape{3, 5, 7, 9}, Shape{2, 40, 4, 4}, Shape{1, 24, 5, 2}, Shape{2, 3, 1, 5}}) {
+    test_blocks<double, double>(BlockType::kDouble, "double", 1e-11, shape, 2);
+  }
+  test_blocks<double, double>(BlockType::kDouble, "double", 1e-11, {37, 2, 2, 3}, 8);  // many images
+  for (const Shape& shape : {Shape{2, 16, 6, 7}, Shape{1, 48, 3, 4}, Shape{2, 7, 4, 5}}) {
+    test_blocks<float, float>(BlockType::kFloat, "float", 1e-4, shape, 4);
+    test_blocks<bfloat16_t, float>(BlockType::kBfloat16, "bfloat16", 2e-2, shape, 4);
+  }
+}
+
+// Where a part of a slab, or nothing of it, stays in shared memory between the sweeps.
+void test_blocks_in_little_memory(bool quick) {
+  const size_t usual = emulator::shared_limit();
+  for (const size_t bytes : {24 << 10, 16 << 10, 8 << 10}) {
+    emulator::shared_limit() = bytes;
+    test_blocks<double, double>(BlockType::kDouble, "double, little memory", 1e-11, {1, 16, 11, 12}, quick ? 8 : 4);
+    if (!quick) {
+      test_blocks<float, float>(BlockType::kFloat, "float, little memory", 1e-4, {1, 16, 11, 20}, 4);
+      test_blocks<bfloat16_t, float>(BlockType::kBfloat16, "bfloat16, little memory", 2e-2, {1, 32, 10, 21}, 4);
+    }
+  }
+  emulator::shared_limit() = usual;
+}
+
 int provoke(const std::string& what) {
   if (what == "race") {
     reverse(false);
@@ -424,6 +630,8 @@ int main(int argc, char** argv) {
   test_distances(quick);
   test_dsa(quick);
   test_dsa_in_workspace(quick);
+  test_blocks(quick);
+  test_blocks_in_little_memory(quick);
   std::printf("%d of %d checks failed\n", failures, cases);
   return failures == 0 ? 0 : 1;
 }
