@@ -186,8 +186,7 @@ def distill_by(method: type[Method]) -> Callable[..., None]:
         where = device_of(device)
         store = None if experts is None else ExpertStore(experts)
         images, _ = pipeline.load_data(data, seed)
-        ipc = settings.steps * settings.images_per_class_per_step if method.name == "dd" else settings.ipc
-        start = pipeline.initial_set(settings.start, ipc, images, seed, where, store)
+        start = pipeline.initial_set(settings.start, settings.ipc, images, seed, where, store)
         context = {"data": to_dict(data), "settings": to_dict(settings)}
         pipeline.distil(method.name, settings, start, images, seed, where, out, context, store)
         print(out / "distilled.safetensors")

@@ -259,6 +259,11 @@ class DDSettings:
     engine: Literal["auto", "autograd"] = "auto"
     checkpoint_seconds: float = 30.0
 
+    @property
+    def ipc(self) -> int:
+        """Images per class."""
+        return self.steps * self.images_per_class_per_step
+
 
 @dataclass(frozen=True)
 class Evaluation:
