@@ -72,11 +72,18 @@ class Entry:
 def entries() -> list[Entry]:
     """The lines of the table."""
     data = {"model": MODEL, "batch_real": 64}
-    matching = {"strategy": STRATEGY, "expert_epochs": 2, "max_start_epoch": 14, "inner_steps": 12, "lr_init": 0.1}
+    matching = {
+        "strategy": STRATEGY,
+        "expert_epochs": 2,
+        "max_start_epoch": 14,
+        "inner_steps": 12,
+        "batch_syn": 50,
+        "lr_init": 0.1,
+    }
     rows = []
     for ipc, outer_loop, inner_loop, iterations in ((1, 1, 1, 150), (10, 4, 10, 40)):
         loops = {"outer_loop": outer_loop, "inner_loop": inner_loop, "iterations": iterations}
-        trajectory = {"ipc": ipc, "iterations": 200, "lr_images": 100.0, "batch_syn": 50, **matching}
+        trajectory = {"ipc": ipc, "iterations": 150, "lr_images": 100.0 if ipc == 1 else 30.0, **matching}
         rows += [
             Entry("dc", ipc, DCSettings(ipc=ipc, lr_images=1.0, start="real", **loops, **data)),
             Entry("dsa", ipc, DSASettings(ipc=ipc, lr_images=1.0, strategy=STRATEGY, **loops, **data)),
@@ -90,7 +97,7 @@ def entries() -> list[Entry]:
     rows += [
         Entry("dd", 1, known),
         Entry("dd", 10, DDSettings(model=MODEL, init="loaded", objective="attack", test_networks=2, **attack)),
-        Entry("selmatch", WINDOW.ipc, Matching(iterations=200, lr_images=300.0, batch_syn=50, **matching)),
+        Entry("selmatch", WINDOW.ipc, Matching(iterations=150, lr_images=30.0, **matching)),
     ]
     return rows
 
