@@ -191,7 +191,8 @@ def show(result: dict) -> str:
     columns = sorted({n for peaks in result["peak_mb"].values() for n in peaks})
     state = ", ".join(f"{key} {value}" for key, value in result["machine"].items() if value)
     lines = [
-        f"one matching step, ConvNet, width 128, batch {result['batch']}, 3x32x32, {result['threads']} threads ({state})",
+        f"one matching step, ConvNet, width 128, batch {result['batch']}, 3x32x32, {result['threads']} threads",
+        state,
         f"{'peak memory, MB':<18}" + "".join(f"{f'N = {n}':>9}" for n in columns),
     ]
     for name, peaks in result["peak_mb"].items():

@@ -39,6 +39,12 @@ TORCH_LIBRARY(selmatch_ext, m) {
       "block_dual_backward(Tensor g, Tensor gt, Tensor? gt_more, Tensor z, Tensor zt, Tensor? zt_more, Tensor stats, "
       "Tensor? gamma, Tensor? beta, Tensor? gamma_t, Tensor? beta_t, ",
       " -> (Tensor gz_both, Tensor gamma_grad_t, Tensor beta_grad_t)");
+  // metric: 0 layerwise, 1 mse, 2 cos; value: 0-d; sums: float64 (rows + 1, 3), for the backward pass
+  m.def("gradient_distance(Tensor[] syn, Tensor[] real, int metric) -> (Tensor value, Tensor sums)");
+  // the gradients of those wanted, syn's tensors first, then real's
+  m.def(
+      "gradient_distance_backward(Tensor grad, Tensor sums, Tensor[] syn, Tensor[] real, int metric, bool syn_wanted, "
+      "bool real_wanted) -> Tensor[]");
 }
 
 namespace {

@@ -13,6 +13,7 @@ from selmatch_ext.ops.dsa import (
     mix_augmentations,
     sample_augmentation,
 )
+from selmatch_ext.ops.gradient_distance import gradient_distance
 from selmatch_ext.unroll import explain_engine, unrolled_sgd
 
 __version__ = build_info()["version"]
@@ -24,6 +25,7 @@ __all__ = [
     "augment",
     "build_info",
     "explain_engine",
+    "gradient_distance",
     "mix_augmentations",
     "models",
     "sample_augmentation",

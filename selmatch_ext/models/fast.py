@@ -16,7 +16,7 @@ def fast(model: nn.Module, x: Tensor, precision: str = "float32"):
     faster: or `model` itself where x is not on the CPU or the fused engine has no rule for one of its operations.
 
     x: (B, C, H, W) float32, as it will be called with. precision: "bfloat16" has convolutions and activations in
-    bfloat16, and statistics, sums, parameters and the last layer in float32. BatchNorm's running statistics are kept up.
+    bfloat16, and statistics, sums, parameters and the last layer in float32. BatchNorm keeps its running statistics.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or not model.training:
         return model
