@@ -6,7 +6,7 @@ import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -15,11 +15,14 @@ from selmatch_ext import models, pipeline, report
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.trajectories import ExpertStore, import_replay_buffer
 from selmatch_ext.evaluation import evaluate as evaluate_set
+from selmatch_ext.evaluation import training_set
 from selmatch_ext.experts import train_experts
+from selmatch_ext.selection.window import split
 from selmatch_ext.settings import (
     Data,
     Evaluation,
     Experts,
+    Features,
     Matching,
     Run,
     Scores,
@@ -91,27 +94,49 @@ def select(
     scores: Scores = Scores(),
     window: Window = Window(),
     evaluation: Evaluation = Evaluation(),
+    features: Features = Features(),
     *,
     out: Path,
+    method: Literal["window", "random", "herding", "k-center", "forgetting", "el2n", "c-score"] = "window",
     seed: int = 0,
     device: str = "auto",
 ) -> None:
-    """The starting set: searches the window unless window.beta is given; writes window.safetensors and beta.png.
+    """Real images to train on, or to start a distillation from; writes METHOD.safetensors.
+
+    window searches β unless window.beta is given, and draws beta.png. forgetting, el2n and c-score take the hardest
+    images, or with window.beta those after that share. Distillation that keeps part of the set (window.alpha) keeps
+    those that were chosen first.
 
     Args:
         out: Folder for the results.
+        method: How the images are chosen.
         seed: Seed of every random choice.
         device: auto, cpu, cuda, cuda:1 …
     """
     where = device_of(device)
     images, kept = pipeline.load_data(data, seed)
-    hardness = pipeline.training_difficulty(scores, data, images, kept, seed, where, out / "scores.npz")
-    beta = window.beta
-    if beta is None:
-        beta, tried = pipeline.search_window(images, hardness, window, evaluation, seed, where, out / "window")
-        report.plot_beta({b: (r.mean, r.std) for b, r in tried.items()}, out / "beta.png", beta)
-    pipeline.starting_set(images, hardness, replace(window, beta=beta)).save(out / "window.safetensors")
-    print(f"β = {beta:.4g}: {out / 'window.safetensors'}")
+    if method in ("random", "herding", "k-center"):
+        if method == "random":
+            subset = pipeline.random_set(images, window.ipc, seed)
+        else:
+            subset = pipeline.feature_set(method, images, window.ipc, features, seed, where, out / "features")
+        subset = replace(subset, distilled=split(subset.indices, window.ipc, window.alpha))
+    else:
+        if method != "window":
+            scores = replace(scores, source=pipeline.score_source(method, scores.source))
+            window = replace(window, beta=window.beta or 0.0)
+        hardness = pipeline.training_difficulty(scores, data, images, kept, seed, where, out / "scores.npz")
+        if window.beta is None:
+            best, tried = pipeline.search_window(images, hardness, window, evaluation, seed, where, out / "window")
+            report.plot_beta({b: (r.mean, r.std) for b, r in tried.items()}, out / "beta.png", best)
+            window = replace(window, beta=best)
+        subset = replace(pipeline.starting_set(images, hardness, window), method=method)
+        print(f"β = {window.beta:.4g}")
+    how = {"data": data, "scores": scores, "window": window, "features": features}
+    settings = {name: to_dict(value) for name, value in how.items()} | {"seed": seed}
+    path = out / f"{method}.safetensors"
+    replace(subset, settings=settings).save(path)
+    print(path)
 
 
 def experts(
@@ -186,7 +211,7 @@ def evaluate(
         device: auto, cpu, cuda, cuda:1 …
     """
     images, _ = pipeline.load_data(data, seed)
-    result = evaluate_set(DistilledSet.load(path), images, evaluation, seed, device_of(device), record)["test"]
+    result = evaluate_set(training_set(path), images, evaluation, seed, device_of(device), record)["test"]
     print(f"{evaluation.model}: {result} over {len(result.values)} networks")
 
 

@@ -15,6 +15,7 @@ from selmatch_ext.data.images import ImageData
 from selmatch_ext.experts import network, real_images
 from selmatch_ext.files import write_json
 from selmatch_ext.seeds import generator
+from selmatch_ext.selection import coreset
 from selmatch_ext.settings import Evaluation, differences, to_dict
 from selmatch_ext.training import combined_augmenter, predict, train
 
@@ -93,6 +94,15 @@ def accuracy(model: torch.nn.Module, data: ImageData, split: str, device: torch.
     labels = getattr(data, split).labels
     logits = predict(model, real_images(data, device, split), len(labels), device)
     return 100.0 * (logits.argmax(1) == labels).double().mean().item()
+
+
+def training_set(path: str | Path) -> DistilledSet:
+    """The set in a file, to be trained on. In one that was only selected nothing is learned yet, so none of its images
+    counts as distilled, whatever is to become of them."""
+    subset = DistilledSet.load(path)
+    if subset.method in ("window", *coreset.METHODS):
+        return replace(subset, distilled=torch.zeros_like(subset.distilled))
+    return subset
 
 
 def real_subset(data: ImageData, indices: Tensor, method: str) -> DistilledSet:

@@ -16,13 +16,15 @@ from selmatch_ext.data.images import ImageData, load
 from selmatch_ext.data.trajectories import ExpertStore
 from selmatch_ext.evaluation import Accuracy, evaluate, real_subset, seen_as
 from selmatch_ext.experts import compute_scores, train_experts
+from selmatch_ext.features import split_features, trained_networks
 from selmatch_ext.files import atomic_write, write_json, write_text
 from selmatch_ext.methods.loop import run as run_method
 from selmatch_ext.methods.selmatch import SelMatch
 from selmatch_ext.seeds import derive, generator
+from selmatch_ext.selection import coreset
 from selmatch_ext.selection.scores import difficulty, load_scores
 from selmatch_ext.selection.window import beta_grid, split, window
-from selmatch_ext.settings import Data, Evaluation, Matching, Run, Scores, Window, differences, to_dict
+from selmatch_ext.settings import Data, Evaluation, Features, Matching, Run, Scores, Window, differences, to_dict
 
 
 def load_data(settings: Data, seed: int) -> tuple[ImageData, Tensor | None]:
@@ -105,9 +107,30 @@ def starting_set(data: ImageData, hardness: Tensor, settings: Window) -> Distill
 
 def random_set(data: ImageData, ipc: int, seed: int) -> DistilledSet:
     """ipc random training images of each class."""
-    labels, g = data.train.labels, generator(seed, "random")
-    per_class = [(labels == c).nonzero().squeeze(1) for c in range(data.classes)]
-    return real_subset(data, torch.cat([m[torch.randperm(len(m), generator=g)[:ipc]] for m in per_class]), "random")
+    return real_subset(data, coreset.random(data.train.labels, ipc, generator(seed, "random")), "random")
+
+
+def feature_set(
+    method: str, data: ImageData, ipc: int, settings: Features, seed: int, device: torch.device, folder: Path
+) -> DistilledSet:
+    """ipc training images of each class by herding or k-center, in the features of a network kept in `folder`."""
+    model = trained_networks(data, settings, seed, device, folder)[0]
+    choose = {"herding": coreset.herding, "k-center": coreset.k_center}[method]
+    return real_subset(data, choose(split_features(model, data, device), data.train.labels, ipc), method)
+
+
+def score_source(method: str, source: str) -> str:
+    """Where the scores of the coreset method forgetting, el2n or c-score come from, given `scores.source`.
+
+    Raises ValueError when that is a file of other scores, and for c-score, which only files have, when it is none."""
+    kind, _, _ = source.rpartition(":")
+    if source in ("forgetting", "el2n"):
+        if method == "c-score":
+            raise ValueError(f"C-scores come from a file: scores.source must be its path, got {source!r}")
+        return method
+    if (kind or "cscore") != coreset.BY_SCORE[method]:
+        raise ValueError(f"method {method} does not go with scores.source {source!r}, a file of {kind or 'C-score'}s")
+    return source
 
 
 def distil(

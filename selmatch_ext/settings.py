@@ -72,6 +72,16 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Features:
+    """The network, trained on all training images, in whose features herding, k-center and coverage measure."""
+
+    model: str = "ConvNetBN"
+    strategy: str = DSA
+    """Augmentation while it trains: names joined by _, one of them drawn per batch; none for none."""
+    training: Training = Training(epochs=50, lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="cosine")
+
+
+@dataclass(frozen=True)
 class Window:
     """The sliding window of SelMatch (section 3 of the paper)."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -87,11 +88,21 @@ def learning_rate(settings: Training, epoch: int) -> float:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, take: Take, count: int, device: torch.device, batch: int = 512) -> Tensor:
-    """Logits (count, K) of images 0..count−1 in evaluation mode, on the CPU; the mode is put back afterwards."""
+def predict(
+    model: nn.Module,
+    take: Take,
+    count: int,
+    device: torch.device,
+    batch: int = 512,
+    output: Callable[[nn.Module, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Logits (count, K) of images 0..count−1 in evaluation mode, on the CPU; the mode is put back afterwards.
+
+    output(model, images): what to return in their place, e.g. models.embed for the features (count, F)."""
     was_training = model.training
     model.eval()
+    see = model if output is None else partial(output, model)
     with precision_scope("float32", device):
-        logits = [model(take(indices)).cpu() for indices in torch.arange(count, device=device).split(batch)]
+        results = [see(take(indices)).cpu() for indices in torch.arange(count, device=device).split(batch)]
     model.train(was_training)
-    return torch.cat(logits)
+    return torch.cat(results)
