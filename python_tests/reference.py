@@ -247,3 +247,19 @@ def k_center(features, ipc):
         rest = [i for i in range(count) if i not in chosen]
         chosen.append(max(rest, key=lambda i: min(squared(features[i], features[j]) for j in chosen)))
     return chosen
+
+
+# --- coverage (SelMatch, arXiv 2406.18561, section 4.3), over features (n, F) -----------------------------------------
+
+
+def coverage(train, test, synthetic, group):
+    """% of the test images of `group` (indices) that have a synthetic image within the mean nearest-neighbour distance
+    of the real training images."""
+
+    def distance(a, b):
+        return ((a - b) ** 2).sum().sqrt()
+
+    neighbours = [min(distance(a, b) for j, b in enumerate(train) if i != j) for i, a in enumerate(train)]
+    radius = sum(neighbours) / len(neighbours)
+    covered = [i for i in group if min(distance(test[i], s) for s in synthetic) <= radius]
+    return 100 * len(covered) / len(group)

@@ -12,6 +12,7 @@ import torch
 import tyro
 
 from selmatch_ext import models, pipeline, report
+from selmatch_ext.coverage import coverage as measure_coverage
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.trajectories import ExpertStore, import_replay_buffer
 from selmatch_ext.evaluation import evaluate as evaluate_set
@@ -19,6 +20,7 @@ from selmatch_ext.evaluation import training_set
 from selmatch_ext.experts import train_experts
 from selmatch_ext.selection.window import split
 from selmatch_ext.settings import (
+    Coverage,
     Data,
     Evaluation,
     Experts,
@@ -215,6 +217,30 @@ def evaluate(
     print(f"{evaluation.model}: {result} over {len(result.values)} networks")
 
 
+def coverage(
+    paths: Positional[tuple[Path, ...]],
+    data: Data = Data(),
+    coverage: Coverage = Coverage(),
+    features: Features = Features(),
+    evaluation: Evaluation = Evaluation(),
+    *,
+    out: Path,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Share of the test images, of the easy and of the hard half, that lie near an image of a set, and the accuracy on
+    each; over iterations for runs with snapshots.
+
+    Args:
+        paths: Sets (.safetensors files of selmatch), or folders of runs with matching.snapshot-every above 0.
+        out: Folder for coverage.json, coverage.png, accuracy.png and table.md.
+        seed: Seed of initial weights, order and augmentation.
+        device: auto, cpu, cuda, cuda:1 …
+    """
+    images, _ = pipeline.load_data(data, seed)
+    measure_coverage(list(paths), images, coverage, features, evaluation, seed, device_of(device), out)
+
+
 def report_(path: Positional[Path], *, out: Path, columns: int = 10) -> None:
     """A PNG of a set's images, a row for each class.
 
@@ -245,6 +271,7 @@ VERBS = {
     "experts": experts,
     "distill": distill,
     "evaluate": evaluate,
+    "coverage": coverage,
     "report": report_,
     "export": export,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,8 +49,10 @@ def evaluate(
     record: str | Path | None = None,
     label: str = "evaluation",
     splits: tuple[str, ...] = ("test",),
+    groups: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Accuracy]:
-    """Trains `settings.networks` networks on `subset`; their accuracy on each of `data`'s `splits` (train, test).
+    """Trains `settings.networks` networks on `subset`; their accuracy on each of `data`'s `splits` (train, test), and
+    on each of `groups`, (m,) bool masks of test images.
 
     Network k depends on `seed` and k alone, so that different sets are compared on the same initialisations and
     orders. `data` is normalised the way the set is. record: a JSON file that keeps finished networks; a killed
@@ -63,6 +66,9 @@ def evaluate(
         "data": data.name,
         "set": subset.digest(),
     }
+    groups = groups or {}
+    if groups:
+        header["groups"] = {name: mask.nonzero().squeeze(1).tolist() for name, mask in groups.items()}
     finished = [] if record is None else _recorded(Path(record), header)
     for k in tqdm(range(len(finished), settings.networks), desc=label, unit="network"):
         model = network(data, settings.model, seed, device, "evaluation", k)
@@ -71,10 +77,13 @@ def evaluate(
             subset.distilled, settings.distilled_strategy, settings.selected_strategy, data.image_size
         )
         train(model, images.__getitem__, labels, settings.training, augmenter, generator(seed, "evaluation", k))
-        finished.append([accuracy(model, data, split, device) for split in splits])
+        right = {split: correct(model, data, split, device) for split in {*splits, *(["test"] if groups else [])}}
+        seen = [right[split] for split in splits] + [right["test"][mask] for mask in groups.values()]
+        finished.append([100.0 * r.double().mean().item() for r in seen])
         if record is not None:
             write_json(record, {**header, "accuracies": finished})
-    return {split: Accuracy(list(values)) for split, values in zip(splits, zip(*finished, strict=True), strict=True)}
+    names = [*splits, *groups]
+    return {name: Accuracy(list(values)) for name, values in zip(names, zip(*finished, strict=True), strict=True)}
 
 
 def seen_as(subset: DistilledSet, data: ImageData) -> ImageData:
@@ -89,11 +98,10 @@ def seen_as(subset: DistilledSet, data: ImageData) -> ImageData:
     return replace(data, mean=subset.mean, std=subset.std)
 
 
-def accuracy(model: torch.nn.Module, data: ImageData, split: str, device: torch.device) -> float:
-    """Share of the split's images that are classified correctly, in %."""
+def correct(model: torch.nn.Module, data: ImageData, split: str, device: torch.device) -> Tensor:
+    """(m,) bool on the CPU: which of the split's images are classified correctly."""
     labels = getattr(data, split).labels
-    logits = predict(model, real_images(data, device, split), len(labels), device)
-    return 100.0 * (logits.argmax(1) == labels).double().mean().item()
+    return predict(model, real_images(data, device, split), len(labels), device).argmax(1) == labels
 
 
 def training_set(path: str | Path) -> DistilledSet:

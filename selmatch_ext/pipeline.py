@@ -152,7 +152,7 @@ def distil(
     network = models.build(model, data.channels, data.classes, data.image_size, generator=generator(seed, "student"))
     method = SelMatch(subset, store, network, settings, device)
     made_from = {**context, "start": subset.digest(), "experts": {"count": store.count, **store.metadata}}
-    limits = settings.max_loss, settings.checkpoint_seconds
+    limits = settings.max_loss, settings.checkpoint_seconds, settings.experts_per_iteration, settings.snapshot_every
     try:
         losses = run_method(method, settings.iterations, folder, made_from, seed, *limits)
     except FloatingPointError:

@@ -128,8 +128,13 @@ class Matching:
     precision: Precision = "float32"
     max_loss: float = 100.0
     """A matching loss above this stops the run: 1 is the distance between the expert's start and target."""
+    experts_per_iteration: int = 1
+    """Experts whose losses are averaged in each iteration; several processes (torchrun) share them, so it must be a
+    multiple of their number."""
     checkpoint_seconds: float = 30.0
     """How often the state is saved."""
+    snapshot_every: int = 0
+    """Also keep the set as it is after every so many iterations, in snapshots/, for `selmatch coverage`; 0 = never."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,17 @@ class Evaluation:
     selected_strategy: str = "simple"
     """Augmentation of real images in the set; simple = RandomCrop(padding 4) and horizontal flip."""
     training: Training = Training(epochs=1000, lr=0.1, momentum=0.9, weight_decay=5e-4, batch=128, schedule="cosine")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which test images a set stands for (SelMatch, arXiv 2406.18561, section 4.3)."""
+
+    networks: int = 3
+    """Networks trained on all training images: features are those of the first, and the difficulty of a test image, the
+    norm of its error, is averaged over all of them."""
+    accuracy: bool = True
+    """Also train networks on each set, and test them on the easy and the hard half."""
 
 
 @dataclass(frozen=True)
