@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from selmatch_ext import models, pipeline, report
+from selmatch_ext import analysis, models, pipeline, ranks, report
 from selmatch_ext.coverage import coverage as measure_coverage
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.trajectories import ExpertStore, import_replay_buffer
@@ -20,6 +22,7 @@ from selmatch_ext.evaluation import training_set
 from selmatch_ext.experts import train_experts
 from selmatch_ext.selection.window import split
 from selmatch_ext.settings import (
+    Continual,
     Coverage,
     Data,
     Evaluation,
@@ -28,6 +31,7 @@ from selmatch_ext.settings import (
     Matching,
     Run,
     Scores,
+    Search,
     Window,
     digits_demo,
     to_dict,
@@ -37,9 +41,13 @@ Positional = tyro.conf.Positional
 
 
 def device_of(name: str) -> torch.device:
-    """auto = a GPU where there is one. Raises ValueError for a device that this machine does not have."""
+    """auto = a GPU where there is one; of several processes on a machine each takes the next.
+
+    Raises ValueError for a device that this machine does not have."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -71,9 +79,10 @@ def demo(
         device: auto, cpu, cuda, cuda:1 …
     """
     where = device_of(device)
-    if pipeline.other_settings(out, settings):
+    if ranks.first() and pipeline.other_settings(out, settings):
         n = next(n for n in itertools.count(1) if not out.with_name(f"{out.name}.{n}").exists())
         out.rename(out.with_name(f"{out.name}.{n}"))
+    ranks.barrier()
     pipeline.run(settings, out, where)
 
 
@@ -130,14 +139,16 @@ def select(
         hardness = pipeline.training_difficulty(scores, data, images, kept, seed, where, out / "scores.npz")
         if window.beta is None:
             best, tried = pipeline.search_window(images, hardness, window, evaluation, seed, where, out / "window")
-            report.plot_beta({b: (r.mean, r.std) for b, r in tried.items()}, out / "beta.png", best)
+            if ranks.first():
+                report.plot_beta({b: (r.mean, r.std) for b, r in tried.items()}, out / "beta.png", best)
             window = replace(window, beta=best)
         subset = replace(pipeline.starting_set(images, hardness, window), method=method)
         print(f"β = {window.beta:.4g}")
     how = {"data": data, "scores": scores, "window": window, "features": features}
     settings = {name: to_dict(value) for name, value in how.items()} | {"seed": seed}
     path = out / f"{method}.safetensors"
-    replace(subset, settings=settings).save(path)
+    if ranks.first():
+        replace(subset, settings=settings).save(path)
     print(path)
 
 
@@ -241,6 +252,73 @@ def coverage(
     measure_coverage(list(paths), images, coverage, features, evaluation, seed, device_of(device), out)
 
 
+def cross(
+    paths: Positional[tuple[Path, ...]],
+    data: Data = Data(),
+    evaluation: Evaluation = Evaluation(),
+    *,
+    models: tuple[str, ...],
+    out: Path,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Cross-architecture table: every network trained on every set, tested on real images.
+
+    Args:
+        paths: Sets (.safetensors files of selmatch).
+        models: Networks: names as in experts.model, or a module of yours, package.module:function.
+        out: Folder for cross.json, cross.md, cross.png and the records that a killed call continues from.
+        seed: Seed of initial weights, order and augmentation.
+        device: auto, cpu, cuda, cuda:1 …
+    """
+    images, _ = pipeline.load_data(data, seed)
+    analysis.cross(list(paths), list(models), images, evaluation, seed, device_of(device), out)
+
+
+def continual(
+    paths: Positional[tuple[Path, ...]],
+    data: Data = Data(),
+    continual: Continual = Continual(),
+    evaluation: Evaluation = Evaluation(),
+    *,
+    out: Path,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Continual learning: classes arrive in steps, and networks learn from a set's images of those seen so far.
+
+    Args:
+        paths: Sets (.safetensors files of selmatch) to compare as the memory.
+        out: Folder for continual.json, continual.md, continual.png and the records that a killed call continues from.
+        seed: Seed of the order of classes, initial weights, order and augmentation of images.
+        device: auto, cpu, cuda, cuda:1 …
+    """
+    images, _ = pipeline.load_data(data, seed)
+    analysis.continual(list(paths), images, continual, evaluation, seed, device_of(device), out)
+
+
+def search(
+    path: Positional[Path],
+    data: Data = Data(),
+    search: Search = Search(),
+    evaluation: Evaluation = Evaluation(),
+    *,
+    out: Path,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Architecture search: ranks a grid of ConvNets by training on a set, and compares with training on all images.
+
+    Args:
+        path: The set (a .safetensors file of selmatch).
+        out: Folder for search.json, search.md, search.png and the records that a killed call continues from.
+        seed: Seed of initial weights, order and augmentation.
+        device: auto, cpu, cuda, cuda:1 …
+    """
+    images, _ = pipeline.load_data(data, seed)
+    analysis.search(path, images, search, evaluation, seed, device_of(device), out)
+
+
 def report_(path: Positional[Path], *, out: Path, columns: int = 10) -> None:
     """A PNG of a set's images, a row for each class.
 
@@ -272,6 +350,9 @@ VERBS = {
     "distill": distill,
     "evaluate": evaluate,
     "coverage": coverage,
+    "cross": cross,
+    "continual": continual,
+    "search": search,
     "report": report_,
     "export": export,
 }
@@ -280,7 +361,10 @@ VERBS = {
 def main(arguments: list[str] | None = None) -> int:
     """Runs one verb; an error that the user can mend is one line on standard error and exit status 1."""
     try:
-        tyro.extras.subcommand_cli_from_dict(VERBS, prog="selmatch", args=arguments, description=__doc__)
+        with ranks.processes(), contextlib.ExitStack() as stack:
+            if not ranks.first():
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            tyro.extras.subcommand_cli_from_dict(VERBS, prog="selmatch", args=arguments, description=__doc__)
     except (ValueError, TypeError, OSError, FloatingPointError, NotImplementedError, ImportError) as error:
         print(f"selmatch: {error}", file=sys.stderr)
         return 1

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from selmatch_ext import ranks
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.images import ImageData
 from selmatch_ext.experts import network, real_images
@@ -70,20 +70,35 @@ def evaluate(
     if groups:
         header["groups"] = {name: mask.nonzero().squeeze(1).tolist() for name, mask in groups.items()}
     finished = [] if record is None else _recorded(Path(record), header)
-    for k in tqdm(range(len(finished), settings.networks), desc=label, unit="network"):
-        model = network(data, settings.model, seed, device, "evaluation", k)
-        images, labels = subset.images.to(device), subset.labels.to(device)
-        augmenter = combined_augmenter(
-            subset.distilled, settings.distilled_strategy, settings.selected_strategy, data.image_size
-        )
-        train(model, images.__getitem__, labels, settings.training, augmenter, generator(seed, "evaluation", k))
-        right = {split: correct(model, data, split, device) for split in {*splits, *(["test"] if groups else [])}}
-        seen = [right[split] for split in splits] + [right["test"][mask] for mask in groups.values()]
-        finished.append([100.0 * r.double().mean().item() for r in seen])
-        if record is not None:
-            write_json(record, {**header, "accuracies": finished})
     names = [*splits, *groups]
+    progress = ranks.progress(total=settings.networks, initial=len(finished), desc=label, unit="network")
+    while len(finished) < settings.networks:  # of several processes each takes every world-th network
+        k, left = len(finished) + ranks.rank(), settings.networks - len(finished)
+        seen = torch.zeros(len(names), dtype=torch.float64)
+        if k < settings.networks:
+            model = trained_on(subset, data, settings, seed, device, k)
+            right = {split: correct(model, data, split, device) for split in {*splits, *(["test"] if groups else [])}}
+            shown = [right[split] for split in splits] + [right["test"][mask] for mask in groups.values()]
+            seen = torch.stack([100.0 * r.double().mean() for r in shown])
+        finished += [row.tolist() for row in ranks.gather(seen)][:left]
+        progress.update(min(left, ranks.world()))
+        if record is not None and ranks.first():
+            write_json(record, {**header, "accuracies": finished})
+    progress.close()
     return {name: Accuracy(list(values)) for name, values in zip(names, zip(*finished, strict=True), strict=True)}
+
+
+def trained_on(
+    subset: DistilledSet, data: ImageData, settings: Evaluation, seed: int, device: torch.device, k: int = 0
+) -> torch.nn.Module:
+    """Network number k, trained on `subset`; it depends on `seed` and k alone."""
+    model = network(data, settings.model, seed, device, "evaluation", k)
+    images, labels = subset.images.to(device), subset.labels.to(device)
+    augmenter = combined_augmenter(
+        subset.distilled, settings.distilled_strategy, settings.selected_strategy, data.image_size
+    )
+    train(model, images.__getitem__, labels, settings.training, augmenter, generator(seed, "evaluation", k))
+    return model
 
 
 def seen_as(subset: DistilledSet, data: ImageData) -> ImageData:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selmatch_ext import models, report
+from selmatch_ext import models, ranks, report
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.images import ImageData, load
 from selmatch_ext.data.trajectories import ExpertStore
@@ -52,8 +52,10 @@ def training_difficulty(
         how = json.dumps({"scores": to_dict(settings), "seed": seed, "data": data.name})
         if not path.exists():
             scores = compute_scores(data, settings, seed, device)
-            with atomic_write(path) as temporary, open(temporary, "wb") as file:
-                np.savez(file, scores=scores.numpy(), labels=data.train.labels.numpy(), how=how)
+            if ranks.first():
+                with atomic_write(path) as temporary, open(temporary, "wb") as file:
+                    np.savez(file, scores=scores.numpy(), labels=data.train.labels.numpy(), how=how)
+            ranks.barrier()
         scores = load_scores(path, data)
         with np.load(path) as content:
             if "how" not in content or str(content["how"]) != how:
@@ -156,11 +158,13 @@ def distil(
     try:
         losses = run_method(method, settings.iterations, folder, made_from, seed, *limits)
     except FloatingPointError:
-        replace(method.distilled(), settings=context).save(folder / "stopped.safetensors")
+        if ranks.first():
+            replace(method.distilled(), settings=context).save(folder / "stopped.safetensors")
         raise
     result = replace(method.distilled(), settings=context)
-    result.save(folder / "distilled.safetensors")
-    report.plot_loss(losses, folder / "loss.png")
+    if ranks.first():
+        result.save(folder / "distilled.safetensors")
+        report.plot_loss(losses, folder / "loss.png")
     return result
 
 
@@ -179,7 +183,8 @@ def run(settings: Run, folder: str | Path, device: torch.device) -> dict[str, di
         data, hardness, settings.window, settings.evaluation, settings.seed, device, folder / "window"
     )
     start = starting_set(data, hardness, replace(settings.window, beta=beta))
-    start.save(folder / "window.safetensors")
+    if ranks.first():
+        start.save(folder / "window.safetensors")
     store = train_experts(data, settings.experts, folder / "experts", settings.seed, device)
     distilled = distil(
         start,
@@ -203,7 +208,10 @@ def run(settings: Run, folder: str | Path, device: torch.device) -> dict[str, di
         )["test"]
         for name, subset in sets.items()
     }
-    return write_report(folder, data.name, settings, beta, betas, start, distilled, results)
+    if ranks.first():
+        write_report(folder, data.name, settings, beta, betas, start, distilled, results)
+    ranks.barrier()
+    return json.loads((folder / "results.json").read_text())
 
 
 def write_report(
@@ -215,7 +223,7 @@ def write_report(
     start: DistilledSet,
     distilled: DistilledSet,
     results: dict[str, Accuracy],
-) -> dict[str, dict[str, float]]:
+) -> None:
     """PNGs, table and results.json of a finished run on the data set of that name."""
     report.plot_beta({b: (r.mean, r.std) for b, r in betas.items()}, folder / "beta.png", beta)
     learned = distilled.distilled
@@ -231,9 +239,7 @@ def write_report(
     title = f"{dataset}, {settings.window.ipc} images per class, β = {beta:.2f}, {settings.evaluation.model}"
     print(f"\n{title}\n{report.table(rows)}")
     write_text(folder / "table.md", f"{title}\n\n{report.markdown(rows)}\n")
-    summary = {name: {"mean": r.mean, "std": r.std} for name, r in results.items()}
-    write_json(folder / "results.json", summary)
-    return summary
+    write_json(folder / "results.json", {name: {"mean": r.mean, "std": r.std} for name, r in results.items()})
 
 
 def claim(folder: Path, settings: Run) -> None:
@@ -241,7 +247,8 @@ def claim(folder: Path, settings: Run) -> None:
     changed = other_settings(folder, settings)
     if changed:
         raise ValueError(f"{folder} holds a run with other settings ({'; '.join(changed)}); choose another --out")
-    write_json(folder / "settings.json", to_dict(settings))
+    if ranks.first():
+        write_json(folder / "settings.json", to_dict(settings))
 
 
 def other_settings(folder: Path, settings: Run) -> list[str]:

@@ -51,6 +51,14 @@ def gather(tensor: Tensor) -> list[Tensor]:
     return [t.to(tensor.device) for t in everyone]
 
 
+def collect(mine: dict[int, Tensor], count: int, blank: Tensor) -> list[Tensor]:
+    """Results 0..count−1 on every rank, where each computed some of `ranks.mine(count)`; `blank` has a result's shape
+    and dtype, and stands where there is none."""
+    rounds = -(-count // world())
+    everyone = gather(torch.stack([mine.get(rank() + i * world(), blank) for i in range(rounds)]))
+    return [everyone[k % world()][k // world()] for k in range(count)]
+
+
 def barrier() -> None:
     """Waits until every rank is here, and so until each one's files are written."""
     if _several():

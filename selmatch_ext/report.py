@@ -180,13 +180,14 @@ def plot_curves(
 def plot_ranking(points: Mapping[str, tuple[float, float]], path: str | os.PathLike, title: str) -> None:
     """Writes a scatter plot: a network's accuracy after full training against its accuracy on a small set.
 
-    points: {network: (% on the small set, % after full training)}.
+    points: {network: (% on the small set, % after full training)}. The three best on the small set are named.
     """
+    best = sorted(points, key=lambda name: -points[name][0])[:3]
     figure, axes = _plot("test accuracy, trained on the small set (%)", "test accuracy, trained on all (%)", title)
     for name, point in points.items():
-        axes.plot(*point, "o", color=BLUE, markersize=5)
-        axes.annotate(name, point, xytext=(4, 4), textcoords="offset points", fontsize=7, color="#444444")
-    axes.margins(x=0.15)
+        axes.plot(*point, "o", color=ORANGE if name in best else BLUE, markersize=5)
+    text = "\n".join(f"{i}. {name}: {points[name][1]:.1f} %" for i, name in enumerate(best, 1))
+    axes.text(0.02, 0.97, f"best on the small set:\n{text}", transform=axes.transAxes, va="top", fontsize=9)
     _save(figure, path)
 
 

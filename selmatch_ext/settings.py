@@ -162,6 +162,30 @@ class Coverage:
 
 
 @dataclass(frozen=True)
+class Continual:
+    """Class-incremental learning with a small set as the memory."""
+
+    steps: int = 5
+    """Steps in which the classes arrive, about equally many in each."""
+    memory: int | None = None
+    """Images per class that are remembered, the first of each; None: all of the set's."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """A grid of ConvNets and how they are trained on all images; the default is DC's (arXiv 2006.05929)."""
+
+    depths: tuple[int, ...] = (1, 2, 3, 4)
+    widths: tuple[int, ...] = (32, 64, 128, 256)
+    norms: tuple[str, ...] = ("NN", "BN", "LN", "IN", "GN")
+    activations: tuple[str, ...] = ("AS", "AR", "AL")
+    poolings: tuple[str, ...] = ("NP", "MP", "AP")
+    full: Training = Training(epochs=100, lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="cosine")
+    full_networks: int = 1
+    """Networks of each kind trained on all images."""
+
+
+@dataclass(frozen=True)
 class Run:
     """One run from data set to evaluated distilled set."""
 
