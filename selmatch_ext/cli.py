@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import itertools
 import os
 import sys
-from dataclasses import replace
+from dataclasses import field, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import tyro
 
-from selmatch_ext import analysis, models, pipeline, ranks, report
+from selmatch_ext import analysis, models, pipeline, ranks, recipes, report
 from selmatch_ext.coverage import coverage as measure_coverage
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.trajectories import ExpertStore, import_replay_buffer
@@ -58,6 +59,8 @@ def device_of(name: str) -> torch.device:
 
 def run(settings: Annotated[Run, tyro.conf.arg(name="")] = Run(), *, out: Path, device: str = "auto") -> None:
     """All stages of SelMatch, from data set to evaluated distilled set; continues after a kill.
+
+    With --recipe NAME [--reduced] the defaults are those of a recipe (selmatch recipes).
 
     Args:
         out: Folder of the run.
@@ -320,14 +323,17 @@ def search(
 
 
 def report_(path: Positional[Path], *, out: Path, columns: int = 10) -> None:
-    """A PNG of a set's images, a row for each class.
+    """A PNG of a set's images, a row for each class (20 classes at most); or one of each class, with all its images.
 
     Args:
         path: The set (a .safetensors file of selmatch).
-        out: The PNG to write.
-        columns: Images a class at most.
+        out: The PNG to write; or, where the name does not end in .png, a new folder for one PNG of each class.
+        columns: Images a class at most, for one PNG.
     """
     subset = DistilledSet.load(path)
+    if out.suffix.lower() != ".png":
+        report.class_grids(subset.denormalised(), subset.hard_labels, subset.class_names, out)
+        return
     report.image_grid(subset.denormalised(), out, subset.hard_labels, subset.class_names, columns, subset.method)
 
 
@@ -341,6 +347,33 @@ def export(path: Positional[Path], *, out: Path) -> None:
     DistilledSet.load(path).export(out)
 
 
+def recipes_() -> None:
+    """The rows of the papers' tables as named settings, with the published figures and ours.
+
+    `selmatch distill --recipe NAME --out FOLDER` runs one from data set to evaluated distilled set; with --reduced at a
+    scale for a laptop. All its settings can be changed as in `selmatch run`, and --help lists them.
+    """
+    print(report.table(recipes.listing()))
+
+
+def _with_recipe(arguments: list[str]) -> None:
+    """distill or run, given --recipe NAME [--reduced]: all stages, with that recipe's settings as the defaults."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--reduced", action="store_true")
+    chosen, rest = parser.parse_known_args(arguments[1:])
+    recipe = recipes.find(chosen.recipe)
+    settings = recipes.reduced(recipe.settings) if chosen.reduced else recipe.settings
+    fields = [
+        ("settings", Annotated[type(settings), tyro.conf.arg(name="")], field(default=settings)),
+        ("out", Annotated[Path, tyro.conf.arg(help="Folder of the run.")]),
+        ("device", Annotated[str, tyro.conf.arg(help="auto, cpu, cuda, cuda:1 …")], field(default="auto")),
+    ]
+    prog = f"selmatch {arguments[0]} --recipe {recipe.name}{' --reduced' * chosen.reduced}"
+    given = tyro.cli(make_dataclass("Given", fields, kw_only=True), prog=prog, args=rest, description=recipe.name)
+    pipeline.run(given.settings, given.out, device_of(given.device))
+
+
 VERBS = {
     "run": run,
     "demo": demo,
@@ -350,6 +383,7 @@ VERBS = {
     "distill": distill,
     "evaluate": evaluate,
     "coverage": coverage,
+    "recipes": recipes_,
     "cross": cross,
     "continual": continual,
     "search": search,
@@ -364,6 +398,10 @@ def main(arguments: list[str] | None = None) -> int:
         with ranks.processes(), contextlib.ExitStack() as stack:
             if not ranks.first():
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            arguments = sys.argv[1:] if arguments is None else arguments
+            if arguments[:1] in (["distill"], ["run"]) and any(a.partition("=")[0] == "--recipe" for a in arguments):
+                _with_recipe(arguments)
+                return 0
             tyro.extras.subcommand_cli_from_dict(VERBS, prog="selmatch", args=arguments, description=__doc__)
     except (ValueError, TypeError, OSError, FloatingPointError, NotImplementedError, ImportError) as error:
         print(f"selmatch: {error}", file=sys.stderr)

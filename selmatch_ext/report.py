@@ -15,6 +15,7 @@ from matplotlib.textpath import TextPath
 from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor
 
+from selmatch_ext.data.distilled import folder_names
 from selmatch_ext.files import atomic_write
 
 DPI = 100
@@ -47,6 +48,19 @@ def image_grid(
     else:
         rows, names = _rows(labels, class_names, len(pixels), columns or 20)
     _write_mosaic([_mosaic(pixels, rows)], names, [title] if title else None, path)
+
+
+def class_grids(images: Tensor, labels: Tensor, class_names: Sequence[str], folder: str | os.PathLike) -> None:
+    """Writes folder/CLASS.png for each class that occurs, with all its images in their order; all or nothing.
+
+    images, labels: as for `image_grid`. Raises OSError when `folder` exists and is not empty.
+    """
+    with atomic_write(folder) as temporary:
+        temporary.mkdir()
+        for label, name in enumerate(folder_names(list(class_names))):
+            mine = images[labels == label]
+            if len(mine):
+                image_grid(mine, temporary / f"{name}.png", title=f"{class_names[label]}: {len(mine)} images")
 
 
 def before_after(
