@@ -58,6 +58,14 @@ def test_an_iteration_is_the_mean_over_its_draws(tmp_path, draws):
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected))
 
 
+def test_a_run_of_several_draws_goes_on_with_the_same_bits(tmp_path):
+    whole, pieces = Line(), Line()
+    losses = run(whole, 4, tmp_path / "whole", {}, 7, draws=2)
+    run(Line(), 2, tmp_path / "pieces", {}, 7, draws=2)
+    assert run(pieces, 4, tmp_path / "pieces", {}, 7, draws=2) == losses
+    assert torch.equal(pieces.learned["x"], whole.learned["x"])
+
+
 def test_draws_that_nobody_makes(tmp_path):
     with pytest.raises(ValueError, match="experts_per_iteration must be a multiple of 1, got 0"):
         run(Line(), 2, tmp_path, {}, 7, draws=0)

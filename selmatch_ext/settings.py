@@ -40,8 +40,8 @@ class Training:
     weight_decay: float = 0.0
     batch: int = 256
     """Images per update; the last of an epoch may have fewer."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """cosine falls to 1 % of lr at the last epoch."""
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    """cosine falls to 1 % of lr at the last epoch; step to a tenth half-way."""
     precision: Precision = "float32"
 
 

@@ -80,9 +80,12 @@ def train(
 
 
 def learning_rate(settings: Training, epoch: int) -> float:
-    """Of the given epoch, counted from 0. cosine: from lr down to lr / 100 in the last epoch."""
+    """Of the given epoch, counted from 0. cosine: from lr down to lr / 100 in the last epoch; step: lr / 10 from the
+    middle on."""
     if settings.schedule == "constant":
         return settings.lr
+    if settings.schedule == "step":
+        return settings.lr if 2 * epoch < settings.epochs else settings.lr / 10
     progress = epoch / max(1, settings.epochs - 1)
     return settings.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
