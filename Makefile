@@ -1,16 +1,19 @@
 # Each target makes .venv when it is not there: torch, torchvision and this package, built with CUDA where nvcc is found.
-#   make demo [SEED=0]   make test   make bench   make lint
+#   make demo [SEED=0]   make methods [SEED=0]   make test   make bench   make lint
 PYTHON ?= python3
 SEED ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test bench lint clean
+.PHONY: demo methods test bench lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/selmatch demo --seed $(SEED) --out runs/demo
+
+methods: $(VENV)/.installed
+	$(BIN)/selmatch methods --seed $(SEED) --out runs/methods
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)

@@ -18,6 +18,12 @@ TORCH_LIBRARY(selmatch_ext, m) {
   m.def(
       "trajectory_distance_backward(Tensor grad, Tensor sums, Tensor[] student, Tensor[] start, Tensor[] target, "
       "bool student_wanted, bool start_wanted, bool target_wanted) -> Tensor[]");
+  // metric: 0 layerwise, 1 mse, 2 cos; value: 0-d; sums: float64 (rows + 1, 3), for the backward pass
+  m.def("gradient_distance(Tensor[] syn, Tensor[] real, int metric) -> (Tensor value, Tensor sums)");
+  // the gradients of those wanted, syn's tensors first, then real's
+  m.def(
+      "gradient_distance_backward(Tensor grad, Tensor sums, Tensor[] syn, Tensor[] real, int metric, bool syn_wanted, "
+      "bool real_wanted) -> Tensor[]");
 }
 
 namespace {

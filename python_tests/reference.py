@@ -1,5 +1,6 @@
 """The oracle: what the fused operations compute, in plain PyTorch, written to be read and not to be fast."""
 
+import copy
 import math
 
 import torch
@@ -263,3 +264,82 @@ def coverage(train, test, synthetic, group):
     radius = sum(neighbours) / len(neighbours)
     covered = [i for i in group if min(distance(test[i], s) for s in synthetic) <= radius]
     return 100 * len(covered) / len(group)
+
+
+# --- gradient distance (DC, arXiv 2006.05929) -------------------------------------------------------------------------
+
+
+def gradient_distance(syn, real, metric="layerwise"):
+    def cosine_distance(a, b):
+        return 1 - (a * b).sum() / (a.norm() * b.norm() + 1e-6)
+
+    if metric == "layerwise":
+        rows = [
+            (a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1))
+            for a, b in zip(syn, real, strict=True)
+            if a.dim() > 1
+        ]
+        pairs = [(x, y) for a, b in rows for x, y in zip(a, b, strict=True)]
+        return sum((cosine_distance(x, y) for x, y in pairs), start=syn[0].new_zeros(()))
+    a, b = (torch.cat([t.reshape(-1) for t in tensors]) for tensors in (syn, real))
+    return ((a - b) ** 2).sum() if metric == "mse" else cosine_distance(a, b)
+
+
+# --- one step of each method ------------------------------------------------------------------------------------------
+
+
+def frozen_batchnorm(model, x):
+    """A copy of the model whose BatchNorm layers hold the mean and the unbiased variance of what reaches them of x."""
+    model, seen = copy.deepcopy(model).train(), {}
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, inputs: seen.update({layer: inputs[0]}))
+    model(x)
+    for layer in layers:
+        layer.running_mean.copy_(seen[layer].detach().mean((0, 2, 3)))
+        layer.running_var.copy_(seen[layer].detach().var((0, 2, 3), unbiased=True))
+        layer.eval()
+    return model
+
+
+def gradient_matching(model, batches, metric="layerwise"):
+    """DC (arXiv 2006.05929, equation 9); batches: (real, real labels, synthetic, synthetic labels) of each class."""
+    parameters, total = list(model.parameters()), 0
+    for real, real_labels, syn, syn_labels in batches:
+        wanted = torch.autograd.grad(F.cross_entropy(model(real), real_labels), parameters)
+        got = torch.autograd.grad(F.cross_entropy(model(syn), syn_labels), parameters, create_graph=True)
+        total = total + gradient_distance(got, wanted, metric)
+    return total
+
+
+def sgd_on(model, images, labels, orders, lr):
+    """Trains the model in place, each order a batch."""
+    model.train()
+    for order in orders:
+        gradients = torch.autograd.grad(F.cross_entropy(model(images[order]), labels[order]), list(model.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter -= lr * gradient
+
+
+def distribution_matching(model, real, syn):
+    """DM (arXiv 2110.04181, equation 5): real and syn are lists of each class's images; all pass in one batch."""
+    real_features, syn_features = (model.embed(torch.cat(images)) for images in (real, syn))
+    total, i, j = 0, 0, 0
+    for a, b in zip(real, syn, strict=True):
+        difference = real_features[i : i + len(a)].mean(0).detach() - syn_features[j : j + len(b)].mean(0)
+        total, i, j = total + (difference**2).sum(), i + len(a), j + len(b)
+    return total
+
+
+def dataset_distillation(model, starts, images, labels, batches, raw, real, wanted, augmentations):
+    """DD (arXiv 1811.10959, algorithm 1): the mean over the starts of the real loss after training; `augmentations` has
+    the tables of each start, or is None."""
+    rates, losses = torch.log(1 + torch.exp(raw)), []
+    for k, start in enumerate(starts):
+        tables = None if augmentations is None else augmentations[k]
+        theta = unrolled_sgd_full_graph(model, start.requires_grad_(), images, labels, batches, rates, tables)
+        parts = theta.split([p.numel() for p in model.parameters()])
+        named = {n: t.view_as(p) for (n, p), t in zip(model.named_parameters(), parts, strict=True)}
+        losses.append(F.cross_entropy(functional_call(model, named, (real,)), wanted))
+    return sum(losses) / len(losses)

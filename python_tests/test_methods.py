@@ -10,21 +10,22 @@ from reference import unrolled_sgd_full_graph
 
 from selmatch_ext import models, pipeline
 from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.methods import Method, SelMatch, Task
 from selmatch_ext.methods.loop import run
-from selmatch_ext.methods.selmatch import SelMatch
 from selmatch_ext.methods.trajectory import chunks, matching_loss
 from selmatch_ext.ops.dsa import sample_augmentation
 from selmatch_ext.seeds import generator
 from selmatch_ext.settings import Window
 
 
-class Bowl:
+class Bowl(Method):
     """The least a method can be: noisy descent to zero. `spoil` makes the loss of one iteration bad."""
 
     name = "bowl"
 
     def __init__(self, spoil=None, at=None):
         self.spoil, self.at = spoil, at
+        self.state = {}
         self.learned = {"x": torch.full((3,), 2.0, requires_grad=True), "y": torch.tensor(1.0, requires_grad=True)}
 
     def optimiser(self):
@@ -34,9 +35,6 @@ class Bowl:
         noise = torch.rand(3, generator=generator)
         loss = ((self.learned["x"] - noise) ** 2).sum() + self.learned["y"] ** 2
         return loss * self.spoil if iteration == self.at else loss
-
-    def check(self):
-        pass
 
     def advice(self):
         return "Try a smaller lr."
@@ -58,6 +56,58 @@ def test_a_run_in_pieces_ends_with_the_bits_of_one(tmp_path):
         again = run(last, iterations, pieces, {}, seed=1)
     assert again == losses and equal(values(whole), values(last))
     assert run(Bowl(), 9, pieces, {}, seed=1) == losses  # finished: nothing is done twice
+
+
+class Stateful(Bowl):
+    """Counts in its state, and feels the count; its steps shrink."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.state = {"count": torch.zeros(())}
+
+    def optimiser(self):
+        return torch.optim.Adam(self.learned.values(), lr=0.1, betas=(0.5, 0.999))
+
+    def decay(self, iteration):
+        return 0.5 ** (iteration // 2)
+
+    def loss(self, iteration, generator):
+        self.state["count"] += 1
+        return super().loss(iteration, generator) + self.state["count"] * self.learned["y"] ** 2
+
+
+def test_state_adam_and_step_sizes_survive_a_kill(tmp_path):
+    whole, pieces = Stateful(), tmp_path / "pieces"
+    losses = run(whole, 7, tmp_path / "whole", {}, seed=1)
+    for iterations in (1, 4, 7):
+        last = Stateful()
+        again = run(last, iterations, pieces, {}, seed=1)
+    assert again == losses and equal(values(whole), values(last)) and last.state["count"] == 7
+
+
+def test_a_bad_loss_leaves_the_state_of_the_last_good_one(tmp_path):
+    good, bad, restored = Stateful(), Stateful(math.nan, 2), Stateful()
+    run(good, 1, tmp_path / "good", {}, seed=1)
+    with pytest.raises(FloatingPointError):
+        run(bad, 9, tmp_path / "bad", {}, seed=1)
+    run(restored, 1, tmp_path / "bad", {}, seed=1)
+    assert restored.state["count"] == 1 and equal(values(restored), values(good))
+
+
+def test_step_sizes_follow_decay(tmp_path):
+    class Slide(Bowl):
+        def optimiser(self):
+            return torch.optim.SGD(self.learned.values(), lr=1.0)
+
+        def decay(self, iteration):
+            return [1.0, 0.25][iteration]
+
+        def loss(self, iteration, generator):
+            return self.learned["x"].sum() + self.learned["y"]
+
+    slide = Slide()
+    run(slide, 2, tmp_path, {}, seed=1)
+    assert slide.learned["y"].item() == 1.0 - 1.25
 
 
 def test_another_seed_another_run(tmp_path):
@@ -159,8 +209,7 @@ def start(digits):
 
 
 def selmatch(digits, experts, **changes):
-    settings = replace(tiny_run().matching, **changes)
-    return SelMatch(start(digits), experts, models.build(MODEL, 1, 10, (8, 8)), settings, CPU)
+    return SelMatch(Task(start(digits), digits, 0, CPU, experts), replace(tiny_run().matching, **changes))
 
 
 def test_selmatch_changes_the_easy_images_and_only_them(digits, experts, tmp_path):
@@ -199,4 +248,4 @@ def test_trajectories_that_are_too_short_are_refused(digits, experts):
         selmatch(digits, experts, max_start_epoch=0)
     nothing: DistilledSet = replace(start(digits), distilled=torch.zeros(60, dtype=torch.bool))
     with pytest.raises(ValueError, match="alpha times ipc"):
-        SelMatch(nothing, experts, models.build(MODEL, 1, 10, (8, 8)), tiny_run().matching, CPU)
+        SelMatch(Task(nothing, digits, 0, CPU, experts), tiny_run().matching)

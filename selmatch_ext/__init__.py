@@ -13,6 +13,7 @@ from selmatch_ext.ops.dsa import (
     mix_augmentations,
     sample_augmentation,
 )
+from selmatch_ext.ops.gradient_distance import gradient_distance
 from selmatch_ext.unroll import unrolled_sgd
 
 __version__ = build_info()["version"]
@@ -23,6 +24,7 @@ __all__ = [
     "ParamDiffAug",
     "augment",
     "build_info",
+    "gradient_distance",
     "mix_augmentations",
     "models",
     "sample_augmentation",

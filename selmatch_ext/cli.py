@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import field, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,13 +15,14 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from selmatch_ext import analysis, models, pipeline, ranks, recipes, report
+from selmatch_ext import analysis, comparison, models, pipeline, ranks, recipes, report
 from selmatch_ext.coverage import coverage as measure_coverage
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.trajectories import ExpertStore, import_replay_buffer
 from selmatch_ext.evaluation import evaluate as evaluate_set
 from selmatch_ext.evaluation import training_set
 from selmatch_ext.experts import train_experts
+from selmatch_ext.methods import METHODS, Method
 from selmatch_ext.selection.window import split
 from selmatch_ext.settings import (
     Continual,
@@ -193,6 +195,8 @@ def distill(
 ) -> None:
     """SelMatch from a starting set of `selmatch select`; writes distilled.safetensors; continues after a kill.
 
+    Other methods: selmatch distill NAME, for the names dc, dsa, dm, dd, mtt and datm; each has its own --help.
+
     Args:
         start: The starting set (window.safetensors).
         experts: Folder of the expert store.
@@ -202,11 +206,43 @@ def distill(
     """
     subset, store = DistilledSet.load(start), ExpertStore(experts)
     images, _ = pipeline.load_data(data, seed)
-    if "model" not in store.metadata:
-        raise ValueError(f"the experts in {experts} do not say of which network they are")
-    context = {"data": to_dict(data), "matching": to_dict(matching), "model": store.metadata["model"]}
-    pipeline.distil(subset, store, store.metadata["model"], matching, images, seed, device_of(device), out, context)
+    context = {"data": to_dict(data), "matching": to_dict(matching), "model": store.model}
+    pipeline.distil("selmatch", matching, subset, images, seed, device_of(device), out, context, store)
     print(out / "distilled.safetensors")
+
+
+def distill_by(method: type[Method]) -> Callable[..., None]:
+    """The verb `selmatch distill NAME` of a method that chooses its own starting images."""
+    kind = method.settings_type
+
+    def verb(
+        settings: Annotated[kind, tyro.conf.arg(name="")] = kind(),  # noqa: B008
+        data: Data = Data(),
+        *,
+        out: Path,
+        experts: Path | None = None,
+        seed: int = 0,
+        device: str = "auto",
+    ) -> None:
+        where = device_of(device)
+        store = None if experts is None else ExpertStore(experts)
+        images, _ = pipeline.load_data(data, seed)
+        ipc = settings.steps * settings.images_per_class_per_step if method.name == "dd" else settings.ipc
+        start = pipeline.initial_set(settings.start, ipc, images, seed, where, store)
+        context = {"data": to_dict(data), "settings": to_dict(settings)}
+        pipeline.distil(method.name, settings, start, images, seed, where, out, context, store)
+        print(out / "distilled.safetensors")
+
+    verb.__annotations__.update(settings=Annotated[kind, tyro.conf.arg(name="")])
+    verb.__doc__ = f"""{kind.__doc__}
+
+    Args:
+        out: Folder of the run; distilled.safetensors is written there. A killed run continues.
+        experts: Folder of the expert store, for methods that match trajectories or start from trained networks.
+        seed: Seed of every random choice.
+        device: auto, cpu, cuda, cuda:1 …
+    """
+    return verb
 
 
 def evaluate(
@@ -374,6 +410,21 @@ def _with_recipe(arguments: list[str]) -> None:
     pipeline.run(given.settings, given.out, device_of(given.device))
 
 
+def methods(
+    names: Positional[tuple[str, ...]] = (), *, out: Path = Path("runs/methods"), seed: int = 0, device: str = "cpu"
+) -> None:
+    """Every method on scikit-learn's digits against random selection; continues after a kill.
+
+    Args:
+        names: Of the methods, by default all.
+        out: Folder for results.json and one folder a run.
+        seed: Seed of every random choice.
+        device: auto, cpu, cuda, cuda:1 …
+    """
+    comparison.run(names or comparison.NAMES, out, seed, device_of(device))
+
+
+DISTILL = {"selmatch": distill} | {n: distill_by(m) for n, m in METHODS.items() if n != "selmatch"}
 VERBS = {
     "run": run,
     "demo": demo,
@@ -387,6 +438,7 @@ VERBS = {
     "cross": cross,
     "continual": continual,
     "search": search,
+    "methods": methods,
     "report": report_,
     "export": export,
 }
@@ -394,15 +446,18 @@ VERBS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one verb; an error that the user can mend is one line on standard error and exit status 1."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    verbs, prog = VERBS, "selmatch"
+    if arguments[:1] == ["distill"] and set(arguments[1:2]) & set(DISTILL):
+        verbs, prog, arguments = DISTILL, "selmatch distill", arguments[1:]
     try:
         with ranks.processes(), contextlib.ExitStack() as stack:
             if not ranks.first():
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-            arguments = sys.argv[1:] if arguments is None else arguments
             if arguments[:1] in (["distill"], ["run"]) and any(a.partition("=")[0] == "--recipe" for a in arguments):
                 _with_recipe(arguments)
                 return 0
-            tyro.extras.subcommand_cli_from_dict(VERBS, prog="selmatch", args=arguments, description=__doc__)
+            tyro.extras.subcommand_cli_from_dict(verbs, prog=prog, args=arguments, description=__doc__)
     except (ValueError, TypeError, OSError, FloatingPointError, NotImplementedError, ImportError) as error:
         print(f"selmatch: {error}", file=sys.stderr)
         return 1

@@ -15,10 +15,14 @@ from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.images import ImageData
 from selmatch_ext.experts import network, real_images
 from selmatch_ext.files import write_json
+from selmatch_ext.models import flat
+from selmatch_ext.models.initial import xavier
+from selmatch_ext.models.statistics import freeze_statistics
 from selmatch_ext.seeds import generator
 from selmatch_ext.selection import coreset
 from selmatch_ext.settings import Evaluation, differences, to_dict
 from selmatch_ext.training import combined_augmenter, predict, train
+from selmatch_ext.unroll.sgd import unrolled_sgd
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,10 @@ def evaluate(
 def trained_on(
     subset: DistilledSet, data: ImageData, settings: Evaluation, seed: int, device: torch.device, k: int = 0
 ) -> torch.nn.Module:
-    """Network number k, trained on `subset`; it depends on `seed` and k alone."""
+    """Network number k, trained on `subset`; it depends on `seed` and k alone. A set with a schedule is trained on as
+    that says; then `settings` say nothing about it."""
+    if subset.schedule is not None:
+        return follow_schedule(subset, data, seed, device, k)
     model = network(data, settings.model, seed, device, "evaluation", k)
     images, labels = subset.images.to(device), subset.labels.to(device)
     augmenter = combined_augmenter(
@@ -99,6 +106,25 @@ def trained_on(
     )
     train(model, images.__getitem__, labels, settings.training, augmenter, generator(seed, "evaluation", k))
     return model
+
+
+@torch.no_grad()
+def follow_schedule(
+    subset: DistilledSet, data: ImageData, seed: int, device: torch.device, k: int = 0
+) -> torch.nn.Module:
+    """Network number k of a set that comes with its training (DD, arXiv 1811.10959, section 4), trained that way, in
+    evaluation mode. BatchNorm takes its statistics from 16 real training images per class."""
+    schedule = subset.schedule
+    model = network(data, schedule.model, seed, device, "evaluation", k)
+    if schedule.starts is None:
+        start = xavier(model, generator(seed, "evaluation", "xavier", k))
+    else:
+        start = schedule.starts[k % len(schedule.starts)]
+    images, labels, rates = (t.to(device) for t in (subset.images, subset.labels, schedule.rates))
+    flat.load(model, unrolled_sgd(model, start.to(device), images, labels, list(schedule.batches), rates))
+    seen = [(data.train.labels == c).nonzero().squeeze(1)[:16] for c in range(data.classes)]
+    freeze_statistics(model, data.normalise(data.train.images[torch.cat(seen)], device))
+    return model.eval()
 
 
 def seen_as(subset: DistilledSet, data: ImageData) -> ImageData:
@@ -110,7 +136,7 @@ def seen_as(subset: DistilledSet, data: ImageData) -> ImageData:
         )
     if subset.class_names != data.class_names:
         raise ValueError(f"the set has the classes {subset.class_names}, {data.name} has {data.class_names}")
-    return replace(data, mean=subset.mean, std=subset.std)
+    return replace(data, mean=subset.mean, std=subset.std, whitening=subset.whitening)
 
 
 def correct(model: torch.nn.Module, data: ImageData, split: str, device: torch.device) -> Tensor:
@@ -141,6 +167,7 @@ def real_subset(data: ImageData, indices: Tensor, method: str) -> DistilledSet:
         method=method,
         settings={},
         indices=indices,
+        whitening=data.whitening,
     )
 
 

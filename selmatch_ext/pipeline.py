@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from selmatch_ext import models, ranks, report
+from selmatch_ext import ranks, report
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.images import ImageData, load
 from selmatch_ext.data.trajectories import ExpertStore
@@ -18,13 +19,14 @@ from selmatch_ext.evaluation import Accuracy, evaluate, real_subset, seen_as
 from selmatch_ext.experts import compute_scores, train_experts
 from selmatch_ext.features import split_features, trained_networks
 from selmatch_ext.files import atomic_write, write_json, write_text
+from selmatch_ext.methods import METHODS, Task
 from selmatch_ext.methods.loop import run as run_method
-from selmatch_ext.methods.selmatch import SelMatch
+from selmatch_ext.methods.trajectory import expert_logits
 from selmatch_ext.seeds import derive, generator
 from selmatch_ext.selection import coreset
 from selmatch_ext.selection.scores import difficulty, load_scores
 from selmatch_ext.selection.window import beta_grid, split, window
-from selmatch_ext.settings import Data, Evaluation, Features, Matching, Run, Scores, Window, differences, to_dict
+from selmatch_ext.settings import Data, Evaluation, Features, Run, Scores, Window, differences, to_dict
 
 
 def load_data(settings: Data, seed: int) -> tuple[ImageData, Tensor | None]:
@@ -32,9 +34,10 @@ def load_data(settings: Data, seed: int) -> tuple[ImageData, Tensor | None]:
     data = load(
         settings.dataset, root=settings.root, download=settings.download, resize=settings.resize, cache=settings.cache
     )
-    if settings.per_class is None:
-        return data, None
-    return data.subset(settings.per_class, generator(seed, "subset"))
+    kept = None
+    if settings.per_class is not None:
+        data, kept = data.subset(settings.per_class, generator(seed, "subset"))
+    return data.whitened() if settings.zca else data, kept
 
 
 def training_difficulty(
@@ -135,28 +138,59 @@ def score_source(method: str, source: str) -> str:
     return source
 
 
+def initial_set(
+    start: str, ipc: int, data: ImageData, seed: int, device: torch.device, store: ExpertStore | None = None
+) -> DistilledSet:
+    """What a method begins with, every image to be distilled. start: noise (normal), real (random training images),
+    correct (random ones that expert 0 of `store` classifies correctly, as far as a class has them), or a set's path.
+
+    Raises ValueError for a set of other data, and for correct without experts."""
+    if start not in ("noise", "real", "correct"):
+        chosen = DistilledSet.load(start)
+        seen_as(chosen, data)
+    else:
+        chosen = random_set(data, ipc, seed)
+    if start == "noise":
+        noise = torch.randn(chosen.images.shape, generator=generator(seed, "noise"))
+        chosen = replace(chosen, images=noise, indices=None, method="noise")
+    if start == "correct":
+        if store is None:
+            raise ValueError("start correct needs expert trajectories, whose first expert classifies the images")
+        task = Task(chosen, data, seed, device, store)
+        logits = expert_logits(task, data.normalise(data.train.images))
+        right, order = logits.argmax(1).cpu() == data.train.labels, generator(seed, "correct")
+        picked = []
+        for members in task.members:
+            members = members[torch.randperm(len(members), generator=order)]
+            picked.append(members[(~right[members]).sort(stable=True).indices[:ipc]])
+        chosen = real_subset(data, torch.cat(picked), "correct")
+    return replace(chosen, distilled=torch.ones(len(chosen), dtype=torch.bool))
+
+
 def distil(
-    subset: DistilledSet,
-    store: ExpertStore,
-    model: str,
-    settings: Matching,
+    name: str,
+    settings: Any,
+    start: DistilledSet,
     data: ImageData,
     seed: int,
     device: torch.device,
     folder: Path,
     context: dict,
+    store: ExpertStore | None = None,
 ) -> DistilledSet:
-    """SelMatch from `subset`; writes folder/distilled.safetensors and loss.png. `context` is saved with the result.
+    """Runs the method of that name from `start`; writes folder/distilled.safetensors and loss.png. `context` is saved
+    with the result.
 
     Raises FloatingPointError when the loss explodes; the last good set is then in folder/stopped.safetensors. Raises
-    ValueError when `subset` or the experts are of other data or another network."""
-    seen_as(subset, data)
-    network = models.build(model, data.channels, data.classes, data.image_size, generator=generator(seed, "student"))
-    method = SelMatch(subset, store, network, settings, device)
-    made_from = {**context, "start": subset.digest(), "experts": {"count": store.count, **store.metadata}}
-    limits = settings.max_loss, settings.checkpoint_seconds, settings.experts_per_iteration, settings.snapshot_every
+    ValueError when `start` or the experts are of other data or another network."""
+    method = METHODS[name](Task(start, seen_as(start, data), seed, device, store), settings)
+    made_from = {**context, "start": start.digest()}
+    if store is not None:
+        made_from["experts"] = {"count": store.count, **store.metadata}
+    draws = getattr(settings, "experts_per_iteration", 1)  # only trajectory matching has experts
+    limits = method.max_loss, settings.checkpoint_seconds, draws, settings.snapshot_every
     try:
-        losses = run_method(method, settings.iterations, folder, made_from, seed, *limits)
+        losses = run_method(method, method.iterations, folder, made_from, seed, *limits)
     except FloatingPointError:
         if ranks.first():
             replace(method.distilled(), settings=context).save(folder / "stopped.safetensors")
@@ -186,17 +220,8 @@ def run(settings: Run, folder: str | Path, device: torch.device) -> dict[str, di
     if ranks.first():
         start.save(folder / "window.safetensors")
     store = train_experts(data, settings.experts, folder / "experts", settings.seed, device)
-    distilled = distil(
-        start,
-        store,
-        settings.experts.model,
-        settings.matching,
-        data,
-        settings.seed,
-        device,
-        folder,
-        {**to_dict(settings), "beta": beta},
-    )
+    context = {**to_dict(settings), "beta": beta}
+    distilled = distil("selmatch", settings.matching, start, data, settings.seed, device, folder, context, store)
     sets = {
         "random": random_set(data, settings.window.ipc, settings.seed),
         "window": replace(start, distilled=torch.zeros_like(start.distilled)),

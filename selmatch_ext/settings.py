@@ -28,6 +28,8 @@ class Data:
     """A folder for decoded images, so that the second start is instant."""
     per_class: int | None = None
     """Keep only this many random training images of each class."""
+    zca: bool = False
+    """Whiten all images by ZCA, fitted on the training images; a distilled set keeps the transform."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,11 @@ class Matching:
     expert_epochs: int = 2
     """M: how many epochs ahead of the start the target lies."""
     max_start_epoch: int = 80
-    """Start epochs are drawn from [0, max_start_epoch)."""
+    """Start epochs are drawn from [min_start_epoch, max_start_epoch)."""
+    min_start_epoch: int = 0
+    first_max_start_epoch: int | None = None
+    """Where the upper end of the start epochs stands at first; it grows to max_start_epoch over the run (sequential
+    generation, DATM). None: it stands at max_start_epoch all the time."""
     batch_syn: int = 125
     """Synthetic images per student update."""
     lr_images: float = 1000.0
@@ -119,6 +125,11 @@ class Matching:
     momentum: float = 0.5
     lr_init: float = 0.001
     """η₀, the student's learning rate at the start; it is learned."""
+    labels: Literal["hard", "soft", "learned"] = "hard"
+    """soft: softmax of the logits that expert 0 gives the starting images; learned: those logits are learned too."""
+    lr_labels: float = 1.0
+    """Step size of learned logits."""
+    labels_momentum: float = 0.9
     strategy: str = DSA
     """Augmentation of each student update: one of the names, drawn per batch."""
     gradient: Literal["exact", "tesla"] = "exact"
@@ -135,6 +146,133 @@ class Matching:
     """How often the state is saved."""
     snapshot_every: int = 0
     """Also keep the set as it is after every so many iterations, in snapshots/, for `selmatch coverage`; 0 = never."""
+
+
+@dataclass(frozen=True)
+class MTTSettings(Matching):
+    """Matching training trajectories (arXiv 2203.11932); defaults for CIFAR-10."""
+
+    ipc: int = 10
+    """Images per class, where they are not from a file."""
+    start: str = "real"
+    """The images to begin with: noise, real (random training images), correct (random training images that expert 0
+    classifies correctly), or the path of a set."""
+    iterations: int = 5000
+    inner_steps: int = 20
+    expert_epochs: int = 3
+    max_start_epoch: int = 25
+    batch_syn: int = 500
+    lr_init: float = 0.01
+
+
+@dataclass(frozen=True)
+class DATMSettings(MTTSettings):
+    """Difficulty-aligned trajectory matching (arXiv 2310.05773); defaults for CIFAR-10 with 10 images per class."""
+
+    start: str = "correct"
+    inner_steps: int = 80
+    expert_epochs: int = 2
+    first_max_start_epoch: int | None = 10
+    max_start_epoch: int = 20
+    lr_images: float = 100.0
+    labels: Literal["hard", "soft", "learned"] = "learned"
+    lr_labels: float = 2.0
+
+
+@dataclass(frozen=True)
+class DCSettings:
+    """Gradient matching (dataset condensation, arXiv 2006.05929)."""
+
+    ipc: int = 10
+    """Images per class, where they are not from a file."""
+    start: str = "noise"
+    """The images to begin with: noise, real (random training images), or the path of a set."""
+    model: str = "ConvNet"
+    iterations: int = 1000
+    """Outer iterations: fresh networks."""
+    outer_loop: int | None = None
+    """Updates of the images per network; None: the paper's for this ipc."""
+    inner_loop: int | None = None
+    """Epochs that the network is trained on the images between two updates; None: the paper's for this ipc."""
+    batch_real: int = 256
+    """Real images of a class per update."""
+    batch_train: int = 256
+    """Images per update of the network."""
+    lr_images: float = 0.1
+    momentum: float = 0.5
+    lr_network: float = 0.01
+    metric: Literal["layerwise", "mse", "cos"] = "layerwise"
+    strategy: str = "none"
+    """Augmentation: one of the names is drawn for each class and update, with one set of parameters for its real and
+    its synthetic batch (siamese); the network's training draws its own."""
+    checkpoint_seconds: float = 30.0
+
+
+@dataclass(frozen=True)
+class DSASettings(DCSettings):
+    """Gradient matching with differentiable siamese augmentation (arXiv 2102.08259)."""
+
+    start: str = "real"
+    strategy: str = DSA
+
+
+@dataclass(frozen=True)
+class DMSettings:
+    """Distribution matching (arXiv 2110.04181)."""
+
+    ipc: int = 10
+    """Images per class, where they are not from a file."""
+    start: str = "real"
+    """The images to begin with: noise, real (random training images), or the path of a set."""
+    model: str = "ConvNet"
+    iterations: int = 20000
+    batch_real: int = 256
+    """Real images of a class per update."""
+    lr_images: float = 1.0
+    momentum: float = 0.5
+    strategy: str = DSA
+    """Augmentation: one of the names is drawn for each class and update, with one set of parameters for its real and
+    its synthetic batch (siamese)."""
+    checkpoint_seconds: float = 30.0
+
+
+@dataclass(frozen=True)
+class DDSettings:
+    """Dataset distillation: unrolled training is the objective (arXiv 1811.10959)."""
+
+    start: str = "noise"
+    """The images to begin with: noise, real (random training images), or the path of a set."""
+    model: str = "LeNet"
+    steps: int = 10
+    """Batches that the set consists of, each a step of training."""
+    images_per_class_per_step: int = 1
+    epochs: int = 3
+    """How often the steps are gone through."""
+    lr_init: float = 0.02
+    """Every step's learning rate at the start; they are learned through softplus."""
+    init: Literal["unknown", "known", "loaded"] = "unknown"
+    """Where training starts: fresh Xavier weights each time; one fixed draw of them; trained networks (the experts)."""
+    objective: Literal["basic", "adapt", "attack"] = "basic"
+    """adapt: the experts were trained on another data set of the same classes. attack: after training on the set,
+    images of `attack_class` are to be taken for `target_class`, others for what they are."""
+    attack_class: int = 0
+    target_class: int = 1
+    networks: int = 4
+    """Initialisations averaged over in each iteration (one where it is known)."""
+    test_networks: int = 1
+    """loaded: the last experts, which no iteration sees; the set is evaluated on them."""
+    batch_real: int = 1024
+    """Real images in the objective."""
+    passes: int = 400
+    """Passes over the real training images."""
+    lr: float = 0.01
+    """Adam's, of images and rates, with betas 0.5 and 0.999."""
+    halve_every: int = 40
+    """Passes after which lr is halved."""
+    strategy: str = "none"
+    """Augmentation of each training step: one of the names, drawn per batch."""
+    engine: Literal["auto", "autograd"] = "auto"
+    checkpoint_seconds: float = 30.0
 
 
 @dataclass(frozen=True)

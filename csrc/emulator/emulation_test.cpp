@@ -13,6 +13,7 @@
 
 #include "distance/distance_loops.h"
 #include "dsa/dsa.h"
+#include "gradient_distance/gradient_distance_loops.h"
 #include "platform.h"
 
 namespace selmatch {
@@ -204,6 +205,104 @@ void test_distances(bool quick) {
     test_distance<double>("double, many", many, 1);
     test_distance<double>("double, one", {1}, 7);
     test_distance<float>("float, all empty but one", {0, 0, 2, 0}, 7);
+  }
+}
+
+// --- gradient distance
+// ------------------------------------------------------------------------------------------------
+
+struct Layer {
+  int64_t rows, length, size;
+};
+
+template <typename T>
+struct Gradients {
+  std::vector<std::vector<T>> memory;
+  std::vector<GradientPiece<T>> pieces;
+
+  Gradients(const std::vector<Layer>& layers, int wanted, std::mt19937* random) {
+    std::normal_distribution<double> normal;
+    memory.reserve(4 * layers.size());
+    for (const Layer& layer : layers) {
+      T* places[4] = {};
+      for (int k = 0; k < 4; ++k) {
+        if (k >= 2 && !(wanted >> (k - 2) & 1)) {
+          continue;
+        }
+        memory.emplace_back(layer.size);
+        for (T& value : memory.back()) {
+          value = k < 2 ? static_cast<T>(normal(*random)) : std::nan("");
+        }
+        places[k] = memory.back().data();
+      }
+      pieces.push_back({places[0], places[1], places[2], places[3], layer.rows, layer.length, layer.size});
+    }
+  }
+};
+
+template <typename T>
+void test_gradient_distance(const std::string& name, const std::vector<Layer>& layers, int metric, int wanted) {
+  const std::string what =
+      "gradient distance " + name + ", metric " + std::to_string(metric) + ", gradients " + std::to_string(wanted);
+  std::mt19937 random(5), same(5);
+  Gradients<T> gpu(layers, wanted, &random), cpu(layers, wanted, &same);
+  const int64_t count = gradient_rows(gpu.pieces);
+  std::vector<double> sums(3 * (count + 1), std::nan(""));
+  T value = 0;
+  gradient_distance_cuda(gpu.pieces, metric, sums.data(), &value, nullptr);
+  std::vector<GradientSums> rows;
+  for (const GradientPiece<T>& piece : cpu.pieces) {
+    for (int64_t row = 0; row < piece.rows; ++row) {
+      const int64_t begin = row * piece.length, end = std::min(begin + piece.length, piece.size);
+      rows.push_back(gradient_sums(metric, piece.syn + begin, piece.real + begin, end - begin));
+    }
+  }
+  rows.push_back({});
+  const double expected = gradient_total(metric, rows.data(), count, &rows[count]);
+  expect(std::abs(value - expected) <= 1e-6 * std::abs(expected), what + ": value");
+  bool good = true;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const double pairs[3][2] = {
+        {sums[3 * i], rows[i].dot}, {sums[3 * i + 1], rows[i].syn}, {sums[3 * i + 2], rows[i].real}};
+    for (const auto& pair : pairs) {
+      good = good && std::abs(pair[0] - pair[1]) <= 1e-9 * (1 + std::abs(pair[1]));
+    }
+  }
+  expect(good, what + ": sums");
+  const T grad = static_cast<T>(1.5);
+  gradient_distance_gradient_cuda(gpu.pieces, metric, &grad, sums.data(), nullptr);
+  size_t row_index = 0;
+  for (const GradientPiece<T>& piece : cpu.pieces) {
+    for (int64_t row = 0; row < piece.rows; ++row, ++row_index) {
+      const auto weights = gradient_weights<T>(metric, grad, rows[metric == kLayerwise ? row_index : count]);
+      const int64_t begin = row * piece.length;
+      gradient_distance_gradient(piece, metric, begin, std::min(begin + piece.length, piece.size), weights);
+    }
+  }
+  good = true;
+  for (size_t i = 0; i < gpu.memory.size(); ++i) {
+    for (size_t k = 0; k < gpu.memory[i].size(); ++k) {
+      good = good && std::abs(gpu.memory[i][k] - cpu.memory[i][k]) <= 1e-6 * (1 + std::abs(cpu.memory[i][k]));
+    }
+  }
+  expect(good, what + ": gradients");
+}
+
+void test_gradient_distances(bool quick) {
+  const std::vector<Layer> several = {{3, 27, 81}, {0, 5, 0}, {2, 0, 0}, {1, 700, 700}, {10, 1, 10}};
+  const std::vector<Layer> chunked = {{2, 8192, 8200}, {0, 8192, 0}, {1, 8192, 5}};
+  std::vector<Layer> many(70, Layer{2, 3, 6});  // two tables
+  many[61] = {1, 300, 300};
+  for (int metric = 0; metric < kGradientMetrics; ++metric) {
+    test_gradient_distance<float>("float", metric == kLayerwise ? several : chunked, metric, 3);
+  }
+  test_gradient_distance<float>("float, many", many, kLayerwise, 1);
+  if (!quick) {
+    for (int wanted = 0; wanted < 4; ++wanted) {
+      test_gradient_distance<double>("double", several, kLayerwise, wanted);
+      test_gradient_distance<double>("double", chunked, kCos, wanted);
+      test_gradient_distance<double>("double", chunked, kMse, wanted);
+    }
   }
 }
 
@@ -422,6 +521,7 @@ int main(int argc, char** argv) {
   test_emulator();
   test_narrow_floats();
   test_distances(quick);
+  test_gradient_distances(quick);
   test_dsa(quick);
   test_dsa_in_workspace(quick);
   std::printf("%d of %d checks failed\n", failures, cases);

@@ -15,9 +15,35 @@ from PIL import Image
 from torch import Tensor
 
 from selmatch_ext.data.images import check_labels, denormalise
+from selmatch_ext.data.whitening import Whitening
 from selmatch_ext.files import atomic_write, json_field, load_tensors, save_tensors
 
 KIND = "distilled"
+
+
+@dataclass
+class Schedule:
+    """The training that a set was made for (DD, arXiv 1811.10959): plain SGD of a network `model`, one batch a step.
+
+    rates: (N,) float32, the learning rate of each step. batches: (N, B) int64, the images of each step. starts: (k, P)
+    float32, the parameters from which training starts; None = fresh ones, with Xavier weights and zero biases.
+    """
+
+    rates: Tensor
+    batches: Tensor
+    model: str
+    starts: Tensor | None = None
+
+    def check(self, images: int) -> None:
+        """ValueError unless the fields fit together and the batches count through `images` images."""
+        if self.rates.ndim != 1 or not (self.rates > 0).all() or not self.rates.isfinite().all():
+            raise ValueError("schedule.rates must be (N,) positive numbers")
+        if self.batches.ndim != 2 or len(self.batches) != len(self.rates):
+            raise ValueError(
+                f"schedule.batches has shape {tuple(self.batches.shape)}; it must be ({len(self.rates)}, B)"
+            )
+        if int(self.batches.min()) < 0 or int(self.batches.max()) >= images:
+            raise ValueError(f"schedule.batches must hold indices of the {images} images")
 
 
 @dataclass
@@ -28,6 +54,7 @@ class DistilledSet:
     distilled: (n,) bool, True where the image was learned, False where it is a real one. lr: the learned step size η.
     mean, std: (C,) float32. class_names: K names. method: how it was made. settings: every setting, JSON-able.
     indices: (n,) int64, the training image that each started from, -1 where there is none (default: all).
+    whitening: the ZCA that was applied after mean and std. schedule: the training that the set is made for, if any.
 
     Raises TypeError or ValueError naming the field that is wrong.
     """
@@ -42,6 +69,8 @@ class DistilledSet:
     method: str
     settings: dict[str, Any] = field(default_factory=dict)
     indices: Tensor | None = None
+    whitening: Whitening | None = None
+    schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         n = len(self.images)
@@ -65,6 +94,8 @@ class DistilledSet:
                 raise ValueError(f"{name} is {value.tolist()}; it must hold a finite number for each channel")
         if not (self.std > 0).all():
             raise ValueError(f"std is {self.std.tolist()}; it must be above 0")
+        if self.schedule is not None:
+            self.schedule.check(n)
 
     def _check_labels(self) -> None:
         labels, n, classes = self.labels, len(self.images), len(self.class_names)
@@ -87,25 +118,39 @@ class DistilledSet:
         return self.labels.argmax(1) if self.labels.is_floating_point() else self.labels
 
     def digest(self) -> str:
-        """What identifies the set: a hash of its images, labels, mask and normalisation."""
-        tensors = (self.images, self.labels, self.distilled, self.mean, self.std)
+        """What identifies the set: a hash of its images, labels, mask, normalisation and schedule."""
+        tensors = [self.images, self.labels, self.distilled, self.mean, self.std]
+        tensors += [t for name, t in sorted(self._optional().items()) if name != "lr"]
         return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in tensors)).hexdigest()
 
     def denormalised(self) -> Tensor:
         """Images as float in [0, 1], clamped: for looking at."""
-        return denormalise(self.images, self.mean, self.std)
+        return denormalise(self.images, self.mean, self.std, self.whitening)
+
+    def _optional(self) -> dict[str, Tensor]:
+        """The tensors that not every set has, by their names in the file."""
+        found = {}
+        if self.lr is not None:
+            found["lr"] = torch.tensor(self.lr, dtype=torch.float64)
+        if self.whitening is not None:
+            found |= {"zca_mean": self.whitening.mean.cpu(), "zca_transform": self.whitening.transform.cpu()}
+        if self.schedule is not None:
+            found |= {"schedule_rates": self.schedule.rates, "schedule_batches": self.schedule.batches}
+            if self.schedule.starts is not None:
+                found["schedule_starts"] = self.schedule.starts
+        return found
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the set to one safetensors file, atomically."""
         tensors = {name: getattr(self, name) for name in ("images", "labels", "distilled", "indices")}
-        if self.lr is not None:
-            tensors["lr"] = torch.tensor(self.lr, dtype=torch.float64)
+        tensors |= self._optional()
         fields = {
             "mean": self.mean.tolist(),
             "std": self.std.tolist(),
             "class_names": self.class_names,
             "method": self.method,
             "settings": self.settings,
+            "schedule_model": None if self.schedule is None else self.schedule.model,
         }
         save_tensors(path, KIND, tensors, {name: json.dumps(value) for name, value in fields.items()})
 
@@ -117,11 +162,17 @@ class DistilledSet:
         names = ("mean", "std", "class_names", "method", "settings")
         fields = {name: json_field(metadata, name, path) for name in names}
         fields |= {name: torch.tensor(fields[name]) for name in ("mean", "std")}
-        fields |= tensors
+        fields |= {name: tensors[name] for name in ("images", "labels", "distilled", "indices")}
         fields["lr"] = tensors["lr"].item() if "lr" in tensors else None
         try:
+            if "zca_mean" in tensors:
+                fields["whitening"] = Whitening(tensors["zca_mean"], tensors["zca_transform"])
+            if "schedule_rates" in tensors:
+                model = json_field(metadata, "schedule_model", path)
+                rates, batches = tensors["schedule_rates"], tensors["schedule_batches"]
+                fields["schedule"] = Schedule(rates, batches, model, tensors.get("schedule_starts"))
             return cls(**fields)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, KeyError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 
     def export(self, folder: str | os.PathLike) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from selmatch_ext.data.whitening import Whitening, fit_whitening
 
 TORCHVISION = ("MNIST", "FashionMNIST", "SVHN", "CIFAR10", "CIFAR100")
 
@@ -61,6 +63,7 @@ class ImageData:
     """A data set: a training and a test split of equally sized images of the same classes.
 
     mean, std: (C,) float32, of the training split's pixels in [0, 1]; computed when not given.
+    whitening: ZCA of normalised images, which `normalise` then applies and `denormalise` undoes.
     Raises ValueError for labels outside the class names, for classes without images in either split, and for splits
     whose images have different channels or sizes.
     """
@@ -71,6 +74,7 @@ class ImageData:
     class_names: list[str]
     mean: Tensor | None = None
     std: Tensor | None = None
+    whitening: Whitening | None = None
 
     def __post_init__(self) -> None:
         for name, part in (("train", self.train), ("test", self.test)):
@@ -103,20 +107,26 @@ class ImageData:
     def normalise(
         self, images: Tensor, device: torch.device | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """uint8 (…, C, H, W) -> (x / 255 - mean) / std of `dtype`, on `device` (default: where the images are)."""
+        """uint8 (…, C, H, W) -> (x / 255 - mean) / std of `dtype`, whitened where the data set is, on `device`
+        (default: where the images are)."""
         if images.dtype != torch.uint8:
             raise TypeError(f"images is {images.dtype}; normalise takes torch.uint8")
         images = images.to(device=device or images.device)
-        return (
+        pixels = (
             images.to(dtype)
             .div_(255)
             .sub_(_per_channel(self.mean, images, dtype))
             .div_(_per_channel(self.std, images, dtype))
         )
+        return pixels if self.whitening is None else self.whitening(pixels)
 
     def denormalise(self, images: Tensor) -> Tensor:
         """Normalised float (…, C, H, W) -> float in [0, 1], clamped."""
-        return denormalise(images, self.mean, self.std)
+        return denormalise(images, self.mean, self.std, self.whitening)
+
+    def whitened(self) -> ImageData:
+        """The same data set with ZCA whitening, fitted on its training split."""
+        return replace(self, whitening=fit_whitening(replace(self, whitening=None).normalise(self.train.images)))
 
     def subset(self, per_class: int, generator: torch.Generator) -> tuple[ImageData, Tensor]:
         """Keeps `per_class` random training images of every class, and the whole test split.
@@ -138,8 +148,10 @@ class ImageData:
         return ImageData(name, self.train.take(indices), self.test, self.class_names), indices
 
 
-def denormalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def denormalise(images: Tensor, mean: Tensor, std: Tensor, whitening: Whitening | None = None) -> Tensor:
     """Normalised float (…, C, H, W) -> float in [0, 1], clamped. mean, std: (C,)."""
+    if whitening is not None:
+        images = whitening.undo(images)
     return (images * _per_channel(std, images) + _per_channel(mean, images)).clamp(0, 1)
 
 

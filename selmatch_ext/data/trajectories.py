@@ -56,6 +56,13 @@ class ExpertStore:
         """What was saved with expert 0."""
         return self._metadata(0)
 
+    @property
+    def model(self) -> str:
+        """Name of the network. Raises ValueError where the experts do not say it."""
+        if "model" not in self.metadata:
+            raise ValueError(f"the experts in {self.folder} do not say of which network they are")
+        return self.metadata["model"]
+
     def row(self, expert: int, epoch: int) -> Tensor:
         """Parameters (P,) float32 of an expert after `epoch` epochs; 0 = its initialisation. Reads only that row.
 

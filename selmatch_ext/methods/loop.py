@@ -1,7 +1,7 @@
 """The one loop that every distillation method runs in: draw, loss, backward, update, checkpoint.
 
-A method is a class with the members of `Method`; the loop owns the optimiser, the checkpoints, the random streams and
-the checks, so a method is little more than its loss.
+A method is a subclass of `base.Method`; the loop owns the optimiser, the checkpoints, the random streams and the
+checks, so a method is little more than its loss.
 """
 
 from __future__ import annotations
@@ -12,40 +12,16 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from selmatch_ext import ranks
-from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.files import load_tensors, save_tensors
+from selmatch_ext.methods.base import Method
 from selmatch_ext.seeds import generator
 from selmatch_ext.settings import differences
-
-
-class Method(Protocol):
-    """What the loop needs of a method."""
-
-    name: str
-    learned: dict[str, Tensor]
-    """What is optimised, by name: leaf tensors that require a gradient."""
-
-    def optimiser(self) -> torch.optim.Optimizer:
-        """A new optimiser over `learned`, each tensor once."""
-
-    def loss(self, iteration: int, generator: torch.Generator) -> Tensor:
-        """The 0-d loss of one iteration, differentiable in `learned`. Every random choice comes from `generator` (CPU)
-        or from `iteration`."""
-
-    def check(self) -> None:
-        """Raises FloatingPointError when `learned` is no longer usable, e.g. a learning rate that is not positive."""
-
-    def advice(self) -> str:
-        """The settings to look at when the loss explodes, with their values."""
-
-    def distilled(self) -> DistilledSet:
-        """The set as it is now, on the CPU."""
 
 
 def run(
@@ -79,6 +55,7 @@ def run(
             f"of {ranks.world()}, got {draws}"
         )
     optimiser = method.optimiser()
+    rates = [group["lr"] for group in optimiser.param_groups]
     losses = checkpoint.restore(method, optimiser)
     keep = _Snapshots(Path(folder) / "snapshots", snapshot_every, iterations, settings)
     keep(method, len(losses))
@@ -88,18 +65,20 @@ def run(
     with ranks.progress(total=iterations, initial=done, desc=method.name, unit="iteration") as progress:
         while len(losses) < iterations:
             iteration = len(losses)
+            before = _State(method, optimiser)
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * method.decay(iteration)
             optimiser.zero_grad()
             value = _backward(method, iteration, draws, seed)
             problem = _problem(value, method.learned, max_loss)
             if problem is None:
-                good = _State(method, optimiser)
+                good = before
                 optimiser.step()
                 problem = _refusal(method)
             elif good is not None:
                 losses.pop()  # `good` is the state before the update that led here
             if problem is not None:
-                if good is not None:
-                    good.put_back(method, optimiser)
+                (good or before).put_back(method, optimiser)
                 checkpoint.save(method, optimiser, losses)
                 raise FloatingPointError(
                     f"{method.name} stopped at iteration {iteration + 1}: {problem}. The last good state, after "
@@ -177,21 +156,26 @@ class _Snapshots:
 
 
 class _State:
-    """A copy of what is learned and of the optimiser's state."""
+    """A copy of what is learned, of the method's state and of the optimiser's."""
 
     def __init__(self, method: Method, optimiser: torch.optim.Optimizer):
-        self.learned = {name: t.detach().clone() for name, t in method.learned.items()}
+        self.tensors = [t.detach().clone() for t in _tensors(method)]
         self.optimiser = copy.deepcopy(optimiser.state_dict())
 
     def put_back(self, method: Method, optimiser: torch.optim.Optimizer) -> None:
         optimiser.load_state_dict(self.optimiser)
         with torch.no_grad():
-            for name, t in method.learned.items():
-                t.copy_(self.learned[name])
+            for t, value in zip(_tensors(method), self.tensors, strict=True):
+                t.copy_(value)
+
+
+def _tensors(method: Method) -> list[Tensor]:
+    return [*method.learned.values(), *method.state.values()]
 
 
 class Checkpoint:
-    """The state of a run in one file: learned tensors, optimiser state, losses, and the settings that made them."""
+    """The state of a run in one file: learned tensors, the method's and the optimiser's state, losses, and the settings
+    that made them."""
 
     def __init__(self, path: Path, settings: dict[str, Any]):
         self.path = path
@@ -206,6 +190,7 @@ class Checkpoint:
             for key, value in optimiser.state.get(t, {}).items():
                 if isinstance(value, Tensor):
                     tensors[f"optimiser.{name}.{key}"] = value
+        tensors |= {f"state.{name}": t for name, t in method.state.items()}
         tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
         save_tensors(self.path, "checkpoint", tensors, {"settings": json.dumps(self.settings)})
 
@@ -213,17 +198,21 @@ class Checkpoint:
         """Loads the state into `method` and `optimiser` where there is a checkpoint; the losses so far."""
         if not self.path.exists():
             return []
-        tensors, metadata = load_tensors(self.path, "checkpoint", "losses", *(f"learned.{n}" for n in method.learned))
+        own = {f"learned.{name}": t for name, t in method.learned.items()}
+        own |= {f"state.{name}": t for name, t in method.state.items()}
+        tensors, metadata = load_tensors(self.path, "checkpoint", "losses", *own)
         changed = differences(json.loads(metadata["settings"]), self.settings)
         if changed:
             raise ValueError(
                 f"{self.path} was made with other settings ({'; '.join(changed)}); choose another --out or delete it"
             )
+        with torch.no_grad():
+            for name, t in own.items():
+                t.copy_(tensors[name])
         for name, t in method.learned.items():
-            with torch.no_grad():
-                t.copy_(tensors[f"learned.{name}"])
             prefix = f"optimiser.{name}."
-            state = {k[len(prefix) :]: v.to(t.device) for k, v in tensors.items() if k.startswith(prefix)}
+            state = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
             if state:
                 optimiser.state[t] = state
+        optimiser.load_state_dict(optimiser.state_dict())  # moves each tensor to where the optimiser wants it
         return tensors["losses"].tolist()

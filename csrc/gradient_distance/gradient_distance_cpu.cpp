@@ -1,0 +1,99 @@
+// The gradient distance on the CPU.
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "gradient_distance/gradient_distance_loops.h"
+#include "gradient_distance/gradient_distance_torch.h"
+
+namespace selmatch {
+namespace {
+
+struct Row {
+  size_t piece;
+  int64_t begin;
+  int64_t end;
+};
+
+template <typename T>
+std::vector<Row> cut(const std::vector<GradientPiece<T>>& pieces) {
+  std::vector<Row> rows;
+  rows.reserve(gradient_rows(pieces));
+  for (size_t piece = 0; piece < pieces.size(); ++piece) {
+    for (int64_t row = 0; row < pieces[piece].rows; ++row) {
+      const int64_t begin = row * pieces[piece].length;
+      rows.push_back({piece, begin, std::min(begin + pieces[piece].length, pieces[piece].size)});
+    }
+  }
+  return rows;
+}
+
+// Rows that are worth a thread.
+template <typename T>
+int64_t grain(const std::vector<GradientPiece<T>>& pieces, const std::vector<Row>& rows) {
+  int64_t elements = 0;
+  for (const GradientPiece<T>& piece : pieces) {
+    elements += piece.size;
+  }
+  const int64_t count = static_cast<int64_t>(rows.size());
+  return 1 + 4 * kGradientChunk * count / (elements + 1);
+}
+
+std::tuple<at::Tensor, at::Tensor> gradient_distance_cpu(at::TensorList syn, at::TensorList real, int64_t metric) {
+  gradient_distance_check(syn, real, metric);
+  const GradientTensors tensors(syn, real, metric, false, false);
+  at::Tensor value = at::empty({}, syn[0].options());
+  at::Tensor sums = at::empty({tensors.rows() + 1, 3}, syn[0].options().dtype(at::kDouble));
+  auto* row_sums = reinterpret_cast<GradientSums*>(sums.mutable_data_ptr<double>());
+  AT_DISPATCH_FLOATING_TYPES(syn[0].scalar_type(), "gradient_distance", [&] {
+    const auto pieces = tensors.pieces<scalar_t>();
+    const std::vector<Row> rows = cut(pieces);
+    const int64_t count = static_cast<int64_t>(rows.size());
+    at::parallel_for(0, count, grain(pieces, rows), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const GradientPiece<scalar_t>& piece = pieces[rows[i].piece];
+        row_sums[i] = gradient_sums(static_cast<int>(metric), piece.syn + rows[i].begin, piece.real + rows[i].begin,
+                                    rows[i].end - rows[i].begin);
+      }
+    });
+    *value.mutable_data_ptr<scalar_t>() =
+        static_cast<scalar_t>(gradient_total(static_cast<int>(metric), row_sums, count, row_sums + count));
+  });
+  return {value, sums};
+}
+
+std::vector<at::Tensor> gradient_distance_backward_cpu(const at::Tensor& grad, const at::Tensor& sums,
+                                                       at::TensorList syn, at::TensorList real, int64_t metric,
+                                                       bool syn_wanted, bool real_wanted) {
+  gradient_distance_check(syn, real, metric);
+  const GradientTensors tensors(syn, real, metric, syn_wanted, real_wanted);
+  if (tensors.gradients.empty()) {
+    return {};
+  }
+  const auto* row_sums = reinterpret_cast<const GradientSums*>(sums.const_data_ptr<double>());
+  AT_DISPATCH_FLOATING_TYPES(syn[0].scalar_type(), "gradient_distance_backward", [&] {
+    const double upper = *grad.const_data_ptr<scalar_t>();
+    const auto pieces = tensors.pieces<scalar_t>();
+    const std::vector<Row> rows = cut(pieces);
+    const int64_t count = static_cast<int64_t>(rows.size());
+    at::parallel_for(0, count, grain(pieces, rows), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const auto weights =
+            gradient_weights<scalar_t>(static_cast<int>(metric), upper, row_sums[metric == kLayerwise ? i : count]);
+        gradient_distance_gradient(pieces[rows[i].piece], static_cast<int>(metric), rows[i].begin, rows[i].end,
+                                   weights);
+      }
+    });
+  });
+  return tensors.gradients;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(selmatch_ext, CPU, m) {
+  m.impl("gradient_distance", &gradient_distance_cpu);
+  m.impl("gradient_distance_backward", &gradient_distance_backward_cpu);
+}
+
+}  // namespace selmatch

@@ -1,0 +1,189 @@
+"""Every method against random selection on scikit-learn's digits: the table of `make methods`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selmatch_ext import pipeline, report
+from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.data.images import ImageData, load
+from selmatch_ext.data.trajectories import ExpertStore
+from selmatch_ext.evaluation import evaluate, follow_schedule, real_images
+from selmatch_ext.experts import train_experts
+from selmatch_ext.files import write_json
+from selmatch_ext.settings import (
+    Data,
+    DATMSettings,
+    DCSettings,
+    DDSettings,
+    DMSettings,
+    DSASettings,
+    Evaluation,
+    Experts,
+    Matching,
+    MTTSettings,
+    Scores,
+    Training,
+    Window,
+    differences,
+    to_dict,
+)
+from selmatch_ext.training import predict
+
+STRATEGY = "color_crop_cutout_scale_rotate"  # no flips: a digit's mirror image is none
+MODEL = "ConvNetD2W32"
+EXPERTS = Experts(model=MODEL, count=6, strategy=STRATEGY, training=Training(epochs=20, lr=0.02, batch=64))
+EVALUATION = Evaluation(
+    model=MODEL,
+    networks=5,
+    distilled_strategy=STRATEGY,
+    training=Training(epochs=200, lr=0.02, momentum=0.9, weight_decay=5e-4, batch=64, schedule="cosine"),
+)
+WINDOW = Window(ipc=10, alpha=0.85, beta=0.4)
+SCORES = Scores(source="el2n", model=MODEL, training=Training(epochs=10, lr=0.02, momentum=0.9, batch=64))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the table: a method with settings for less than two minutes on two CPU cores."""
+
+    method: str
+    ipc: int
+    settings: Any
+
+    @property
+    def name(self) -> str:
+        attack = self.method == "dd" and self.settings.objective == "attack"
+        return "dd-attack" if attack else self.method
+
+
+def entries() -> list[Entry]:
+    """The lines of the table."""
+    data = {"model": MODEL, "batch_real": 64}
+    matching = {"strategy": STRATEGY, "expert_epochs": 2, "max_start_epoch": 14, "inner_steps": 15, "lr_init": 0.02}
+    rows = []
+    for ipc, outer_loop, inner_loop, iterations in ((1, 1, 1, 150), (10, 4, 10, 25)):
+        loops = {"outer_loop": outer_loop, "inner_loop": inner_loop, "iterations": iterations}
+        trajectory = {"ipc": ipc, "iterations": 200, "lr_images": 100.0, "batch_syn": 100, **matching}
+        rows += [
+            Entry("dc", ipc, DCSettings(ipc=ipc, lr_images=1.0, **loops, **data)),
+            Entry("dsa", ipc, DSASettings(ipc=ipc, lr_images=1.0, strategy=STRATEGY, **loops, **data)),
+            Entry("dm", ipc, DMSettings(ipc=ipc, iterations=300, lr_images=5.0, strategy=STRATEGY, **data)),
+            Entry("mtt", ipc, MTTSettings(**trajectory)),
+            Entry("datm", ipc, DATMSettings(**{**trajectory, "first_max_start_epoch": 7, "lr_labels": 1.0})),
+        ]
+    unrolled = {"model": MODEL, "steps": 1, "batch_real": 256, "lr": 0.03}
+    known = DDSettings(init="known", epochs=5, passes=80, halve_every=25, **unrolled)
+    attack = {"epochs": 1, "images_per_class_per_step": 10, "passes": 60, "halve_every": 20, "networks": 2, **unrolled}
+    rows += [
+        Entry("dd", 1, known),
+        Entry("dd", 10, DDSettings(init="loaded", objective="attack", test_networks=2, **attack)),
+        Entry("selmatch", WINDOW.ipc, Matching(iterations=200, lr_images=300.0, batch_syn=50, **matching)),
+    ]
+    return rows
+
+
+NAMES = tuple(dict.fromkeys(entry.method for entry in entries()))
+
+
+def run(names: Sequence[str], folder: Path, seed: int, device: torch.device) -> list[dict[str, Any]]:
+    """Distils and evaluates every entry of the methods in `names`; prints the table and writes folder/results.json:
+    method, ipc, the mean accuracy in % of networks trained on a random set and on ours, both in the same way, and the
+    seconds that distillation took. For the attack of DD both figures are the share in % of the attacked class that is
+    taken for the target class, by networks trained one step on random images and on ours; `others` is the accuracy on
+    all other classes, before and after. Raises ValueError for a name that is none."""
+    unknown = sorted(set(names) - set(NAMES))
+    if unknown:
+        raise ValueError(f"no method is called {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    data = load("digits")
+    store = train_experts(data, EXPERTS, folder / "experts", seed, device)
+    results = [_result(e, data, store, folder, seed, device) for e in entries() if e.method in names]
+    rows = [["method", "images per class", "random", "ours", "seconds"]]
+    rows += [[r["method"], *(f"{r[key]:.4g}" for key in ("ipc", "random", "ours", "seconds"))] for r in results]
+    print(
+        f"\ndigits, {MODEL}, test accuracy in % (dd-attack: share of the class that is flipped)\n{report.table(rows)}"
+    )
+    write_json(folder / "results.json", results)
+    return results
+
+
+def _result(
+    entry: Entry, data: ImageData, store: ExpertStore, folder: Path, seed: int, device: torch.device
+) -> dict[str, Any]:
+    """One line, from its file where it is finished. ValueError when that was made with other settings."""
+    mine = folder / f"{entry.name}-ipc{entry.ipc}"
+    path, made_with = mine / "result.json", {"settings": to_dict(entry.settings), "seed": seed}
+    if path.exists():
+        found = json.loads(path.read_text())
+        changed = differences(found["made_with"], made_with)
+        if changed:
+            raise ValueError(f"{path} was made with other settings ({'; '.join(changed)}); choose another --out")
+        return found["result"]
+    began = time.monotonic()
+    start = _start(entry, data, store, folder, seed, device)
+    ours = pipeline.distil(
+        entry.method,
+        entry.settings,
+        start,
+        data,
+        seed,
+        device,
+        mine,
+        {"data": {"dataset": "digits"}, **made_with},
+        store,
+    )
+    result = {"method": entry.name, "ipc": entry.ipc, "seconds": round(time.monotonic() - began, 1)}
+    random = replace(pipeline.random_set(data, entry.ipc, seed), distilled=torch.ones(len(ours), dtype=torch.bool))
+    if entry.name == "dd-attack":
+        result |= _attack_figures(entry.settings, random, ours, data, seed, device)
+    else:
+        sets = {f"random-ipc{entry.ipc}": random, mine.name: replace(ours, distilled=random.distilled)}
+        records = {name: folder / f"evaluation-{name}.json" for name in sets}
+        found = [evaluate(s, data, EVALUATION, seed, device, records[n], n)["test"].mean for n, s in sets.items()]
+        result |= dict(zip(("random", "ours"), found, strict=True))
+    write_json(path, {"result": result, "made_with": made_with})
+    return result
+
+
+def _start(
+    entry: Entry, data: ImageData, store: ExpertStore, folder: Path, seed: int, device: torch.device
+) -> DistilledSet:
+    if entry.method != "selmatch":
+        return pipeline.initial_set(entry.settings.start, entry.ipc, data, seed, device, store)
+    hardness = pipeline.training_difficulty(SCORES, Data("digits"), data, None, seed, device, folder / "scores.npz")
+    return pipeline.starting_set(data, hardness, WINDOW)
+
+
+def _attack_figures(
+    settings: DDSettings, random: DistilledSet, ours: DistilledSet, data: ImageData, seed: int, device: torch.device
+) -> dict[str, Any]:
+    """Shares in % of the attacked class taken for the target class, and accuracies on the other classes, averaged over
+    the networks that the attack has not seen. `random` is trained on in the same steps."""
+    still = replace(ours.schedule, rates=torch.full_like(ours.schedule.rates, 1e-12))
+    sets = {
+        "before": replace(random, schedule=still),
+        "random": replace(random, schedule=ours.schedule),
+        "ours": ours,
+    }
+    labels, figures = data.test.labels, {}
+    attacked = labels == settings.attack_class
+    for name, subset in sets.items():
+        flipped, others = [], []
+        for k in range(settings.test_networks):
+            model = follow_schedule(subset, data, seed, device, k)
+            guess = predict(model, real_images(data, device, "test"), len(labels), device).argmax(1)
+            flipped.append(100 * (guess[attacked] == settings.target_class).double().mean().item())
+            others.append(100 * (guess == labels)[~attacked].double().mean().item())
+        figures[name] = [sum(values) / len(values) for values in (flipped, others)]
+    return {
+        "random": figures["random"][0],
+        "ours": figures["ours"][0],
+        "others": {"before": figures["before"][1], "after": figures["ours"][1]},
+    }

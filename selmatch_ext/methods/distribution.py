@@ -1,0 +1,62 @@
+"""Distribution matching (DM, arXiv 2110.04181): in the features of fresh networks, the mean of each class's synthetic
+images is drawn to that of its real ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from selmatch_ext.methods.base import Method, Task
+from selmatch_ext.models import embed
+from selmatch_ext.models.statistics import batchnorms
+from selmatch_ext.ops.dsa import augment
+from selmatch_ext.settings import DMSettings
+
+
+class DM(Method):
+    """Loss: Σ_classes ‖mean f(A(real)) − mean f(A(syn))‖², f the features before the classifier of a network drawn
+    anew each iteration, A one siamese DSA operation a class. Learned: the images.
+
+    A network with BatchNorm sees all classes in one batch, others one after the other, which is the same and takes less
+    memory."""
+
+    name = "dm"
+    settings_type: type = DMSettings
+
+    def __init__(self, task: Task, settings: DMSettings):
+        super().__init__(task)
+        self.settings, self.iterations = settings, settings.iterations
+        rows = [self.of_class(c) for c in range(task.data.classes)]
+        self.classes = {c: row for c, row in enumerate(rows) if len(row)}
+
+    def optimiser(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([self.images], lr=self.settings.lr_images, momentum=self.settings.momentum)
+
+    def loss(self, iteration: int, generator: torch.Generator) -> Tensor:
+        model = self.task.network(self.settings.model, "network", iteration)
+        images = self.combined()
+        together = bool(batchnorms(model))
+        groups = [list(self.classes)] if together else [[c] for c in self.classes]
+        return torch.stack([self.group_distance(model, group, images, generator) for group in groups]).sum()
+
+    def group_distance(
+        self, model: torch.nn.Module, group: list[int], images: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """The loss of some classes, whose images pass the network in one batch."""
+        real, syn = [], []
+        for label in group:
+            indices = self.task.sample(label, self.settings.batch_real, generator)
+            p = self.task.draw(1, self.settings.strategy, generator, siamese=True)
+            real.append(augment(self.task.real(indices), p))
+            syn.append(augment(images[self.classes[label]], p))
+        with torch.no_grad():
+            wanted = self._means(model, real)
+        return (self._means(model, syn) - wanted).square().sum()
+
+    def _means(self, model: torch.nn.Module, batches: list[Tensor]) -> Tensor:
+        """(classes, features)"""
+        features = embed(model, torch.cat(batches)).split([len(b) for b in batches])
+        return torch.stack([f.mean(0) for f in features])
+
+    def advice(self) -> str:
+        return f"Try a smaller lr_images ({self.settings.lr_images:g})."

@@ -1,0 +1,104 @@
+"""Gradient matching: dataset condensation (DC, arXiv 2006.05929), and with siamese augmentation (DSA, 2102.08259)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from selmatch_ext.methods.base import Method, Task
+from selmatch_ext.models import flat
+from selmatch_ext.models.statistics import freeze_statistics
+from selmatch_ext.ops.dsa import augment
+from selmatch_ext.ops.gradient_distance import gradient_distance
+from selmatch_ext.settings import DCSettings, DSASettings, Training
+from selmatch_ext.training import batch_augmenter, train
+
+LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
+"""Images per class -> (updates of the images per network, epochs of its training between two of them)."""
+STATISTICS = 16
+"""Real images of each class that BatchNorm's frozen statistics are taken from."""
+
+
+def loops(ipc: int, settings: DCSettings) -> tuple[int, int]:
+    """outer_loop and inner_loop, from the settings or the paper's table. ValueError where neither has them."""
+    outer, inner = settings.outer_loop, settings.inner_loop
+    if outer is None or inner is None:
+        if ipc not in LOOPS:
+            known = ", ".join(map(str, LOOPS))
+            raise ValueError(f"the paper has loops for ipc {known}, not {ipc}: give outer_loop and inner_loop")
+        outer, inner = (mine or paper for mine, paper in zip((outer, inner), LOOPS[ipc], strict=True))
+    if outer < 1 or inner < 1:
+        raise ValueError(f"outer_loop and inner_loop must be at least 1, got {outer} and {inner}")
+    return outer, inner
+
+
+class DC(Method):
+    """The gradients that a network gets from synthetic images of a class are drawn to those from real ones, while that
+    network is trained on the synthetic set; then comes a fresh one. Learned: the images. State: the network.
+
+    An iteration of the loop is one update of the images."""
+
+    name = "dc"
+    settings_type: type = DCSettings
+
+    def __init__(self, task: Task, settings: DCSettings):
+        super().__init__(task)
+        self.settings = settings
+        self.classes = [self.of_class(c) for c in range(task.data.classes)]
+        self.outer, inner = loops(max(map(len, self.classes)), settings)
+        self.iterations = settings.iterations * self.outer
+        self.training = Training(inner, settings.lr_network, batch=settings.batch_train)
+        self.model = task.network(settings.model, "network", 0)
+        self.state["network"] = flat.flatten(self.model.parameters()).detach()
+
+    def optimiser(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([self.images], lr=self.settings.lr_images, momentum=self.settings.momentum)
+
+    def loss(self, iteration: int, generator: torch.Generator) -> Tensor:
+        self._advance_network(iteration, generator)
+        statistics = self.task.sample_each(STATISTICS, generator)
+        self.model.train()
+        freeze_statistics(self.model, self.task.real(statistics))
+        images = self.combined()
+        matched = range(len(self.classes))
+        return torch.stack([self.class_distance(c, images, generator) for c in matched if len(self.classes[c])]).sum()
+
+    def _advance_network(self, iteration: int, generator: torch.Generator) -> None:
+        """A fresh network after every `outer` updates of the images; between two the one there is trains on them."""
+        number, turn = divmod(iteration, self.outer)
+        if turn == 0:
+            fresh = self.task.network(self.settings.model, "network", number)
+            flat.load(self.model, flat.flatten(fresh.parameters()))
+        else:
+            flat.load(self.model, self.state["network"])
+            images = self.combined().detach()
+            augmenter = batch_augmenter(self.settings.strategy, self.task.data.image_size)
+            train(self.model, images.__getitem__, self.labels, self.training, augmenter, generator)
+        self.state["network"].copy_(flat.flatten(self.model.parameters()).detach())
+
+    def class_distance(self, label: int, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Distance between the gradients on a real batch of a class and on all of its synthetic images."""
+        indices = self.task.sample(label, self.settings.batch_real, generator)
+        real, syn = self.task.real(indices), images[self.classes[label]]
+        p = self.task.draw(1, self.settings.strategy, generator, siamese=True)
+        labels = self.task.data.train.labels[indices].to(self.task.device)
+        wanted = self._gradient(augment(real, p), labels, create_graph=False)
+        got = self._gradient(augment(syn, p), self.labels[self.classes[label]], create_graph=True)
+        return gradient_distance(got, wanted, self.settings.metric)
+
+    def _gradient(self, x: Tensor, labels: Tensor, create_graph: bool) -> list[Tensor]:
+        loss = F.cross_entropy(self.model(x), labels)
+        return list(torch.autograd.grad(loss, list(self.model.parameters()), create_graph=create_graph))
+
+    def advice(self) -> str:
+        s = self.settings
+        return f"Try a smaller lr_images ({s.lr_images:g}) or lr_network ({s.lr_network:g})."
+
+
+class DSA(DC):
+    """DC with one DSA operation per class and update, shared by its real and synthetic batch, and real images to begin
+    with."""
+
+    name = "dsa"
+    settings_type = DSASettings
