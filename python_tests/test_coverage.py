@@ -97,6 +97,14 @@ def test_real_images_cover_themselves_and_other_normalisations_are_undone(digits
     assert measure.measure(other) == {"all": 100, "easy": 100, "hard": 100}
 
 
+def test_whitening_of_the_set_is_undone(digits, tmp_path):
+    data = few(digits, 60, 50)
+    measure = ruler(data, Coverage(networks=1), TINY, 0, CPU, tmp_path / "plain")
+    assert measure.measure(real_subset(data, torch.arange(20), "some")) == measure.measure(
+        real_subset(data.whitened(), torch.arange(20), "some")
+    )
+
+
 def test_groups_split_the_accuracy(digits, tmp_path):
     subset = real_subset(digits, torch.arange(0, 1000, 10), "every tenth")
     half = torch.arange(len(digits.test.labels)) % 2 == 0
@@ -116,6 +124,10 @@ class Growing:
     """A method whose set tells how many updates it has had."""
 
     name = "growing"
+    state: dict = {}
+
+    def decay(self, iteration):
+        return 1.0
 
     def __init__(self, subset):
         self.subset, self.learned = subset, {"x": torch.zeros((), requires_grad=True)}

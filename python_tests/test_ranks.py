@@ -21,6 +21,10 @@ class Line:
     """A loss with a gradient that tells which draw made it. No image set: the loop never asks for one."""
 
     name = "line"
+    state: dict = {}
+
+    def decay(self, iteration):
+        return 1.0
 
     def __init__(self):
         self.learned = {"x": torch.zeros(5, requires_grad=True), "unused": torch.zeros(1, requires_grad=True)}
@@ -67,8 +71,15 @@ def test_a_run_of_several_draws_goes_on_with_the_same_bits(tmp_path):
 
 
 def test_draws_that_nobody_makes(tmp_path):
-    with pytest.raises(ValueError, match="experts_per_iteration must be a multiple of 1, got 0"):
+    with pytest.raises(ValueError, match="must be a multiple of 1, got 0"):
         run(Line(), 2, tmp_path, {}, 7, draws=0)
+
+
+def test_a_method_with_a_state_does_one_loss_at_a_time(tmp_path):
+    method = Line()
+    method.state = {"network": torch.zeros(2)}
+    with pytest.raises(ValueError, match="line goes from each loss to the next and cannot average 2"):
+        run(method, 2, tmp_path, {}, 7, draws=2)
 
 
 def selmatch(processes, *arguments):
@@ -132,4 +143,4 @@ def test_processes_that_cannot_share_the_experts(digits, experts, tmp_path):
     short = ["--matching.max-start-epoch", "2", "--matching.expert-epochs", "1", "--out", tmp_path]
     done = selmatch(2, *arguments, *short)
     assert done.returncode != 0
-    assert "experts_per_iteration must be a multiple of 2, got 1" in done.stderr
+    assert "must be a multiple of 2, got 1" in done.stderr

@@ -8,7 +8,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import field, make_dataclass, replace
+from dataclasses import field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -227,8 +227,7 @@ def distill_by(method: type[Method]) -> Callable[..., None]:
         where = device_of(device)
         store = None if experts is None else ExpertStore(experts)
         images, _ = pipeline.load_data(data, seed)
-        ipc = settings.steps * settings.images_per_class_per_step if method.name == "dd" else settings.ipc
-        start = pipeline.initial_set(settings.start, ipc, images, seed, where, store)
+        start = pipeline.initial_set(settings.start, settings.ipc, images, seed, where, store)
         context = {"data": to_dict(data), "settings": to_dict(settings)}
         pipeline.distil(method.name, settings, start, images, seed, where, out, context, store)
         print(out / "distilled.safetensors")
@@ -400,14 +399,23 @@ def _with_recipe(arguments: list[str]) -> None:
     chosen, rest = parser.parse_known_args(arguments[1:])
     recipe = recipes.find(chosen.recipe)
     settings = recipes.reduced(recipe.settings) if chosen.reduced else recipe.settings
-    fields = [
-        ("settings", Annotated[type(settings), tyro.conf.arg(name="")], field(default=settings)),
+    parts = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    parts = {name: value for name, value in parts.items() if value is not None}
+    options = [
+        (name, Annotated[type(value), tyro.conf.arg(name="" if name == "settings" else None)], field(default=value))
+        for name, value in parts.items()
+    ]
+    options += [
         ("out", Annotated[Path, tyro.conf.arg(help="Folder of the run.")]),
         ("device", Annotated[str, tyro.conf.arg(help="auto, cpu, cuda, cuda:1 …")], field(default="auto")),
     ]
     prog = f"selmatch {arguments[0]} --recipe {recipe.name}{' --reduced' * chosen.reduced}"
-    given = tyro.cli(make_dataclass("Given", fields, kw_only=True), prog=prog, args=rest, description=recipe.name)
-    pipeline.run(given.settings, given.out, device_of(given.device))
+    given = tyro.cli(make_dataclass("Given", options, kw_only=True), prog=prog, args=rest, description=recipe.name)
+    settings, where = replace(settings, **{name: getattr(given, name) for name in parts}), device_of(given.device)
+    if isinstance(settings, Run):
+        pipeline.run(settings, given.out, where)
+    else:
+        pipeline.run_method_alone(recipe.method, settings, given.out, where)
 
 
 def methods(

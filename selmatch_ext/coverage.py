@@ -160,10 +160,11 @@ def _groups(easy: Tensor) -> dict[str, Tensor]:
 
 def _seen_by(data: ImageData, subset: DistilledSet) -> Tensor:
     """The images (n, C, H, W) of `subset` normalised as `data` is, as networks trained on it expect; not clamped."""
-    if torch.equal(subset.mean, data.mean) and torch.equal(subset.std, data.std):
-        return subset.images
-    mean, std, new_mean, new_std = (t.view(-1, 1, 1) for t in (subset.mean, subset.std, data.mean, data.std))
-    return (subset.images * std + mean - new_mean) / new_std
+    images = subset.images if subset.whitening is None else subset.whitening.undo(subset.images)
+    if not (torch.equal(subset.mean, data.mean) and torch.equal(subset.std, data.std)):
+        mean, std, new_mean, new_std = (t.view(-1, 1, 1) for t in (subset.mean, subset.std, data.mean, data.std))
+        images = (images * std + mean - new_mean) / new_std
+    return images if data.whitening is None else data.whitening(images)
 
 
 def _write(result: dict, folder: Path) -> None:

@@ -67,7 +67,8 @@ def _load(
 
 
 def _how(data: ImageData, settings: Features, seed: int, index: int) -> dict:
-    return {"features": to_dict(settings), "data": data.name, "seed": seed, "index": index}
+    zca = data.whitening is not None
+    return {"features": to_dict(settings), "data": data.name, "zca": zca, "seed": seed, "index": index}
 
 
 def _path(folder: Path, index: int) -> Path:

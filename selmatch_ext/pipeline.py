@@ -26,7 +26,7 @@ from selmatch_ext.seeds import derive, generator
 from selmatch_ext.selection import coreset
 from selmatch_ext.selection.scores import difficulty, load_scores
 from selmatch_ext.selection.window import beta_grid, split, window
-from selmatch_ext.settings import Data, Evaluation, Features, Run, Scores, Window, differences, to_dict
+from selmatch_ext.settings import Data, Evaluation, Features, MethodRun, Run, Scores, Window, differences, to_dict
 
 
 def load_data(settings: Data, seed: int) -> tuple[ImageData, Tensor | None]:
@@ -239,6 +239,35 @@ def run(settings: Run, folder: str | Path, device: torch.device) -> dict[str, di
     return json.loads((folder / "results.json").read_text())
 
 
+def run_method_alone(name: str, settings: MethodRun, folder: str | Path, device: torch.device) -> dict[str, dict]:
+    """A method other than SelMatch from data set to evaluated distilled set, against as many random images.
+
+    Returns and writes folder/results.json: {"random": {"mean": %, "std": %}, name: …}; also distilled.png and table.md.
+    The same call after a kill continues. Raises ValueError when `folder` holds a run with other settings."""
+    folder, seed = Path(folder), settings.seed
+    claim(folder, settings)
+    data, _ = load_data(settings.data, seed)
+    store = settings.experts and train_experts(data, settings.experts, folder / "experts", seed, device)
+    start = initial_set(settings.settings.start, settings.settings.ipc, data, seed, device, store)
+    distilled = distil(name, settings.settings, start, data, seed, device, folder, to_dict(settings), store)
+    random = random_set(data, settings.settings.ipc, seed)
+    random = replace(random, distilled=torch.ones(len(random), dtype=torch.bool))  # augmented in the same way
+    sets = {"random": random, name: distilled}
+    results = {}
+    for label, subset in sets.items():
+        record = folder / f"evaluation_{label}.json"
+        results[label] = evaluate(subset, data, settings.evaluation, seed, device, record, label)["test"]
+    if ranks.first():
+        labels, names = distilled.hard_labels, distilled.class_names
+        pictures = start.denormalised(), distilled.denormalised()
+        report.before_after(*pictures, start.hard_labels, folder / "distilled.png", names)
+        report.image_grid(pictures[1], folder / "all.png", labels, names, title=name)
+        title = f"{data.name}, {settings.settings.ipc} images per class, {settings.evaluation.model}"
+        write_results(folder, title, results)
+    ranks.barrier()
+    return json.loads((folder / "results.json").read_text())
+
+
 def write_report(
     folder: Path,
     dataset: str,
@@ -259,15 +288,20 @@ def write_report(
             before[~learned], folder / "selected.png", labels[~learned], names, title="selected: kept as they are"
         )
     report.before_after(before[learned], after[learned], labels[learned], folder / "distilled.png", names)
+    title = f"{dataset}, {settings.window.ipc} images per class, β = {beta:.2f}, {settings.evaluation.model}"
+    write_results(folder, title, results)
+
+
+def write_results(folder: Path, title: str, results: dict[str, Accuracy]) -> None:
+    """table.md, which is printed as well, and results.json."""
     rows = [["training set", "test accuracy", "networks"]]
     rows += [[name, str(r), str(len(r.values))] for name, r in results.items()]
-    title = f"{dataset}, {settings.window.ipc} images per class, β = {beta:.2f}, {settings.evaluation.model}"
     print(f"\n{title}\n{report.table(rows)}")
     write_text(folder / "table.md", f"{title}\n\n{report.markdown(rows)}\n")
     write_json(folder / "results.json", {name: {"mean": r.mean, "std": r.std} for name, r in results.items()})
 
 
-def claim(folder: Path, settings: Run) -> None:
+def claim(folder: Path, settings: Run | MethodRun) -> None:
     """Writes folder/settings.json, or compares with the one there: ValueError naming what differs."""
     changed = other_settings(folder, settings)
     if changed:
@@ -276,7 +310,7 @@ def claim(folder: Path, settings: Run) -> None:
         write_json(folder / "settings.json", to_dict(settings))
 
 
-def other_settings(folder: Path, settings: Run) -> list[str]:
+def other_settings(folder: Path, settings: Run | MethodRun) -> list[str]:
     """What the run in `folder` has been made with that differs from `settings`; nothing if there is no run."""
     path = folder / "settings.json"
     return differences(json.loads(path.read_text()), to_dict(settings)) if path.exists() else []

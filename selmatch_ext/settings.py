@@ -206,6 +206,8 @@ class DCSettings:
     """Augmentation: one of the names is drawn for each class and update, with one set of parameters for its real and
     its synthetic batch (siamese); the network's training draws its own."""
     checkpoint_seconds: float = 30.0
+    snapshot_every: int = 0
+    """Also keep the set after every so many iterations, in snapshots/; 0 = never."""
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,8 @@ class DMSettings:
     """Augmentation: one of the names is drawn for each class and update, with one set of parameters for its real and
     its synthetic batch (siamese)."""
     checkpoint_seconds: float = 30.0
+    snapshot_every: int = 0
+    """Also keep the set after every so many iterations, in snapshots/; 0 = never."""
 
 
 @dataclass(frozen=True)
@@ -273,6 +277,13 @@ class DDSettings:
     """Augmentation of each training step: one of the names, drawn per batch."""
     engine: Literal["auto", "autograd"] = "auto"
     checkpoint_seconds: float = 30.0
+    snapshot_every: int = 0
+    """Also keep the set after every so many iterations, in snapshots/; 0 = never."""
+
+    @property
+    def ipc(self) -> int:
+        """Images per class of the whole set."""
+        return self.steps * self.images_per_class_per_step
 
 
 @dataclass(frozen=True)
@@ -333,6 +344,18 @@ class Run:
     experts: Experts = field(default_factory=Experts)
     matching: Matching = field(default_factory=Matching)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class MethodRun:
+    """One run of a method other than SelMatch, from data set to evaluated distilled set."""
+
+    settings: MTTSettings | DATMSettings | DCSettings | DSASettings | DMSettings | DDSettings
+    data: Data
+    evaluation: Evaluation
+    experts: Experts | None = None
+    """Expert trajectories, for methods that need them."""
     seed: int = 0
 
 

@@ -42,18 +42,21 @@ def run(
     iteration i draws from the stream (seed, method.name, i).
 
     draws: losses per iteration, each from its own stream, whose gradients are averaged; several processes (ranks.py)
-    share them and end with the same bits as one. snapshot_every: the set as it is before the first iteration, after
-    every so many and at the end goes to `folder`/snapshots/iteration_000100.safetensors and so on; 0 = never.
+    share them and end with the same bits as one. Not for a method with a state of its own.
+    snapshot_every: the set as it is before the first iteration, after every so many and at the end goes to
+    `folder`/snapshots/iteration_000100.safetensors and so on; 0 = never.
 
     Raises ValueError when the checkpoint was made with other settings, or the processes cannot share `draws` equally;
-    FloatingPointError (after saving the last good
-    state) when a loss or gradient is not finite or the loss exceeds `max_loss`."""
+    FloatingPointError (after saving the last good state) when a loss or gradient is not finite or the loss exceeds
+    `max_loss`."""
     checkpoint = Checkpoint(Path(folder) / "checkpoint.safetensors", {**settings, "seed": seed, "method": method.name})
     if draws < 1 or draws % ranks.world():
         raise ValueError(
-            f"{ranks.world()} processes share the experts of an iteration, so experts_per_iteration must be a multiple "
-            f"of {ranks.world()}, got {draws}"
+            f"{ranks.world()} processes share the losses of an iteration, so their number must be a multiple of "
+            f"{ranks.world()}, got {draws}; matching trajectories (MTT, DATM, SelMatch) it is experts_per_iteration"
         )
+    if draws > 1 and method.state:
+        raise ValueError(f"{method.name} goes from each loss to the next and cannot average {draws} of them")
     optimiser = method.optimiser()
     rates = [group["lr"] for group in optimiser.param_groups]
     losses = checkpoint.restore(method, optimiser)
