@@ -16,7 +16,8 @@ from safetensors import safe_open
 from torchvision.datasets import ImageFolder
 
 from selmatch_ext import files
-from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.data.distilled import DistilledSet, Schedule
+from selmatch_ext.data.images import load
 from selmatch_ext.data.trajectories import ExpertStore
 
 MEAN, STD = torch.tensor([0.5, 0.4, 0.1]), torch.tensor([0.25, 0.2, 0.3])
@@ -219,7 +220,8 @@ def test_export_is_all_or_nothing(tmp_path, monkeypatch):
 SAVE_FOREVER = """
 import sys, torch
 from pathlib import Path
-from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.data.distilled import DistilledSet, Schedule
+from selmatch_ext.data.images import load
 path, i = sys.argv[1], 0
 while True:
     i += 1
@@ -247,3 +249,52 @@ def test_killed_while_saving_the_file_is_whole(tmp_path):
     assert all(name.startswith(".d.safetensors.") and name.endswith(".tmp") for name in others)
     loaded.save(path)
     assert list(tmp_path.iterdir()) == [path]
+
+
+# whitening and schedules
+
+
+def test_whitening_is_kept_and_undone_for_looking(tmp_path):
+    data = load("digits").whitened()
+    made = DistilledSet(
+        data.normalise(data.train.images[:6]),
+        data.train.labels[:6],
+        torch.ones(6, dtype=torch.bool),
+        None,
+        data.mean,
+        data.std,
+        data.class_names,
+        "mtt",
+        whitening=data.whitening,
+    )
+    made.save(tmp_path / "d.safetensors")
+    loaded = DistilledSet.load(tmp_path / "d.safetensors")
+    assert_same(loaded, made)
+    assert torch.equal(loaded.whitening.transform, data.whitening.transform)
+    assert torch.equal((loaded.denormalised() * 255).round().to(torch.uint8), data.train.images[:6])
+    assert loaded.digest() == made.digest() != replace(made, whitening=None).digest()
+
+
+@pytest.mark.parametrize("starts", [None, torch.randn(2, 5)])
+def test_a_schedule_is_kept(tmp_path, starts):
+    schedule = Schedule(torch.tensor([0.1, 0.02]), torch.tensor([[0, 2, 4], [1, 3, 5]]), "LeNet", starts)
+    made = example(schedule=schedule)
+    made.save(tmp_path / "d.safetensors")
+    loaded = DistilledSet.load(tmp_path / "d.safetensors")
+    assert loaded.schedule.model == "LeNet" and loaded.digest() == made.digest() != example().digest()
+    for name in ("rates", "batches", "starts"):
+        a, b = getattr(loaded.schedule, name), getattr(schedule, name)
+        assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("rates", "batches", "message"),
+    [
+        ([0.1, -0.1], [[0], [1]], r"schedule.rates must be \(N,\) positive numbers"),
+        ([0.1], [[0], [1]], r"schedule.batches has shape \(2, 1\); it must be \(1, B\)"),
+        ([0.1], [[6]], "schedule.batches must hold indices of the 6 images"),
+    ],
+)
+def test_wrong_schedules(rates, batches, message):
+    with pytest.raises(ValueError, match=message):
+        example(schedule=Schedule(torch.tensor(rates), torch.tensor(batches), "LeNet"))

@@ -323,9 +323,9 @@ SMALL = {
     "dc": DCSettings(model=MODEL + "BN", outer_loop=3, inner_loop=2, batch_real=6, iterations=2),
     "dsa": DSASettings(model=MODEL, outer_loop=3, inner_loop=2, batch_real=6, iterations=2),
     "dm": DMSettings(model=MODEL + "BN", batch_real=6, iterations=6),
-    "dd": DDSettings(**{**UNROLLED, "batch_real": 600}, passes=3, halve_every=1),
-    "mtt": MTTSettings(**TRAJECTORY, iterations=6, lr_images=10.0),
-    "datm": DATMSettings(**TRAJECTORY, iterations=6, first_max_start_epoch=1, lr_images=10.0),
+    "dd": DDSettings(**{**UNROLLED, "batch_real": 700}, passes=3, halve_every=1),
+    "mtt": MTTSettings(**TRAJECTORY, lr_lr=1e-8, iterations=6, lr_images=10.0),
+    "datm": DATMSettings(**TRAJECTORY, lr_lr=1e-8, iterations=6, first_max_start_epoch=1, lr_images=10.0),
     "selmatch": replace(tiny_run().matching, iterations=6),
 }
 

@@ -285,6 +285,11 @@ class DDSettings:
         """Images per class of the whole set."""
         return self.steps * self.images_per_class_per_step
 
+    @property
+    def ipc(self) -> int:
+        """Images per class."""
+        return self.steps * self.images_per_class_per_step
+
 
 @dataclass(frozen=True)
 class Evaluation:
