@@ -282,11 +282,6 @@ class DDSettings:
 
     @property
     def ipc(self) -> int:
-        """Images per class of the whole set."""
-        return self.steps * self.images_per_class_per_step
-
-    @property
-    def ipc(self) -> int:
         """Images per class."""
         return self.steps * self.images_per_class_per_step
 
