@@ -247,6 +247,56 @@ def block_gradients(z, gamma, beta, g, kind):
     return backward(g)
 
 
+# --- coresets of one class, over lists of feature vectors (iCaRL, arXiv 1611.07725; k-center, arXiv 1708.00489) -------
+
+
+def herding(features, ipc):
+    """Indices in order of choice; exact for features that are Fractions."""
+    count, width = len(features), len(features[0])
+    mean = [sum(f[i] for f in features) / count for i in range(width)]
+    chosen = []
+    while len(chosen) < ipc:
+
+        def gap(candidate):
+            picked = [features[j] for j in [*chosen, candidate]]
+            means = [sum(f[i] for f in picked) / len(picked) for i in range(width)]
+            return sum((a - b) ** 2 for a, b in zip(means, mean, strict=True))
+
+        chosen.append(min((i for i in range(count) if i not in chosen), key=gap))
+    return chosen
+
+
+def k_center(features, ipc):
+    """Indices in order of choice; exact for features that are Fractions."""
+    count, width = len(features), len(features[0])
+    mean = [sum(f[i] for f in features) / count for i in range(width)]
+
+    def squared(a, b):
+        return sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
+
+    chosen = [min(range(count), key=lambda i: squared(features[i], mean))]
+    while len(chosen) < ipc:
+        rest = [i for i in range(count) if i not in chosen]
+        chosen.append(max(rest, key=lambda i: min(squared(features[i], features[j]) for j in chosen)))
+    return chosen
+
+
+# --- coverage (SelMatch, arXiv 2406.18561, section 4.3), over features (n, F) -----------------------------------------
+
+
+def coverage(train, test, synthetic, group):
+    """% of the test images of `group` (indices) that have a synthetic image within the mean nearest-neighbour distance
+    of the real training images."""
+
+    def distance(a, b):
+        return ((a - b) ** 2).sum().sqrt()
+
+    neighbours = [min(distance(a, b) for j, b in enumerate(train) if i != j) for i, a in enumerate(train)]
+    radius = sum(neighbours) / len(neighbours)
+    covered = [i for i in group if min(distance(test[i], s) for s in synthetic) <= radius]
+    return 100 * len(covered) / len(group)
+
+
 # --- gradient distance (DC, arXiv 2006.05929) -------------------------------------------------------------------------
 
 

@@ -5,8 +5,10 @@ import pytest
 import torch
 from matplotlib import pyplot
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
-from selmatch_ext import report
+from selmatch_ext import cli, report
+from selmatch_ext.data.distilled import DistilledSet
 
 
 def picture(path):
@@ -145,3 +147,41 @@ def test_tables():
     for wrong in ([], [["a", "b"], ["c"]]):
         with pytest.raises(ValueError, match="all must have as many as the header"):
             report.table(wrong)
+
+
+def test_a_picture_of_each_class_with_all_its_images(tmp_path):
+    labels = torch.tensor([2] * 5 + [0] * 30)
+    report.class_grids(coloured(35), labels, ["b/1", "x", "a"], tmp_path / "classes")
+    assert sorted(p.name for p in (tmp_path / "classes").iterdir()) == ["0_b_1.png", "2_a.png"]
+    assert tiles(picture(tmp_path / "classes" / "0_b_1.png"), (250, 20, 30)) == (5, 6)
+    with pytest.raises(OSError, match="cannot write .*classes"):
+        report.class_grids(coloured(35), labels, ["b/1", "x", "a"], tmp_path / "classes")
+
+
+@pytest.mark.parametrize(("channels", "size", "classes"), [(1, (28, 28), 10), (3, (64, 64), 200), (3, (24, 40), 3)])
+def test_sets_of_every_shape_and_with_soft_labels_can_be_looked_at(tmp_path, channels, size, classes):
+    soft = torch.eye(classes).roll(1, 1).mul(3).softmax(1)  # the most probable class of image i is i + 1
+    subset = DistilledSet(
+        images=torch.randn(classes, channels, *size, generator=torch.Generator().manual_seed(0)),
+        labels=soft,
+        distilled=torch.arange(classes) % 2 == 0,
+        lr=0.01,
+        mean=torch.full((channels,), 0.4),
+        std=torch.full((channels,), 0.3),
+        class_names=[f"class {i}" for i in range(classes)],
+        method="mtt",
+    )
+    subset.save(tmp_path / "set.safetensors")
+    for out in ("one.png", "each"):
+        assert cli.main(["report", str(tmp_path / "set.safetensors"), "--out", str(tmp_path / out)]) == 0
+    assert len(list((tmp_path / "each").glob("*.png"))) == classes
+    assert picture(tmp_path / "one.png").shape[0] > min(classes, 20) * min(size)
+    assert cli.main(["export", str(tmp_path / "set.safetensors"), "--out", str(tmp_path / "pngs")]) == 0
+    folder = ImageFolder(str(tmp_path / "pngs"))
+    assert len(folder) == classes
+    for path, label in folder.samples:
+        number = int(path.rpartition("/")[2].partition("_")[0])
+        assert label == (number + 1) % classes
+        pixels = np.array(Image.open(path)) / 255
+        expected = subset.denormalised()[number].permute(1, 2, 0).squeeze(2).numpy()
+        assert np.abs(pixels - expected).max() <= 0.5 / 255 + 1e-6

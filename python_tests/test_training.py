@@ -54,6 +54,8 @@ def test_learning_rate_schedules():
     assert learning_rate(cosine, 2) == pytest.approx(0.1 * 0.505)
     assert learning_rate(cosine, 4) == pytest.approx(0.001)
     assert learning_rate(Training(epochs=5, lr=0.1), 4) == 0.1
+    halves = [learning_rate(Training(epochs=n, lr=0.1, schedule="step"), e) for n in (4, 5) for e in range(n)]
+    assert halves == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.1, 0.1, 0.1, 0.01, 0.01])
 
 
 def test_training_stops_when_the_loss_is_not_finite(digits):

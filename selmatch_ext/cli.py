@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import itertools
+import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import field, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
 
-from selmatch_ext import comparison, models, pipeline, report
+from selmatch_ext import analysis, comparison, models, pipeline, ranks, recipes, report
+from selmatch_ext.coverage import coverage as measure_coverage
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.trajectories import ExpertStore, import_replay_buffer
 from selmatch_ext.evaluation import evaluate as evaluate_set
+from selmatch_ext.evaluation import training_set
 from selmatch_ext.experts import train_experts
 from selmatch_ext.methods import METHODS, Method
+from selmatch_ext.selection.window import split
 from selmatch_ext.settings import (
+    Continual,
+    Coverage,
     Data,
     Evaluation,
     Experts,
+    Features,
     Matching,
     Run,
     Scores,
+    Search,
     Window,
     digits_demo,
     to_dict,
@@ -34,9 +44,13 @@ Positional = tyro.conf.Positional
 
 
 def device_of(name: str) -> torch.device:
-    """auto = a GPU where there is one. Raises ValueError for a device that this machine does not have."""
+    """auto = a GPU where there is one; of several processes on a machine each takes the next.
+
+    Raises ValueError for a device that this machine does not have."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -47,6 +61,8 @@ def device_of(name: str) -> torch.device:
 
 def run(settings: Annotated[Run, tyro.conf.arg(name="")] = Run(), *, out: Path, device: str = "auto") -> None:
     """All stages of SelMatch, from data set to evaluated distilled set; continues after a kill.
+
+    With --recipe NAME [--reduced] the defaults are those of a recipe (selmatch recipes).
 
     Args:
         out: Folder of the run.
@@ -68,9 +84,10 @@ def demo(
         device: auto, cpu, cuda, cuda:1 …
     """
     where = device_of(device)
-    if pipeline.other_settings(out, to_dict(settings)):
+    if ranks.first() and pipeline.other_settings(out, to_dict(settings)):
         n = next(n for n in itertools.count(1) if not out.with_name(f"{out.name}.{n}").exists())
         out.rename(out.with_name(f"{out.name}.{n}"))
+    ranks.barrier()
     pipeline.run(settings, out, where)
 
 
@@ -93,29 +110,53 @@ def select(
     scores: Scores = Scores(),
     window: Window = Window(),
     evaluation: Evaluation = Evaluation(),
+    features: Features = Features(),
     *,
     out: Path,
+    method: Literal["window", "random", "herding", "k-center", "forgetting", "el2n", "c-score"] = "window",
     seed: int = 0,
     device: str = "auto",
 ) -> None:
-    """The starting set: searches the window unless window.beta is given; writes window.safetensors and beta.png.
+    """Real images to train on, or to start a distillation from; writes METHOD.safetensors.
+
+    window searches β unless window.beta is given, and draws beta.png. forgetting, el2n and c-score take the hardest
+    images, or with window.beta those after that share. Distillation that keeps part of the set (window.alpha) keeps
+    those that were chosen first.
 
     Args:
         out: Folder for the results.
+        method: How the images are chosen.
         seed: Seed of every random choice.
         device: auto, cpu, cuda, cuda:1 …
     """
     where = device_of(device)
     images, kept = pipeline.load_data(data, seed)
-    parts = {"data": data, "scores": scores, "window": window, "evaluation": evaluation}
+    parts = {"data": data, "scores": scores, "window": window, "evaluation": evaluation, "features": features}
     pipeline.claim(out, {**{name: to_dict(part) for name, part in parts.items()}, "seed": seed})
-    hardness = pipeline.training_difficulty(scores, data, images, kept, seed, where, out / "scores.npz")
-    beta = window.beta
-    if beta is None:
-        beta, tried = pipeline.search_window(images, hardness, window, evaluation, seed, where, out / "window")
-        report.plot_beta({b: (r.mean, r.std) for b, r in tried.items()}, out / "beta.png", beta)
-    pipeline.starting_set(images, hardness, replace(window, beta=beta)).save(out / "window.safetensors")
-    print(f"β = {beta:.4g}: {out / 'window.safetensors'}")
+    if method in ("random", "herding", "k-center"):
+        if method == "random":
+            subset = pipeline.random_set(images, window.ipc, seed)
+        else:
+            subset = pipeline.feature_set(method, images, window.ipc, features, seed, where, out / "features")
+        subset = replace(subset, distilled=split(subset.indices, window.ipc, window.alpha))
+    else:
+        if method != "window":
+            scores = replace(scores, source=pipeline.score_source(method, scores.source))
+            window = replace(window, beta=window.beta or 0.0)
+        hardness = pipeline.training_difficulty(scores, data, images, kept, seed, where, out / "scores.npz")
+        if window.beta is None:
+            best, tried = pipeline.search_window(images, hardness, window, evaluation, seed, where, out / "window")
+            if ranks.first():
+                report.plot_beta({b: (r.mean, r.std) for b, r in tried.items()}, out / "beta.png", best)
+            window = replace(window, beta=best)
+        subset = replace(pipeline.starting_set(images, hardness, window), method=method)
+        print(f"β = {window.beta:.4g}")
+    how = {"data": data, "scores": scores, "window": window, "features": features}
+    settings = {name: to_dict(value) for name, value in how.items()} | {"seed": seed}
+    path = out / f"{method}.safetensors"
+    if ranks.first():
+        replace(subset, settings=settings).save(path)
+    print(path)
 
 
 def experts(
@@ -223,19 +264,113 @@ def evaluate(
         device: auto, cpu, cuda, cuda:1 …
     """
     images, _ = pipeline.load_data(data, seed)
-    result = evaluate_set(DistilledSet.load(path), images, evaluation, seed, device_of(device), record)["test"]
+    result = evaluate_set(training_set(path), images, evaluation, seed, device_of(device), record)["test"]
     print(f"{evaluation.model}: {result} over {len(result.values)} networks")
 
 
-def report_(path: Positional[Path], *, out: Path, columns: int = 10) -> None:
-    """A PNG of a set's images, a row for each class.
+def coverage(
+    paths: Positional[tuple[Path, ...]],
+    data: Data = Data(),
+    coverage: Coverage = Coverage(),
+    features: Features = Features(),
+    evaluation: Evaluation = Evaluation(),
+    *,
+    out: Path,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Share of the test images, of the easy and of the hard half, that lie near an image of a set, and the accuracy on
+    each; over iterations for runs with snapshots.
+
+    Args:
+        paths: Sets (.safetensors files of selmatch), or folders of runs with matching.snapshot-every above 0.
+        out: Folder for coverage.json, coverage.png, accuracy.png and table.md.
+        seed: Seed of initial weights, order and augmentation.
+        device: auto, cpu, cuda, cuda:1 …
+    """
+    images, _ = pipeline.load_data(data, seed)
+    measure_coverage(list(paths), images, coverage, features, evaluation, seed, device_of(device), out)
+
+
+def cross(
+    paths: Positional[tuple[Path, ...]],
+    data: Data = Data(),
+    evaluation: Evaluation = Evaluation(),
+    *,
+    models: tuple[str, ...],
+    out: Path,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Cross-architecture table: every network trained on every set, tested on real images.
+
+    Args:
+        paths: Sets (.safetensors files of selmatch).
+        models: Networks: names as in experts.model, or a module of yours, package.module:function.
+        out: Folder for cross.json, cross.md, cross.png and the records that a killed call continues from.
+        seed: Seed of initial weights, order and augmentation.
+        device: auto, cpu, cuda, cuda:1 …
+    """
+    images, _ = pipeline.load_data(data, seed)
+    analysis.cross(list(paths), list(models), images, evaluation, seed, device_of(device), out)
+
+
+def continual(
+    paths: Positional[tuple[Path, ...]],
+    data: Data = Data(),
+    continual: Continual = Continual(),
+    evaluation: Evaluation = Evaluation(),
+    *,
+    out: Path,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Continual learning: classes arrive in steps, and networks learn from a set's images of those seen so far.
+
+    Args:
+        paths: Sets (.safetensors files of selmatch) to compare as the memory.
+        out: Folder for continual.json, continual.md, continual.png and the records that a killed call continues from.
+        seed: Seed of the order of classes, initial weights, order and augmentation of images.
+        device: auto, cpu, cuda, cuda:1 …
+    """
+    images, _ = pipeline.load_data(data, seed)
+    analysis.continual(list(paths), images, continual, evaluation, seed, device_of(device), out)
+
+
+def search(
+    path: Positional[Path],
+    data: Data = Data(),
+    search: Search = Search(),
+    evaluation: Evaluation = Evaluation(),
+    *,
+    out: Path,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Architecture search: ranks a grid of ConvNets by training on a set, and compares with training on all images.
 
     Args:
         path: The set (a .safetensors file of selmatch).
-        out: The PNG to write.
-        columns: Images a class at most.
+        out: Folder for search.json, search.md, search.png and the records that a killed call continues from.
+        seed: Seed of initial weights, order and augmentation.
+        device: auto, cpu, cuda, cuda:1 …
+    """
+    images, _ = pipeline.load_data(data, seed)
+    analysis.search(path, images, search, evaluation, seed, device_of(device), out)
+
+
+def report_(path: Positional[Path], *, out: Path, columns: int = 10) -> None:
+    """A PNG of a set's images, a row for each class (20 classes at most); or one of each class, with all its images.
+
+    Args:
+        path: The set (a .safetensors file of selmatch).
+        out: The PNG to write; or, where the name does not end in .png, a new folder for one PNG of each class.
+        columns: Images a class at most, for one PNG.
     """
     subset = DistilledSet.load(path)
+    if out.suffix.lower() != ".png":
+        report.class_grids(subset.denormalised(), subset.hard_labels, subset.class_names, out)
+        return
     report.image_grid(subset.denormalised(), out, subset.hard_labels, subset.class_names, columns, subset.method)
 
 
@@ -247,6 +382,42 @@ def export(path: Positional[Path], *, out: Path) -> None:
         out: The folder to make; it must not exist or be empty.
     """
     DistilledSet.load(path).export(out)
+
+
+def recipes_() -> None:
+    """The rows of the papers' tables as named settings, with the published figures and ours.
+
+    `selmatch distill --recipe NAME --out FOLDER` runs one from data set to evaluated distilled set; with --reduced at a
+    scale for a laptop. All its settings can be changed as in `selmatch run`, and --help lists them.
+    """
+    print(report.table(recipes.listing()))
+
+
+def _with_recipe(arguments: list[str]) -> None:
+    """distill or run, given --recipe NAME [--reduced]: all stages, with that recipe's settings as the defaults."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--reduced", action="store_true")
+    chosen, rest = parser.parse_known_args(arguments[1:])
+    recipe = recipes.find(chosen.recipe)
+    settings = recipes.reduced(recipe.settings) if chosen.reduced else recipe.settings
+    parts = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    parts = {name: value for name, value in parts.items() if value is not None}
+    options = [
+        (name, Annotated[type(value), tyro.conf.arg(name="" if name == "settings" else None)], field(default=value))
+        for name, value in parts.items()
+    ]
+    options += [
+        ("out", Annotated[Path, tyro.conf.arg(help="Folder of the run.")]),
+        ("device", Annotated[str, tyro.conf.arg(help="auto, cpu, cuda, cuda:1 …")], field(default="auto")),
+    ]
+    prog = f"selmatch {arguments[0]} --recipe {recipe.name}{' --reduced' * chosen.reduced}"
+    given = tyro.cli(make_dataclass("Given", options, kw_only=True), prog=prog, args=rest, description=recipe.name)
+    settings, where = replace(settings, **{name: getattr(given, name) for name in parts}), device_of(given.device)
+    if isinstance(settings, Run):
+        pipeline.run(settings, given.out, where)
+    else:
+        pipeline.run_method_alone(recipe.method, settings, given.out, where)
 
 
 def methods(
@@ -272,6 +443,11 @@ VERBS = {
     "experts": experts,
     "distill": distill,
     "evaluate": evaluate,
+    "coverage": coverage,
+    "recipes": recipes_,
+    "cross": cross,
+    "continual": continual,
+    "search": search,
     "methods": methods,
     "report": report_,
     "export": export,
@@ -285,7 +461,13 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["distill"] and set(arguments[1:2]) & set(DISTILL):
         verbs, prog, arguments = DISTILL, "selmatch distill", arguments[1:]
     try:
-        tyro.extras.subcommand_cli_from_dict(verbs, prog=prog, args=arguments, description=__doc__)
+        with ranks.processes(), contextlib.ExitStack() as stack:
+            if not ranks.first():
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            if arguments[:1] in (["distill"], ["run"]) and any(a.partition("=")[0] == "--recipe" for a in arguments):
+                _with_recipe(arguments)
+                return 0
+            tyro.extras.subcommand_cli_from_dict(verbs, prog=prog, args=arguments, description=__doc__)
     except (ValueError, TypeError, OSError, FloatingPointError, NotImplementedError, ImportError) as error:
         print(f"selmatch: {error}", file=sys.stderr)
         return 1

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from selmatch_ext import ranks
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.images import ImageData
 from selmatch_ext.experts import network, real_images
@@ -18,6 +19,7 @@ from selmatch_ext.models import flat
 from selmatch_ext.models.initial import xavier
 from selmatch_ext.models.statistics import freeze_statistics
 from selmatch_ext.seeds import generator
+from selmatch_ext.selection import coreset
 from selmatch_ext.settings import Evaluation, differences, to_dict
 from selmatch_ext.training import combined_augmenter, predict, train
 from selmatch_ext.unroll.sgd import unrolled_sgd
@@ -51,8 +53,10 @@ def evaluate(
     record: str | Path | None = None,
     label: str = "evaluation",
     splits: tuple[str, ...] = ("test",),
+    groups: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Accuracy]:
-    """Trains `settings.networks` networks on `subset`; their accuracy on each of `data`'s `splits` (train, test).
+    """Trains `settings.networks` networks on `subset`; their accuracy on each of `data`'s `splits` (train, test), and
+    on each of `groups`, (m,) bool masks of test images.
 
     Network k depends on `seed` and k alone, so that different sets are compared on the same initialisations and
     orders. `data` is normalised the way the set is. record: a JSON file that keeps finished networks; a killed
@@ -66,13 +70,26 @@ def evaluate(
         "data": data.name,
         "set": subset.digest(),
     }
+    groups = groups or {}
+    if groups:
+        header["groups"] = {name: mask.nonzero().squeeze(1).tolist() for name, mask in groups.items()}
     finished = [] if record is None else _recorded(Path(record), header)
-    for k in tqdm(range(len(finished), settings.networks), desc=label, unit="network"):
-        model = trained_on(subset, data, settings, seed, device, k)
-        finished.append([accuracy(model, data, split, device) for split in splits])
-        if record is not None:
+    names = [*splits, *groups]
+    progress = ranks.progress(total=settings.networks, initial=len(finished), desc=label, unit="network")
+    while len(finished) < settings.networks:  # of several processes each takes every world-th network
+        k, left = len(finished) + ranks.rank(), settings.networks - len(finished)
+        seen = torch.zeros(len(names), dtype=torch.float64)
+        if k < settings.networks:
+            model = trained_on(subset, data, settings, seed, device, k)
+            right = {split: correct(model, data, split, device) for split in {*splits, *(["test"] if groups else [])}}
+            shown = [right[split] for split in splits] + [right["test"][mask] for mask in groups.values()]
+            seen = torch.stack([100.0 * r.double().mean() for r in shown])
+        finished += [row.tolist() for row in ranks.gather(seen)][:left]
+        progress.update(min(left, ranks.world()))
+        if record is not None and ranks.first():
             write_json(record, {**header, "accuracies": finished})
-    return {split: Accuracy(list(values)) for split, values in zip(splits, zip(*finished, strict=True), strict=True)}
+    progress.close()
+    return {name: Accuracy(list(values)) for name, values in zip(names, zip(*finished, strict=True), strict=True)}
 
 
 def trained_on(
@@ -122,11 +139,19 @@ def seen_as(subset: DistilledSet, data: ImageData) -> ImageData:
     return replace(data, mean=subset.mean, std=subset.std, whitening=subset.whitening)
 
 
-def accuracy(model: torch.nn.Module, data: ImageData, split: str, device: torch.device) -> float:
-    """Share of the split's images that are classified correctly, in %."""
+def correct(model: torch.nn.Module, data: ImageData, split: str, device: torch.device) -> Tensor:
+    """(m,) bool on the CPU: which of the split's images are classified correctly."""
     labels = getattr(data, split).labels
-    logits = predict(model, real_images(data, device, split), len(labels), device)
-    return 100.0 * (logits.argmax(1) == labels).double().mean().item()
+    return predict(model, real_images(data, device, split), len(labels), device).argmax(1) == labels
+
+
+def training_set(path: str | Path) -> DistilledSet:
+    """The set in a file, to be trained on. In one that was only selected nothing is learned yet, so none of its images
+    counts as distilled, whatever is to become of them."""
+    subset = DistilledSet.load(path)
+    if subset.method in ("window", *coreset.METHODS):
+        return replace(subset, distilled=torch.zeros_like(subset.distilled))
+    return subset
 
 
 def real_subset(data: ImageData, indices: Tensor, method: str) -> DistilledSet:

@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from selmatch_ext import models
+from selmatch_ext import models, ranks
 from selmatch_ext.data.images import ImageData
 from selmatch_ext.data.trajectories import ExpertStore
 from selmatch_ext.models import flat
@@ -24,11 +23,13 @@ def train_experts(
 ) -> ExpertStore:
     """Trains the experts that `folder` still lacks and returns the store (MTT, arXiv 2203.11932, section 3.1).
 
-    Row 0 of a trajectory is the initialisation, row e the parameters after epoch e. A killed run goes on with the first
-    missing expert; expert i depends on `seed` and i alone. Raises ValueError when the folder holds experts of another
-    network, of other images or labels (even if the data set has the same name), or made with other settings."""
+    Row 0 of a trajectory is the initialisation, row e the parameters after epoch e. A killed run goes on with the
+    missing experts; expert i depends on `seed` and i alone. Of several processes each trains every world-th expert.
+    Raises ValueError when the folder holds experts of another network, of other images or labels (even if the data set
+    has the same name), or made with other settings."""
     store = ExpertStore(folder)
-    progress = tqdm(total=settings.count * settings.training.epochs, desc="experts", unit="epoch")
+    share = ranks.mine(settings.count)
+    progress = ranks.progress(total=len(share) * settings.training.epochs, desc="experts", unit="epoch")
     how = {key: value for key, value in to_dict(settings).items() if key != "count"}
     metadata = {
         "model": settings.model,
@@ -37,8 +38,8 @@ def train_experts(
         "seed": seed,
         "settings": how,
     }
-    for index in range(settings.count):
-        if index < store.count:
+    for index in share:
+        if store.path(index).exists():
             store.check(index, metadata)
             progress.update(settings.training.epochs)
             continue
@@ -52,27 +53,31 @@ def train_experts(
         train_on_real(model, data, settings.training, settings.strategy, generator(seed, "expert", index), device, keep)
         store.save(index, torch.stack(rows), metadata)
     progress.close()
+    ranks.barrier()
     return store
 
 
 def compute_scores(data: ImageData, settings: Scores, seed: int, device: torch.device) -> Tensor:
     """Difficulty (n,) float32 of every training image, higher = harder: forgetting events (arXiv 1812.05159) or EL2N
     (arXiv 2107.07075), averaged over `settings.runs` networks watched after every epoch."""
-    labels, history = data.train.labels, []
+    labels, epochs = data.train.labels, settings.training.epochs
     measure = _is_right if settings.source == "forgetting" else _error_norm
-    progress = tqdm(total=settings.runs * settings.training.epochs, desc="scores", unit="epoch")
-    for run in range(settings.runs):
+    progress = ranks.progress(total=len(ranks.mine(settings.runs)) * epochs, desc="scores", unit="epoch")
+    watched = {}
+    for run in ranks.mine(settings.runs):
         model = network(data, settings.model, seed, device, "scores", run)
-        take = real_images(data, device)
+        take, seen = real_images(data, device), []
 
-        def watch(epoch: int, model=model, take=take) -> None:
-            history.append(measure(predict(model, take, len(labels), device), labels))
+        def watch(epoch: int, model=model, take=take, seen=seen) -> None:
+            seen.append(measure(predict(model, take, len(labels), device), labels))
             progress.update()
 
         train_on_real(model, data, settings.training, settings.strategy, generator(seed, "scores", run), device, watch)
+        watched[run] = torch.stack(seen)
     progress.close()
-    watched = torch.stack(history).view(settings.runs, settings.training.epochs, len(labels))
-    return forgetting_events(watched) if settings.source == "forgetting" else watched.mean((0, 1))
+    blank = torch.zeros(epochs, len(labels), dtype=torch.bool if settings.source == "forgetting" else torch.float32)
+    history = torch.stack(ranks.collect(watched, settings.runs, blank))
+    return forgetting_events(history) if settings.source == "forgetting" else history.mean((0, 1))
 
 
 def _is_right(logits: Tensor, labels: Tensor) -> Tensor:

@@ -11,20 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selmatch_ext import report
+from selmatch_ext import ranks, report
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.images import ImageData, load
 from selmatch_ext.data.trajectories import ExpertStore
 from selmatch_ext.evaluation import Accuracy, evaluate, real_subset, seen_as
 from selmatch_ext.experts import compute_scores, train_experts
+from selmatch_ext.features import split_features, trained_networks
 from selmatch_ext.files import atomic_write, write_json, write_text
 from selmatch_ext.methods import METHODS, Task
 from selmatch_ext.methods.loop import run as run_method
 from selmatch_ext.methods.trajectory import expert_logits
 from selmatch_ext.seeds import derive, generator
+from selmatch_ext.selection import coreset
 from selmatch_ext.selection.scores import difficulty, load_scores
 from selmatch_ext.selection.window import beta_grid, split, window
-from selmatch_ext.settings import Data, Evaluation, Run, Scores, Window, differences, to_dict
+from selmatch_ext.settings import Data, Evaluation, Features, MethodRun, Run, Scores, Window, differences, to_dict
 
 
 def load_data(settings: Data, seed: int) -> tuple[ImageData, Tensor | None]:
@@ -53,8 +55,10 @@ def training_difficulty(
         how = json.dumps({"scores": to_dict(settings), "seed": seed, "data": data.name})
         if not path.exists():
             scores = compute_scores(data, settings, seed, device)
-            with atomic_write(path) as temporary, open(temporary, "wb") as file:
-                np.savez(file, scores=scores.numpy(), labels=data.train.labels.numpy(), how=how)
+            if ranks.first():
+                with atomic_write(path) as temporary, open(temporary, "wb") as file:
+                    np.savez(file, scores=scores.numpy(), labels=data.train.labels.numpy(), how=how)
+            ranks.barrier()
         scores = load_scores(path, data)
         with np.load(path) as content:
             if "how" not in content or str(content["how"]) != how:
@@ -108,9 +112,30 @@ def starting_set(data: ImageData, hardness: Tensor, settings: Window) -> Distill
 
 def random_set(data: ImageData, ipc: int, seed: int) -> DistilledSet:
     """ipc random training images of each class."""
-    labels, g = data.train.labels, generator(seed, "random")
-    per_class = [(labels == c).nonzero().squeeze(1) for c in range(data.classes)]
-    return real_subset(data, torch.cat([m[torch.randperm(len(m), generator=g)[:ipc]] for m in per_class]), "random")
+    return real_subset(data, coreset.random(data.train.labels, ipc, generator(seed, "random")), "random")
+
+
+def feature_set(
+    method: str, data: ImageData, ipc: int, settings: Features, seed: int, device: torch.device, folder: Path
+) -> DistilledSet:
+    """ipc training images of each class by herding or k-center, in the features of a network kept in `folder`."""
+    model = trained_networks(data, settings, seed, device, folder)[0]
+    choose = {"herding": coreset.herding, "k-center": coreset.k_center}[method]
+    return real_subset(data, choose(split_features(model, data, device), data.train.labels, ipc), method)
+
+
+def score_source(method: str, source: str) -> str:
+    """Where the scores of the coreset method forgetting, el2n or c-score come from, given `scores.source`.
+
+    Raises ValueError when that is a file of other scores, and for c-score, which only files have, when it is none."""
+    kind, _, _ = source.rpartition(":")
+    if source in ("forgetting", "el2n"):
+        if method == "c-score":
+            raise ValueError(f"C-scores come from a file: scores.source must be its path, got {source!r}")
+        return method
+    if (kind or "cscore") != coreset.BY_SCORE[method]:
+        raise ValueError(f"method {method} does not go with scores.source {source!r}, a file of {kind or 'C-score'}s")
+    return source
 
 
 def initial_set(
@@ -164,15 +189,18 @@ def distil(
         if "images" in store.metadata:  # imported experts do not say
             store.check(0, {"images": data.train.digest()})
         made_from["experts"] = {"count": store.count, **store.metadata}
-    limits = method.max_loss, settings.checkpoint_seconds
+    draws = getattr(settings, "experts_per_iteration", 1)  # only trajectory matching has experts
+    limits = method.max_loss, settings.checkpoint_seconds, draws, settings.snapshot_every
     try:
         losses = run_method(method, method.iterations, folder, made_from, seed, *limits)
     except FloatingPointError:
-        replace(method.distilled(), settings=context).save(folder / "stopped.safetensors")
+        if ranks.first():
+            replace(method.distilled(), settings=context).save(folder / "stopped.safetensors")
         raise
     result = replace(method.distilled(), settings=context)
-    result.save(folder / "distilled.safetensors")
-    report.plot_loss(losses, folder / "loss.png")
+    if ranks.first():
+        result.save(folder / "distilled.safetensors")
+        report.plot_loss(losses, folder / "loss.png")
     return result
 
 
@@ -191,7 +219,8 @@ def run(settings: Run, folder: str | Path, device: torch.device) -> dict[str, di
         data, hardness, settings.window, settings.evaluation, settings.seed, device, folder / "window"
     )
     start = starting_set(data, hardness, replace(settings.window, beta=beta))
-    start.save(folder / "window.safetensors")
+    if ranks.first():
+        start.save(folder / "window.safetensors")
     store = train_experts(data, settings.experts, folder / "experts", settings.seed, device)
     context = {**to_dict(settings), "beta": beta}
     distilled = distil("selmatch", settings.matching, start, data, settings.seed, device, folder, context, store)
@@ -206,7 +235,39 @@ def run(settings: Run, folder: str | Path, device: torch.device) -> dict[str, di
         )["test"]
         for name, subset in sets.items()
     }
-    return write_report(folder, data.name, settings, beta, betas, start, distilled, results)
+    if ranks.first():
+        write_report(folder, data.name, settings, beta, betas, start, distilled, results)
+    ranks.barrier()
+    return json.loads((folder / "results.json").read_text())
+
+
+def run_method_alone(name: str, settings: MethodRun, folder: str | Path, device: torch.device) -> dict[str, dict]:
+    """A method other than SelMatch from data set to evaluated distilled set, against as many random images.
+
+    Returns and writes folder/results.json: {"random": {"mean": %, "std": %}, name: …}; also distilled.png and table.md.
+    The same call after a kill continues. Raises ValueError when `folder` holds a run with other settings."""
+    folder, seed = Path(folder), settings.seed
+    claim(folder, to_dict(settings))
+    data, _ = load_data(settings.data, seed)
+    store = settings.experts and train_experts(data, settings.experts, folder / "experts", seed, device)
+    start = initial_set(settings.settings.start, settings.settings.ipc, data, seed, device, store)
+    distilled = distil(name, settings.settings, start, data, seed, device, folder, to_dict(settings), store)
+    random = random_set(data, settings.settings.ipc, seed)
+    random = replace(random, distilled=torch.ones(len(random), dtype=torch.bool))  # augmented in the same way
+    sets = {"random": random, name: distilled}
+    results = {}
+    for label, subset in sets.items():
+        record = folder / f"evaluation_{label}.json"
+        results[label] = evaluate(subset, data, settings.evaluation, seed, device, record, label)["test"]
+    if ranks.first():
+        labels, names = distilled.hard_labels, distilled.class_names
+        pictures = start.denormalised(), distilled.denormalised()
+        report.before_after(*pictures, start.hard_labels, folder / "distilled.png", names)
+        report.image_grid(pictures[1], folder / "all.png", labels, names, title=name)
+        title = f"{data.name}, {settings.settings.ipc} images per class, {settings.evaluation.model}"
+        write_results(folder, title, results)
+    ranks.barrier()
+    return json.loads((folder / "results.json").read_text())
 
 
 def write_report(
@@ -218,7 +279,7 @@ def write_report(
     start: DistilledSet,
     distilled: DistilledSet,
     results: dict[str, Accuracy],
-) -> dict[str, dict[str, float]]:
+) -> None:
     """PNGs, table and results.json of a finished run on the data set of that name."""
     report.plot_beta({b: (r.mean, r.std) for b, r in betas.items()}, folder / "beta.png", beta)
     learned = distilled.distilled
@@ -229,14 +290,17 @@ def write_report(
             before[~learned], folder / "selected.png", labels[~learned], names, title="selected: kept as they are"
         )
     report.before_after(before[learned], after[learned], labels[learned], folder / "distilled.png", names)
+    title = f"{dataset}, {settings.window.ipc} images per class, β = {beta:.2f}, {settings.evaluation.model}"
+    write_results(folder, title, results)
+
+
+def write_results(folder: Path, title: str, results: dict[str, Accuracy]) -> None:
+    """table.md, which is printed as well, and results.json."""
     rows = [["training set", "test accuracy", "networks"]]
     rows += [[name, str(r), str(len(r.values))] for name, r in results.items()]
-    title = f"{dataset}, {settings.window.ipc} images per class, β = {beta:.2f}, {settings.evaluation.model}"
     print(f"\n{title}\n{report.table(rows)}")
     write_text(folder / "table.md", f"{title}\n\n{report.markdown(rows)}\n")
-    summary = {name: {"mean": r.mean, "std": r.std} for name, r in results.items()}
-    write_json(folder / "results.json", summary)
-    return summary
+    write_json(folder / "results.json", {name: {"mean": r.mean, "std": r.std} for name, r in results.items()})
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:
@@ -244,7 +308,8 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     changed = other_settings(folder, settings)
     if changed:
         raise ValueError(f"{folder} holds a run with other settings ({'; '.join(changed)}); choose another --out")
-    write_json(folder / "settings.json", settings)
+    if ranks.first():
+        write_json(folder / "settings.json", settings)
 
 
 def other_settings(folder: Path, settings: dict[str, Any]) -> list[str]:

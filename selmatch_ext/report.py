@@ -15,6 +15,7 @@ from matplotlib.textpath import TextPath
 from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor
 
+from selmatch_ext.data.distilled import folder_names
 from selmatch_ext.files import atomic_write
 
 DPI = 100
@@ -47,6 +48,19 @@ def image_grid(
     else:
         rows, names = _rows(labels, class_names, len(pixels), columns or 20)
     _write_mosaic([_mosaic(pixels, rows)], names, [title] if title else None, path)
+
+
+def class_grids(images: Tensor, labels: Tensor, class_names: Sequence[str], folder: str | os.PathLike) -> None:
+    """Writes folder/CLASS.png for each class that occurs, with all its images in their order; all or nothing.
+
+    images, labels: as for `image_grid`. Raises OSError when `folder` exists and is not empty.
+    """
+    with atomic_write(folder) as temporary:
+        temporary.mkdir()
+        for label, name in enumerate(folder_names(list(class_names))):
+            mine = images[labels == label]
+            if len(mine):
+                image_grid(mine, temporary / f"{name}.png", title=f"{class_names[label]}: {len(mine)} images")
 
 
 def before_after(
@@ -110,6 +124,84 @@ def plot_loss(values: Sequence[float], path: str | os.PathLike, title: str | Non
         for set_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             set_format("{x:g}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _save(figure, path)
+
+
+def plot_coverage(results: Mapping[str, Mapping[str, Sequence[float]]], path: str | os.PathLike) -> None:
+    """Writes a panel for all, easy and hard test images: the share that each run's set covers, over iterations.
+
+    results: {run: {"iterations": [...], "all": [%, ...], "easy": [...], "hard": [...]}}. A run of one iteration becomes
+    a horizontal line.
+    """
+    figure = Figure(figsize=(11, 3.8), dpi=DPI, facecolor="white", layout="constrained")
+    panels = figure.subplots(1, 3)
+    alone = all(len(found["iterations"]) == 1 for found in results.values())
+    for axes, group in zip(panels, ("all", "easy", "hard"), strict=True):
+        axes.set(title=f"{group} test images", xlabel="" if alone else "iteration")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        for (name, found), colour in zip(results.items(), _colours(len(results)), strict=True):
+            if len(found["iterations"]) == 1:
+                axes.axhline(found[group][0], color=colour, linestyle="--", linewidth=1.5, label=name)
+            else:
+                axes.plot(found["iterations"], found[group], color=colour, marker="o", markersize=4, label=name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylim(bottom=0)
+        if alone:
+            axes.set_xticks([])
+    panels[0].set_ylabel("covered (%)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    _save(figure, path)
+
+
+def plot_bars(
+    results: Mapping[str, Mapping[str, tuple[float, float]]], path: str | os.PathLike, ylabel: str, xlabel: str = ""
+) -> None:
+    """Writes groups of bars beside each other, a colour for each series.
+
+    results: {series: {group: (mean, standard deviation)}}; every series has the same groups.
+    """
+    groups = list(next(iter(results.values())))
+    figure, axes = _plot(xlabel, ylabel)
+    figure.set_size_inches(max(7.0, 1.2 + 0.35 * len(groups) * (len(results) + 1)), 4)
+    width = 0.8 / len(results)
+    for i, (name, values) in enumerate(results.items()):
+        x = np.arange(len(groups)) + (i - (len(results) - 1) / 2) * width
+        means, stds = zip(*(values[group] for group in groups), strict=True)
+        bars = {"color": _colours(len(results))[i], "ecolor": "#333333", "capsize": 2, "label": name}
+        axes.bar(x, means, 0.92 * width, yerr=stds, **bars)
+    axes.set_xticks(range(len(groups)), groups, rotation=20 if max(map(len, groups)) > 8 else 0)
+    axes.set_axisbelow(True)
+    if len(results) > 1:
+        figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    _save(figure, path)
+
+
+def plot_curves(
+    results: Mapping[str, Mapping[float, tuple[float, float]]], path: str | os.PathLike, xlabel: str, ylabel: str
+) -> None:
+    """Writes a curve with error bars for each series. results: {series: {x: (mean, standard deviation)}}."""
+    figure, axes = _plot(xlabel, ylabel)
+    for (name, values), colour in zip(results.items(), _colours(len(results)), strict=True):
+        means, stds = zip(*values.values(), strict=True)
+        axes.errorbar(list(values), means, yerr=stds, color=colour, marker="o", markersize=5, capsize=3, label=name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(results) > 1:
+        axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def plot_ranking(points: Mapping[str, tuple[float, float]], path: str | os.PathLike, title: str) -> None:
+    """Writes a scatter plot: a network's accuracy after full training against its accuracy on a small set.
+
+    points: {network: (% on the small set, % after full training)}. The three best on the small set are named.
+    """
+    best = sorted(points, key=lambda name: -points[name][0])[:3]
+    figure, axes = _plot("test accuracy, trained on the small set (%)", "test accuracy, trained on all (%)", title)
+    for name, point in points.items():
+        axes.plot(*point, "o", color=ORANGE if name in best else BLUE, markersize=5)
+    text = "\n".join(f"{i}. {name}: {points[name][1]:.1f} %" for i, name in enumerate(best, 1))
+    axes.text(0.02, 0.97, f"best on the small set:\n{text}", transform=axes.transAxes, va="top", fontsize=9)
     _save(figure, path)
 
 
@@ -222,6 +314,12 @@ def _plot(xlabel: str, ylabel: str, title: str | None = None):
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _colours(count: int) -> list[str]:
+    """As many colours, told apart by hue; they repeat after eight."""
+    palette = [BLUE, ORANGE, "#2e8b57", "#8e44ad", "#b8860b", "#c0392b", "#17a2b8", "#7f8c8d"]
+    return [palette[i % len(palette)] for i in range(count)]
 
 
 def _running_mean(values: np.ndarray, reach: int) -> np.ndarray:

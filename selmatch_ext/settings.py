@@ -42,8 +42,8 @@ class Training:
     weight_decay: float = 0.0
     batch: int = 256
     """Images per update; the last of an epoch may have fewer."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """cosine falls to 1 % of lr at the last epoch."""
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    """cosine falls to 1 % of lr at the last epoch; step to a tenth half-way."""
     precision: Precision = "float32"
 
 
@@ -71,6 +71,16 @@ class Scores:
     """Networks that are watched; their scores are averaged."""
     strategy: str = "none"
     training: Training = Training(epochs=20)
+
+
+@dataclass(frozen=True)
+class Features:
+    """The network, trained on all training images, in whose features herding, k-center and coverage measure."""
+
+    model: str = "ConvNetBN"
+    strategy: str = DSA
+    """Augmentation while it trains: names joined by _, one of them drawn per batch; none for none."""
+    training: Training = Training(epochs=50, lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="cosine")
 
 
 @dataclass(frozen=True)
@@ -129,8 +139,13 @@ class Matching:
     precision: Precision = "float32"
     max_loss: float = 100.0
     """A matching loss above this stops the run: 1 is the distance between the expert's start and target."""
+    experts_per_iteration: int = 1
+    """Experts whose losses are averaged in each iteration; several processes (torchrun) share them, so it must be a
+    multiple of their number."""
     checkpoint_seconds: float = 30.0
     """How often the state is saved."""
+    snapshot_every: int = 0
+    """Also keep the set as it is after every so many iterations, in snapshots/, for `selmatch coverage`; 0 = never."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +206,8 @@ class DCSettings:
     """Augmentation: one of the names is drawn for each class and update, with one set of parameters for its real and
     its synthetic batch (siamese); the network's training draws its own."""
     checkpoint_seconds: float = 30.0
+    snapshot_every: int = 0
+    """Also keep the set after every so many iterations, in snapshots/; 0 = never."""
 
 
 @dataclass(frozen=True)
@@ -219,6 +236,8 @@ class DMSettings:
     """Augmentation: one of the names is drawn for each class and update, with one set of parameters for its real and
     its synthetic batch (siamese)."""
     checkpoint_seconds: float = 30.0
+    snapshot_every: int = 0
+    """Also keep the set after every so many iterations, in snapshots/; 0 = never."""
 
 
 @dataclass(frozen=True)
@@ -258,6 +277,8 @@ class DDSettings:
     """Augmentation of each training step: one of the names, drawn per batch."""
     engine: Literal["auto", "autograd"] = "auto"
     checkpoint_seconds: float = 30.0
+    snapshot_every: int = 0
+    """Also keep the set after every so many iterations, in snapshots/; 0 = never."""
 
     @property
     def ipc(self) -> int:
@@ -279,6 +300,41 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Coverage:
+    """Which test images a set stands for (SelMatch, arXiv 2406.18561, section 4.3)."""
+
+    networks: int = 3
+    """Networks trained on all training images: features are those of the first, and the difficulty of a test image, the
+    norm of its error, is averaged over all of them."""
+    accuracy: bool = True
+    """Also train networks on each set, and test them on the easy and the hard half."""
+
+
+@dataclass(frozen=True)
+class Continual:
+    """Class-incremental learning with a small set as the memory."""
+
+    steps: int = 5
+    """Steps in which the classes arrive, about equally many in each."""
+    memory: int | None = None
+    """Images per class that are remembered, the first of each; None: all of the set's."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """A grid of ConvNets and how they are trained on all images; the default is DC's (arXiv 2006.05929)."""
+
+    depths: tuple[int, ...] = (1, 2, 3, 4)
+    widths: tuple[int, ...] = (32, 64, 128, 256)
+    norms: tuple[str, ...] = ("NN", "BN", "LN", "IN", "GN")
+    activations: tuple[str, ...] = ("AS", "AR", "AL")
+    poolings: tuple[str, ...] = ("NP", "MP", "AP")
+    full: Training = Training(epochs=100, lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="cosine")
+    full_networks: int = 1
+    """Networks of each kind trained on all images."""
+
+
+@dataclass(frozen=True)
 class Run:
     """One run from data set to evaluated distilled set."""
 
@@ -288,6 +344,18 @@ class Run:
     experts: Experts = field(default_factory=Experts)
     matching: Matching = field(default_factory=Matching)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class MethodRun:
+    """One run of a method other than SelMatch, from data set to evaluated distilled set."""
+
+    settings: MTTSettings | DATMSettings | DCSettings | DSASettings | DMSettings | DDSettings
+    data: Data
+    evaluation: Evaluation
+    experts: Experts | None = None
+    """Expert trajectories, for methods that need them."""
     seed: int = 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -83,19 +84,32 @@ def train(
 
 
 def learning_rate(settings: Training, epoch: int) -> float:
-    """Of the given epoch, counted from 0. cosine: from lr down to lr / 100 in the last epoch."""
+    """Of the given epoch, counted from 0. cosine: from lr down to lr / 100 in the last epoch; step: lr / 10 from the
+    middle on."""
     if settings.schedule == "constant":
         return settings.lr
+    if settings.schedule == "step":
+        return settings.lr if 2 * epoch < settings.epochs else settings.lr / 10
     progress = epoch / max(1, settings.epochs - 1)
     return settings.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 @torch.no_grad()
-def predict(model: nn.Module, take: Take, count: int, device: torch.device, batch: int = 512) -> Tensor:
-    """Logits (count, K) of images 0..count−1 in evaluation mode, on the CPU; the mode is put back afterwards."""
+def predict(
+    model: nn.Module,
+    take: Take,
+    count: int,
+    device: torch.device,
+    batch: int = 512,
+    output: Callable[[nn.Module, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Logits (count, K) of images 0..count−1 in evaluation mode, on the CPU; the mode is put back afterwards.
+
+    output(model, images): what to return in their place, e.g. models.embed for the features (count, F)."""
     was_training = model.training
     model.eval()
+    see = model if output is None else partial(output, model)
     with precision_scope("float32", device):
-        logits = [model(take(indices)).cpu() for indices in torch.arange(count, device=device).split(batch)]
+        results = [see(take(indices)).cpu() for indices in torch.arange(count, device=device).split(batch)]
     model.train(was_training)
-    return torch.cat(logits)
+    return torch.cat(results)

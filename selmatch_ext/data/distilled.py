@@ -188,7 +188,7 @@ class DistilledSet:
         if self.images.shape[1] not in (1, 3):
             raise ValueError(f"images have {self.images.shape[1]} channels; PNGs are made of 1 or 3")
         pixels = (self.denormalised() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        names = _folder_names(self.class_names)
+        names = folder_names(self.class_names)
         with atomic_write(folder) as temporary:
             for name in names:
                 (temporary / name).mkdir(parents=True)
@@ -198,7 +198,7 @@ class DistilledSet:
                 Image.fromarray(image).save(temporary / names[label] / f"{i:05d}_{kind}.png")
 
 
-def _folder_names(class_names: list[str]) -> list[str]:
+def folder_names(class_names: list[str]) -> list[str]:
     """Class names as folder names that differ and sort in the order of the classes."""
     names = [re.sub(r"[^\w .+-]", "_", name).strip(" .") for name in class_names]
     if "" in names or any(a >= b for a, b in zip(names, names[1:], strict=False)):

@@ -10,13 +10,14 @@ import copy
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from selmatch_ext import ranks
 from selmatch_ext.files import load_tensors, save_tensors
 from selmatch_ext.methods.base import Method
 from selmatch_ext.seeds import generator
@@ -31,6 +32,8 @@ def run(
     seed: int,
     max_loss: float = math.inf,
     checkpoint_seconds: float = 30.0,
+    draws: int = 1,
+    snapshot_every: int = 0,
 ) -> list[float]:
     """Runs `method` up to `iterations` iterations and returns the losses of all of them.
 
@@ -38,24 +41,38 @@ def run(
     The same call continues from there; on the CPU it ends with the same bits as a run that was never stopped, since
     iteration i draws from the stream (seed, method.name, i).
 
-    Raises ValueError when the checkpoint was made with other settings, FloatingPointError (after saving the last good
-    state) when a loss or gradient is not finite or the loss exceeds `max_loss`."""
+    draws: losses per iteration, each from its own stream, whose gradients are averaged; several processes (ranks.py)
+    share them and end with the same bits as one. Not for a method with a state of its own.
+    snapshot_every: the set as it is before the first iteration, after every so many and at the end goes to
+    `folder`/snapshots/iteration_000100.safetensors and so on; 0 = never.
+
+    Raises ValueError when the checkpoint was made with other settings, or the processes cannot share `draws` equally;
+    FloatingPointError (after saving the last good state) when a loss or gradient is not finite or the loss exceeds
+    `max_loss`."""
     checkpoint = Checkpoint(Path(folder) / "checkpoint.safetensors", {**settings, "seed": seed, "method": method.name})
+    if draws < 1 or draws % ranks.world():
+        raise ValueError(
+            f"{ranks.world()} processes share the losses of an iteration, so their number must be a multiple of "
+            f"{ranks.world()}, got {draws}; matching trajectories (MTT, DATM, SelMatch) it is experts_per_iteration"
+        )
+    if draws > 1 and method.state:
+        raise ValueError(f"{method.name} goes from each loss to the next and cannot average {draws} of them")
     optimiser = method.optimiser()
     rates = [group["lr"] for group in optimiser.param_groups]
     losses = checkpoint.restore(method, optimiser)
+    keep = _Snapshots(Path(folder) / "snapshots", snapshot_every, iterations, settings)
+    keep(method, len(losses))
     saved_at = time.monotonic()
     good = None
-    with tqdm(total=iterations, initial=min(len(losses), iterations), desc=method.name, unit="iteration") as progress:
+    done = min(len(losses), iterations)
+    with ranks.progress(total=iterations, initial=done, desc=method.name, unit="iteration") as progress:
         while len(losses) < iterations:
             iteration = len(losses)
             before = _State(method, optimiser)
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
                 group["lr"] = rate * method.decay(iteration)
             optimiser.zero_grad()
-            loss = method.loss(iteration, generator(seed, method.name, iteration))
-            loss.backward()
-            value = loss.item()
+            value = _backward(method, iteration, draws, seed)
             problem = _problem(value, method.learned, max_loss)
             if problem is None:
                 good = before
@@ -72,13 +89,45 @@ def run(
                     "folder."
                 )
             losses.append(value)
+            keep(method, len(losses))
             progress.update()
             progress.set_postfix(loss=f"{value:.4f}", refresh=False)
             if time.monotonic() - saved_at > checkpoint_seconds:
                 checkpoint.save(method, optimiser, losses)
                 saved_at = time.monotonic()
     checkpoint.save(method, optimiser, losses)
+    ranks.barrier()
     return losses
+
+
+def _backward(method: Method, iteration: int, draws: int, seed: int) -> float:
+    """Gives what is learned the mean gradient of `draws` losses, and returns their mean. Each rank computes every
+    world-th; all add them up in the order of the draws, so that the bits do not depend on the number of ranks."""
+    if draws == 1:
+        loss = method.loss(iteration, generator(seed, method.name, iteration))
+        loss.backward()
+        return loss.item()
+    found: dict[str, list[Tensor]] = {"": [], **{name: [] for name in method.learned}}
+    for draw in ranks.mine(draws):
+        stream = (iteration, draw) if draw else (iteration,)
+        loss = method.loss(iteration, generator(seed, method.name, *stream))
+        loss.backward()
+        found[""].append(loss.detach())
+        for name, t in method.learned.items():
+            found[name].append(torch.zeros_like(t) if t.grad is None else t.grad)
+            t.grad = None
+    means = {name: _mean(torch.stack(values), draws) for name, values in found.items()}
+    for name, t in method.learned.items():
+        t.grad = means[name]
+    return means[""].item()
+
+
+def _mean(mine: Tensor, draws: int) -> Tensor:
+    everyone = ranks.gather(mine)
+    total = torch.zeros_like(mine[0])
+    for draw in range(draws):
+        total += everyone[draw % len(everyone)][draw // len(everyone)]
+    return total / draws
 
 
 def _problem(loss: float, learned: dict[str, Tensor], max_loss: float) -> str | None:
@@ -94,6 +143,19 @@ def _refusal(method: Method) -> str | None:
     except FloatingPointError as error:
         return str(error)
     return None
+
+
+class _Snapshots:
+    """Files of the set as it was at some iterations, written before the checkpoint can pass them."""
+
+    def __init__(self, folder: Path, every: int, last: int, settings: dict[str, Any]):
+        self.folder, self.every, self.last, self.settings = folder, every, last, settings
+
+    def __call__(self, method: Method, iteration: int) -> None:
+        if self.every < 1 or not ranks.first() or (iteration % self.every and iteration != self.last):
+            return
+        path = self.folder / f"iteration_{iteration:06d}.safetensors"
+        replace(method.distilled(), settings=self.settings).save(path)
 
 
 class _State:
@@ -123,6 +185,9 @@ class Checkpoint:
         self.settings = json.loads(json.dumps(settings))
 
     def save(self, method: Method, optimiser: torch.optim.Optimizer, losses: list[float]) -> None:
+        """Writes the state; of several processes, which all have the same, only the first writes."""
+        if not ranks.first():
+            return
         tensors = {f"learned.{name}": t for name, t in method.learned.items()}
         for name, t in method.learned.items():
             for key, value in optimiser.state.get(t, {}).items():

@@ -203,7 +203,8 @@ _NAMES = (
 
 
 def names():
-    """The usual network names. `build` takes more: any combination of ConvNet suffixes, "torchvision:" and "timm:"."""
+    """The usual network names. `build` takes more: any combination of ConvNet suffixes, "torchvision:NAME",
+    "timm:NAME" and "package.module:function"."""
     return list(_NAMES)
 
 
@@ -213,8 +214,9 @@ def build(name, channels, classes, image_size, generator=None):
     Args:
         name: one of `names()`; "ConvNet" with any combination of D<depth>, W<width>, a norm (BN, IN, GN, LN, NN), an
             activation (AR relu, AL leaky relu, AS sigmoid, ASwish) and a pooling (AP, MP, NP); "torchvision:NAME" or
-            "timm:NAME" for a classifier of those packages, without pretrained weights. VGG and ResNet have instance
-            norm unless the name says BN (as in the public code of the papers).
+            "timm:NAME" for a classifier of those packages, without pretrained weights; "package.module:function" for
+            your own, a function (channels, classes, (H, W)) -> nn.Module. VGG and ResNet have instance norm unless the
+            name says BN (as in the public code of the papers).
         channels: of the images. With other than 3, a torchvision network gets a new first convolution.
         classes: number of logits.
         image_size: side, or (H, W), in pixels.
@@ -276,6 +278,8 @@ def _construct(name, channels, classes, size):
         model = _PACKAGES[package](rest, channels, classes, size)
         _try_on(model, channels, size)
         return model
+    if rest:
+        return _of_user(package, rest, channels, classes, size)
     raise ValueError(f"no network has this name; near ones: {_near(name, _NAMES)}")
 
 
@@ -328,6 +332,20 @@ def _timm(name, channels, classes, size):
     if timm.get_pretrained_cfg(name).fixed_input_size:
         options["img_size"] = size
     return timm.create_model(name, pretrained=False, **options)
+
+
+def _of_user(module, function, channels, classes, size):
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"there is no function {function!r} in a module {module!r} on Python's path: {error}"
+        ) from error
+    model = make(channels, classes, size)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{module}:{function} returned a {type(model).__name__}; it must return an nn.Module")
+    _try_on(model, channels, size)
+    return model
 
 
 _PACKAGES = {"torchvision": _torchvision, "timm": _timm}

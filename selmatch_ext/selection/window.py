@@ -74,12 +74,9 @@ def whole(share: float, count: int) -> int:
     return int(share * count + 1e-6)
 
 
-def _check(difficulty: Tensor, labels: Tensor, ipc: int) -> list[int]:
+def check_classes(labels: Tensor, ipc: int) -> list[int]:
+    """Images in each class. Raises ValueError for a class without images and for an ipc larger than a class."""
     check_labels(labels, "labels")
-    if difficulty.shape != labels.shape:
-        raise ValueError(f"difficulty has shape {tuple(difficulty.shape)}; labels has {tuple(labels.shape)}")
-    if not difficulty.isfinite().all():
-        raise ValueError(f"difficulty holds {int((~difficulty.isfinite()).sum())} values that are NaN or infinite")
     counts = torch.bincount(labels).tolist()
     if 0 in counts:
         raise ValueError(
@@ -88,4 +85,13 @@ def _check(difficulty: Tensor, labels: Tensor, ipc: int) -> list[int]:
     if not 0 < ipc <= min(counts):
         smallest = counts.index(min(counts))
         raise ValueError(f"ipc is {ipc}; allowed is 1 to {min(counts)}, the size of class {smallest}, the smallest")
+    return counts
+
+
+def _check(difficulty: Tensor, labels: Tensor, ipc: int) -> list[int]:
+    counts = check_classes(labels, ipc)
+    if difficulty.shape != labels.shape:
+        raise ValueError(f"difficulty has shape {tuple(difficulty.shape)}; labels has {tuple(labels.shape)}")
+    if not difficulty.isfinite().all():
+        raise ValueError(f"difficulty holds {int((~difficulty.isfinite()).sum())} values that are NaN or infinite")
     return counts

@@ -1,0 +1,146 @@
+"""Several processes of torchrun against one: the same bits. One thread each, so that sums have one order."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import MODEL
+
+from selmatch_ext import pipeline, ranks
+from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.data.trajectories import ExpertStore
+from selmatch_ext.methods.loop import run
+from selmatch_ext.seeds import generator
+from selmatch_ext.selection.scores import load_scores
+
+
+class Line:
+    """A loss with a gradient that tells which draw made it. No image set: the loop never asks for one."""
+
+    name = "line"
+    state: dict = {}
+
+    def decay(self, iteration):
+        return 1.0
+
+    def __init__(self):
+        self.learned = {"x": torch.zeros(5, requires_grad=True), "unused": torch.zeros(1, requires_grad=True)}
+
+    def optimiser(self):
+        return torch.optim.SGD(self.learned.values(), lr=0.1, momentum=0.5)
+
+    def loss(self, iteration, generator):
+        return (self.learned["x"] * torch.rand(5, generator=generator)).sum()
+
+    def check(self):
+        pass
+
+
+def test_alone_everything_is_ours():
+    assert (ranks.world(), ranks.rank(), ranks.first(), list(ranks.mine(3))) == (1, 0, True, [0, 1, 2])
+    values = {k: torch.full((2,), float(k)) for k in range(3)}
+    assert [t.tolist() for t in ranks.collect(values, 3, torch.zeros(2))] == [[0, 0], [1, 1], [2, 2]]
+    with ranks.processes():
+        ranks.barrier()
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_an_iteration_is_the_mean_over_its_draws(tmp_path, draws):
+    method = Line()
+    losses = run(method, 2, tmp_path, {}, 7, draws=draws)
+    x, momentum, expected = torch.zeros(5), torch.zeros(5), []
+    for iteration in range(2):
+        streams = [(iteration, draw) if draw else (iteration,) for draw in range(draws)]
+        slopes = [torch.rand(5, generator=generator(7, "line", *s)) for s in streams]
+        expected.append(sum((x * s).sum() for s in slopes) / draws)
+        momentum = 0.5 * momentum + sum(slopes) / draws
+        x = x - 0.1 * momentum
+    torch.testing.assert_close(method.learned["x"].detach(), x)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected))
+
+
+def test_a_run_of_several_draws_goes_on_with_the_same_bits(tmp_path):
+    whole, pieces = Line(), Line()
+    losses = run(whole, 4, tmp_path / "whole", {}, 7, draws=2)
+    run(Line(), 2, tmp_path / "pieces", {}, 7, draws=2)
+    assert run(pieces, 4, tmp_path / "pieces", {}, 7, draws=2) == losses
+    assert torch.equal(pieces.learned["x"], whole.learned["x"])
+
+
+def test_draws_that_nobody_makes(tmp_path):
+    with pytest.raises(ValueError, match="must be a multiple of 1, got 0"):
+        run(Line(), 2, tmp_path, {}, 7, draws=0)
+
+
+def test_a_method_with_a_state_does_one_loss_at_a_time(tmp_path):
+    method = Line()
+    method.state = {"network": torch.zeros(2)}
+    with pytest.raises(ValueError, match="line goes from each loss to the next and cannot average 2"):
+        run(method, 2, tmp_path, {}, 7, draws=2)
+
+
+def selmatch(processes, *arguments):
+    """The command line in that many processes of one thread; one of them is a plain python -m."""
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *start, "-m", "selmatch_ext", *map(str, arguments), "--device", "cpu"]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+TRAINING = ["--experts.model", MODEL, "--experts.count", "3", "--experts.training.epochs", "2"]
+SHORT = ["--evaluation.model", MODEL, "--evaluation.networks", "3", "--evaluation.training.epochs", "1"]
+MATCHING = [
+    *("--matching.iterations", "3", "--matching.inner-steps", "2", "--matching.expert-epochs", "1"),
+    *("--matching.max-start-epoch", "2", "--matching.batch-syn", "25", "--matching.lr-images", "100"),
+    *("--matching.experts-per-iteration", "4", "--matching.snapshot-every", "2"),
+]
+
+
+def same_tensors(a, b):
+    stores = ExpertStore(a), ExpertStore(b)
+    return stores[0].count == stores[1].count == 3 and all(
+        torch.equal(stores[0].row(i, e), stores[1].row(i, e)) for i in range(3) for e in range(3)
+    )
+
+
+def test_two_processes_end_with_the_bits_of_one(digits, tmp_path):
+    """Scores, experts, distillation and evaluation; then what two processes left is continued by one."""
+    data = ["--data.dataset", "digits"]
+    pipeline.random_set(digits, 3, 0).save(tmp_path / "start.safetensors")
+    start = DistilledSet.load(tmp_path / "start.safetensors")
+    start.distilled[:] = True
+    start.save(tmp_path / "start.safetensors")
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        tiny = ["--scores.model", MODEL, "--scores.runs", "3", "--scores.training.epochs", "2"]
+        for arguments in (
+            ["scores", *data, *tiny, "--out", out / "scores.npz"],
+            ["experts", *data, *TRAINING, "--out", out / "experts"],
+            ["distill", tmp_path / "start.safetensors", *data, *MATCHING, "--experts", out / "experts", "--out", out],
+            ["evaluate", out / "distilled.safetensors", *data, *SHORT, "--record", out / "record.json"],
+        ):
+            done = selmatch(processes, *arguments)
+            assert done.returncode == 0, done.stderr[-2000:]
+            assert done.stdout.count("\n") <= 1  # one rank reports
+    one, two = tmp_path / "1", tmp_path / "2"
+    assert torch.equal(*(load_scores(folder / "scores.npz", digits) for folder in (one, two)))
+    assert same_tensors(one / "experts", two / "experts")
+    a, b = (DistilledSet.load(folder / "distilled.safetensors") for folder in (one, two))
+    assert torch.equal(a.images, b.images) and a.lr == b.lr and not torch.equal(a.images, start.images)
+    names = sorted(p.relative_to(one) for p in one.rglob("*"))
+    assert names == sorted(p.relative_to(two) for p in two.rglob("*"))
+    assert json.loads((one / "record.json").read_text()) == json.loads((two / "record.json").read_text())
+
+
+def test_processes_that_cannot_share_the_experts(digits, experts, tmp_path):
+    start = pipeline.random_set(digits, 3, 0)
+    start.distilled[:] = True
+    start.save(tmp_path / "start.safetensors")
+    arguments = ["distill", tmp_path / "start.safetensors", "--data.dataset", "digits", "--experts", experts.folder]
+    short = ["--matching.max-start-epoch", "2", "--matching.expert-epochs", "1", "--out", tmp_path]
+    done = selmatch(2, *arguments, *short)
+    assert done.returncode != 0
+    assert "must be a multiple of 2, got 1" in done.stderr

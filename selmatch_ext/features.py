@@ -1,0 +1,75 @@
+"""The feature space that selection and coverage measure in: networks trained on all training images, kept in files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from selmatch_ext import models, ranks
+from selmatch_ext.data.images import ImageData
+from selmatch_ext.experts import network, real_images, train_on_real
+from selmatch_ext.files import json_field, load_tensors, save_tensors
+from selmatch_ext.seeds import generator
+from selmatch_ext.settings import Features, differences, to_dict
+from selmatch_ext.training import predict
+
+KIND = "network"
+
+
+def trained_networks(
+    data: ImageData, settings: Features, seed: int, device: torch.device, folder: str | Path, count: int = 1
+) -> list[torch.nn.Module]:
+    """`count` networks trained on all of `data`'s training images; folder/network_0.safetensors and so on are read if
+    they are there, and written if not. Network i depends on `seed` and i alone.
+
+    Raises ValueError when a file holds a network made otherwise."""
+    folder = Path(folder)
+    with ranks.progress(total=count * settings.training.epochs, desc="networks on all data", unit="epoch") as progress:
+        for index in ranks.mine(count):
+            if not _path(folder, index).exists():
+                _train(data, settings, seed, device, folder, index, progress)
+    ranks.barrier()
+    return [_load(data, settings, seed, device, folder, index) for index in range(count)]
+
+
+def split_features(model: torch.nn.Module, data: ImageData, device: torch.device, split: str = "train") -> Tensor:
+    """(n, F) float32 on the CPU: what enters the last linear layer for each image of the split, in evaluation mode."""
+    count = len(getattr(data, split).labels)
+    return predict(model, real_images(data, device, split), count, device, output=models.embed)
+
+
+def _train(
+    data: ImageData, settings: Features, seed: int, device: torch.device, folder: Path, index: int, progress
+) -> None:
+    model = network(data, settings.model, seed, device, "features", index)
+    order = generator(seed, "features", index)
+    train_on_real(model, data, settings.training, settings.strategy, order, device, lambda epoch: progress.update())
+    how = json.dumps(_how(data, settings, seed, index))
+    save_tensors(_path(folder, index), KIND, model.state_dict(), {"how": how})
+
+
+def _load(
+    data: ImageData, settings: Features, seed: int, device: torch.device, folder: Path, index: int
+) -> torch.nn.Module:
+    path = _path(folder, index)
+    state, metadata = load_tensors(path, KIND)
+    changed = differences(json_field(metadata, "how", path), json.loads(json.dumps(_how(data, settings, seed, index))))
+    if changed:
+        raise ValueError(
+            f"{path} holds a network made otherwise ({'; '.join(changed)}); choose another --out or delete it"
+        )
+    model = network(data, settings.model, seed, device, "features", index)
+    model.load_state_dict(state)
+    return model
+
+
+def _how(data: ImageData, settings: Features, seed: int, index: int) -> dict:
+    zca = data.whitening is not None
+    return {"features": to_dict(settings), "data": data.name, "zca": zca, "seed": seed, "index": index}
+
+
+def _path(folder: Path, index: int) -> Path:
+    return folder / f"network_{index}.safetensors"

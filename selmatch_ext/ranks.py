@@ -1,0 +1,87 @@
+"""Several processes, started by torchrun: which part of the work is whose. In a single process all of this is trivial.
+
+    torchrun --nproc-per-node 2 -m selmatch_ext distill …
+
+Rank 0 writes records, results and progress bars; what only one rank computes (an expert, say), it writes itself. All
+ranks see one file system. Tensors travel through the CPU (gloo), so that processes may share a GPU or have none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from tqdm import tqdm
+
+PATIENCE = timedelta(days=30)  # a rank may wait for another's whole expert
+
+
+def world() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if _several() else 1
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if _several() else 0
+
+
+def first() -> bool:
+    """Whether this process is the one that writes."""
+    return rank() == 0
+
+
+def mine(count: int) -> range:
+    """The numbers in 0..count−1 that are this rank's: every world-th."""
+    return range(rank(), count, world())
+
+
+def gather(tensor: Tensor) -> list[Tensor]:
+    """The tensor of every rank, in their order, on this tensor's device. All have one shape and dtype."""
+    if not _several():
+        return [tensor]
+    here = tensor.detach().cpu().contiguous()
+    everyone = [torch.empty_like(here) for _ in range(world())]
+    dist.all_gather(everyone, here)
+    return [t.to(tensor.device) for t in everyone]
+
+
+def collect(mine: dict[int, Tensor], count: int, blank: Tensor) -> list[Tensor]:
+    """Results 0..count−1 on every rank, where each computed some of `ranks.mine(count)`; `blank` has a result's shape
+    and dtype, and stands where there is none."""
+    rounds = -(-count // world())
+    everyone = gather(torch.stack([mine.get(rank() + i * world(), blank) for i in range(rounds)]))
+    return [everyone[k % world()][k // world()] for k in range(count)]
+
+
+def barrier() -> None:
+    """Waits until every rank is here, and so until each one's files are written."""
+    if _several():
+        dist.barrier()
+
+
+def progress(**options) -> tqdm:
+    """A progress bar, shown by rank 0 alone."""
+    return tqdm(**options, disable=not first())
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Joins the processes that torchrun started, for as long as the block lasts; does nothing without torchrun."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available() or _several():
+        yield
+        return
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized()
