@@ -39,7 +39,7 @@ from selmatch_ext.training import predict
 
 STRATEGY = "color_crop_cutout_scale_rotate"  # no flips: a digit's mirror image is none
 MODEL = "ConvNetD2W32"
-EXPERTS = Experts(model=MODEL, count=6, strategy=STRATEGY, training=Training(epochs=20, lr=0.08, batch=64))
+EXPERTS = Experts(model=MODEL, count=12, strategy=STRATEGY, training=Training(epochs=20, lr=0.08, batch=64))
 EVALUATION = Evaluation(  # each set with the augmentation that its method distils with, as in the papers
     model=MODEL,
     networks=5,
