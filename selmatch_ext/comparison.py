@@ -93,7 +93,7 @@ def entries() -> list[Entry]:
         ]
     unrolled = {"steps": 1, "batch_real": 256, "lr_init": 0.2, "lr": 0.05}
     known = DDSettings(model="MLP", init="known", epochs=5, passes=200, halve_every=70, **unrolled)
-    attack = {"epochs": 1, "images_per_class_per_step": 10, "passes": 60, "halve_every": 20, "networks": 2, **unrolled}
+    attack = {"epochs": 1, "images_per_class_per_step": 10, "passes": 120, "halve_every": 40, "networks": 2, **unrolled}
     rows += [
         Entry("dd", 1, known),
         Entry("dd", 10, DDSettings(model=MODEL, init="loaded", objective="attack", test_networks=2, **attack)),
