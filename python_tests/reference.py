@@ -305,13 +305,9 @@ def gradient_distance(syn, real, metric="layerwise"):
         return 1 - (a * b).sum() / (a.norm() * b.norm() + 1e-6)
 
     if metric == "layerwise":
-        rows = [
-            (a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1))
-            for a, b in zip(syn, real, strict=True)
-            if a.dim() > 1
-        ]
-        pairs = [(x, y) for a, b in rows for x, y in zip(a, b, strict=True)]
-        return sum((cosine_distance(x, y) for x, y in pairs), start=syn[0].new_zeros(()))
+        layers = [(a, b) for a, b in zip(syn, real, strict=True) if a.dim() > 1]
+        rows = [(x.reshape(-1), y.reshape(-1)) for a, b in layers for x, y in zip(a, b, strict=True)]
+        return sum((cosine_distance(x, y) for x, y in rows), start=syn[0].new_zeros(()))
     a, b = (torch.cat([t.reshape(-1) for t in tensors]) for tensors in (syn, real))
     return ((a - b) ** 2).sum() if metric == "mse" else cosine_distance(a, b)
 

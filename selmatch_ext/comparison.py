@@ -39,7 +39,7 @@ from selmatch_ext.training import predict
 
 STRATEGY = "color_crop_cutout_scale_rotate"  # no flips: a digit's mirror image is none
 MODEL = "ConvNetD2W32"
-EXPERTS = Experts(model=MODEL, count=6, strategy=STRATEGY, training=Training(epochs=20, lr=0.08, batch=64))
+EXPERTS = Experts(model=MODEL, count=12, strategy=STRATEGY, training=Training(epochs=20, lr=0.08, batch=64))
 EVALUATION = Evaluation(  # each set with the augmentation that its method distils with, as in the papers
     model=MODEL,
     networks=5,
@@ -93,7 +93,7 @@ def entries() -> list[Entry]:
         ]
     unrolled = {"steps": 1, "batch_real": 256, "lr_init": 0.2, "lr": 0.05}
     known = DDSettings(model="MLP", init="known", epochs=5, passes=200, halve_every=70, **unrolled)
-    attack = {"epochs": 1, "images_per_class_per_step": 10, "passes": 60, "halve_every": 20, "networks": 2, **unrolled}
+    attack = {"epochs": 1, "images_per_class_per_step": 10, "passes": 120, "halve_every": 40, "networks": 2, **unrolled}
     rows += [
         Entry("dd", 1, known),
         Entry("dd", 10, DDSettings(model=MODEL, init="loaded", objective="attack", test_networks=2, **attack)),
