@@ -199,6 +199,8 @@ def distill(
 
     Other methods: selmatch distill NAME, for the names dc, dsa, dm, dd, mtt and datm; each has its own --help.
 
+    A row of a paper's table, all stages: selmatch distill --recipe NAME [--reduced]; see selmatch recipes.
+
     Args:
         start: The starting set (window.safetensors).
         experts: Folder of the expert store.
