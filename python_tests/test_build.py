@@ -15,7 +15,13 @@ import torch
 import selmatch_ext as sm
 
 ROOT = pathlib.Path(__file__).parent.parent
-OPERATORS = ["dsa", "trajectory_distance", "trajectory_distance_backward"]
+DIFFERENTIABLE = [
+    *("dsa", "trajectory_distance", "trajectory_distance_backward"),
+    *("gradient_distance", "gradient_distance_backward", "block_forward", "conv3x3"),
+]
+CONSTANT = ["block_backward", "block_dual_forward", "block_dual_backward", "conv3x3_weight_gradient"]
+CPU_ONLY = ["conv3x3", "conv3x3_weight_gradient"]
+OPERATORS = DIFFERENTIABLE + CONSTANT
 
 
 def test_build_info():
@@ -40,8 +46,8 @@ def test_registered(name):
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     qualified = f"selmatch_ext::{name}"
     assert has(qualified, "CPU")
-    assert has(qualified, "Autograd") or has(qualified, "AutogradCPU")
-    assert has(qualified, "CUDA") == (sm.build_info()["cuda"] is not None)
+    assert has(qualified, "Autograd") == (name in DIFFERENTIABLE)
+    assert has(qualified, "CUDA") == (sm.build_info()["cuda"] is not None and name not in CPU_ONLY)
 
 
 def test_no_operator_is_left_out():

@@ -188,7 +188,7 @@ def test_experts_of_other_images_are_refused(finished, digits, tmp_path):
     subset, store = DistilledSet.load(finished[0] / "window.safetensors"), ExpertStore(finished[0] / "experts")
     other = replace(digits, train=replace(digits.train, images=digits.train.images.flip(3)))
     with pytest.raises(ValueError, match="made differently: images: [0-9a-f]{64} → [0-9a-f]{64}"):
-        pipeline.distil(subset, store, MODEL, tiny_run().matching, other, 0, CPU, tmp_path, {})
+        pipeline.distil("selmatch", tiny_run().matching, subset, other, 0, CPU, tmp_path, {}, store)
 
 
 def test_a_set_of_other_images_is_refused(finished, digits):
