@@ -13,6 +13,7 @@
 // Everything is recomputed from z and a few statistics; no mask and no normalised copy is stored. No ATen here.
 #pragma once
 
+#include "cpu_work.h"
 #include "platform.h"
 
 namespace selmatch {
@@ -77,11 +78,8 @@ struct BlockMoments {
   }
 };
 
-// One pass on the CPU, on torch's threads by way of `parallel` (block_cpu_loops.cpp): parallel(context, count, body)
-// calls body(context, begin, end) for ranges of 0..count.
-using BlockBody = void (*)(void* context, int64_t begin, int64_t end);
-using BlockParallel = void (*)(void* context, int64_t count, BlockBody body);
-void block_cpu(const BlockCall& call, int pass, BlockParallel parallel);
+// One pass on the CPU (block_cpu_loops.cpp).
+void block_cpu(const BlockCall& call, int pass, CpuParallel parallel);
 
 // One pass on the GPU; pointers are the device's (block_cuda.cu).
 void block_cuda(const BlockCall& call, int pass, void* stream);

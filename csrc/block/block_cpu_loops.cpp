@@ -35,7 +35,7 @@ SELMATCH_TARGET_END
 #endif  // SELMATCH_X86_LEVELS
 
 template <typename S, typename T>
-void run(const BlockCall& call, int pass, BlockParallel parallel) {
+void run(const BlockCall& call, int pass, CpuParallel parallel) {
   const Level level = cpu_level();
 #ifdef SELMATCH_X86_LEVELS
   if (level == Level::kAvx512) {
@@ -50,7 +50,7 @@ void run(const BlockCall& call, int pass, BlockParallel parallel) {
 
 }  // namespace
 
-void block_cpu(const BlockCall& call, int pass, BlockParallel parallel) {
+void block_cpu(const BlockCall& call, int pass, CpuParallel parallel) {
   switch (call.type) {
     case BlockType::kFloat:
       return run<float, float>(call, pass, parallel);

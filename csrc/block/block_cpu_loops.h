@@ -645,7 +645,7 @@ template <typename S, typename T, typename Activation, bool kDual>
 struct BlockRun {
   const BlockLoops<S, T, Activation> loops;
   const BlockCall& call;
-  const BlockParallel parallel;
+  const CpuParallel parallel;
 
   template <void (BlockRun::*kStage)(int64_t, int64_t) const>
   void over(int64_t count) const {
@@ -724,7 +724,7 @@ struct BlockRun {
 };
 
 template <typename S, typename T, typename Activation>
-void run_pass(const BlockCall& call, int pass, BlockParallel parallel) {
+void run_pass(const BlockCall& call, int pass, CpuParallel parallel) {
   const BlockLoops<S, T, Activation> loops(call);
   switch (pass) {
     case kBlockForward:
@@ -739,7 +739,7 @@ void run_pass(const BlockCall& call, int pass, BlockParallel parallel) {
 }
 
 template <typename S, typename T>
-void run(const BlockCall& call, int pass, BlockParallel parallel) {
+void run(const BlockCall& call, int pass, CpuParallel parallel) {
   if (call.activation == kBlockPiecewise) {
     return run_pass<S, T, PiecewiseActivation<T>>(call, pass, parallel);
   }

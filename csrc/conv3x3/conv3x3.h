@@ -6,6 +6,7 @@
 // the same map: G^T [ sum over tiles of (B^T d B) (A g A^T) ] G. No ATen here.
 #pragma once
 
+#include "cpu_work.h"
 #include "platform.h"
 
 namespace selmatch {
@@ -33,16 +34,12 @@ struct Conv3x3GradientCall {
   T* weight;   // (outputs, channels, 3, 3)
 };
 
-// parallel(context, count, body) calls body(context, begin, end) for ranges of 0..count.
-using Conv3x3Body = void (*)(void* context, int64_t begin, int64_t end);
-using Conv3x3Parallel = void (*)(void* context, int64_t count, Conv3x3Body body);
-
 // channels and outputs must be multiples of this.
 constexpr int kConv3x3Multiple = 32;
 
-void conv3x3(const Conv3x3Call<float>& call, Conv3x3Parallel parallel);
-void conv3x3(const Conv3x3Call<double>& call, Conv3x3Parallel parallel);
-void conv3x3_gradient(const Conv3x3GradientCall<float>& call, Conv3x3Parallel parallel);
-void conv3x3_gradient(const Conv3x3GradientCall<double>& call, Conv3x3Parallel parallel);
+void conv3x3(const Conv3x3Call<float>& call, CpuParallel parallel);
+void conv3x3(const Conv3x3Call<double>& call, CpuParallel parallel);
+void conv3x3_gradient(const Conv3x3GradientCall<float>& call, CpuParallel parallel);
+void conv3x3_gradient(const Conv3x3GradientCall<double>& call, CpuParallel parallel);
 
 }  // namespace selmatch

@@ -1,18 +1,14 @@
 // selmatch_ext::conv3x3 and its weights' gradient on the CPU: torch's side.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <optional>
 
 #include "conv3x3/conv3x3.h"
+#include "cpu_torch.h"
 
 namespace selmatch {
 namespace {
-
-void parallel(void* context, int64_t count, Conv3x3Body body) {
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-}
 
 void check(const char* name, const at::Tensor& tensor, const at::Tensor& x) {
   TORCH_CHECK_VALUE(tensor.dim() == 4, "conv3x3: ", name, " must have 4 dimensions, got shape ", tensor.sizes());
@@ -58,7 +54,7 @@ at::Tensor conv3x3_cpu(const at::Tensor& x, const at::Tensor& weight, const std:
                                         transposed,
                                         bias ? offsets.const_data_ptr<scalar_t>() : nullptr,
                                         y.mutable_data_ptr<scalar_t>()};
-    conv3x3(call, &parallel);
+    conv3x3(call, &torch_parallel);
   });
   return y;
 }
@@ -82,7 +78,7 @@ at::Tensor conv3x3_weight_gradient_cpu(const at::Tensor& x, const at::Tensor& g)
                                                 images.const_data_ptr<scalar_t>(),
                                                 gradient.const_data_ptr<scalar_t>(),
                                                 weight.mutable_data_ptr<scalar_t>()};
-    conv3x3_gradient(call, &parallel);
+    conv3x3_gradient(call, &torch_parallel);
   });
   return weight;
 }

@@ -187,27 +187,26 @@ struct Conv3x3Loops {
 
   struct Forward {
     const Conv3x3Call<T>& call;
-    const Conv3x3Parallel parallel;
-    ConvMemory<T> weights{16 * static_cast<int64_t>(call.channels) * call.outputs};
-    ConvMemory<T> zeros{std::max(call.channels, call.outputs), T(0)};
+    const CpuParallel parallel;
+    Memory<T> weights{16 * static_cast<int64_t>(call.channels) * call.outputs};
+    Memory<T> zeros{std::max(call.channels, call.outputs), T(0)};
 
-    void transform_weights(int64_t begin, int64_t end) { transform_weight(call, begin, end, weights.data()); }
+    void transform_weights(int64_t begin, int64_t end) { transform_weight(call, begin, end, weights); }
 
     int64_t tiles() const { return call.batch * ((call.height + 1) / 2) * ((call.width + 1) / 2); }
 
     void blocks(int64_t begin, int64_t end) {
-      ConvMemory<T> v{16 * part(call.channels), T(0)};
-      ConvMemory<T> m{16 * part(call.outputs)};
+      Memory<T> v{16 * part(call.channels), T(0)};
+      Memory<T> m{16 * part(call.outputs)};
       for (int64_t block = begin; block < end; ++block) {
         const int64_t first = block * kTiles, last = std::min(first + kTiles, tiles());
-        transform_input(call.x, first, last, call.height, call.width, call.channels, zeros.data(), v.data());
+        transform_input(call.x, first, last, call.height, call.width, call.channels, zeros, v);
         const int64_t rows = (last - first + kRows - 1) / kRows * kRows;
         for (int k = 0; k < 16; ++k) {
-          products(v.data() + k * part(call.channels), rows,
-                   weights.data() + k * static_cast<int64_t>(call.channels) * call.outputs,
-                   m.data() + k * part(call.outputs));
+          products(v + k * part(call.channels), rows, weights + k * static_cast<int64_t>(call.channels) * call.outputs,
+                   m + k * part(call.outputs));
         }
-        transform_output(call, m.data(), first, last, zeros.data());
+        transform_output(call, m, first, last, zeros);
       }
     }
 
@@ -232,25 +231,25 @@ struct Conv3x3Loops {
   struct Gradient {
     static constexpr int64_t kShares = 4;  // sums of their own, added in order: the same bits for any number of threads
     const Conv3x3GradientCall<T>& call;
-    const Conv3x3Parallel parallel;
+    const CpuParallel parallel;
     const int64_t size = static_cast<int64_t>(call.channels) * call.outputs;
-    ConvMemory<T> sums{kShares * 16 * size, T(0)};
-    ConvMemory<T> zeros{std::max(call.channels, call.outputs), T(0)};
+    Memory<T> sums{kShares * 16 * size, T(0)};
+    Memory<T> zeros{std::max(call.channels, call.outputs), T(0)};
 
     int64_t tiles() const { return call.batch * ((call.height + 1) / 2) * ((call.width + 1) / 2); }
 
     void shares(int64_t begin, int64_t end) {
-      ConvMemory<T> v{16 * part(call.channels)};
-      ConvMemory<T> m{16 * part(call.outputs)};
+      Memory<T> v{16 * part(call.channels)};
+      Memory<T> m{16 * part(call.outputs)};
       const int64_t blocks = (tiles() + kTiles - 1) / kTiles;
       for (int64_t share = begin; share < end; ++share) {
         for (int64_t block = blocks * share / kShares; block < blocks * (share + 1) / kShares; ++block) {
           const int64_t first = block * kTiles, last = std::min(first + kTiles, tiles());
-          transform_input(call.x, first, last, call.height, call.width, call.channels, zeros.data(), v.data());
-          transform_gradient(call, first, last, zeros.data(), m.data());
+          transform_input(call.x, first, last, call.height, call.width, call.channels, zeros, v);
+          transform_gradient(call, first, last, zeros, m);
           for (int k = 0; k < 16; ++k) {
-            products(v.data() + k * part(call.channels), m.data() + k * part(call.outputs), last - first,
-                     sums.data() + (share * 16 + k) * size);
+            products(v + k * part(call.channels), m + k * part(call.outputs), last - first,
+                     sums + (share * 16 + k) * size);
           }
         }
       }
@@ -272,7 +271,7 @@ struct Conv3x3Loops {
           T u[16] = {};
           for (int64_t share = 0; share < kShares; ++share) {
             for (int j = 0; j < 16; ++j) {
-              u[j] += sums.data()[(share * 16 + j) * size + c * call.outputs + k];
+              u[j] += sums[(share * 16 + j) * size + c * call.outputs + k];
             }
           }
           T half[3][4];
@@ -296,18 +295,18 @@ struct Conv3x3Loops {
   };
 
   template <auto kStage, typename Work>
-  static void over(Work& work, Conv3x3Parallel parallel, int64_t count) {
+  static void over(Work& work, CpuParallel parallel, int64_t count) {
     parallel(&work, count,
              [](void* self, int64_t begin, int64_t end) { (static_cast<Work*>(self)->*kStage)(begin, end); });
   }
 };
 
 template <typename T>
-void run(const Conv3x3Call<T>& call, Conv3x3Parallel parallel) {
+void run(const Conv3x3Call<T>& call, CpuParallel parallel) {
   typename Conv3x3Loops<T>::Forward{call, parallel}.run();
 }
 
 template <typename T>
-void run(const Conv3x3GradientCall<T>& call, Conv3x3Parallel parallel) {
+void run(const Conv3x3GradientCall<T>& call, CpuParallel parallel) {
   typename Conv3x3Loops<T>::Gradient{call, parallel}.run();
 }

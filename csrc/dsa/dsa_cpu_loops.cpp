@@ -1,28 +1,14 @@
 // Compiles the loops of dsa_cpu_loops.h for several sets of vector instructions and picks one when it runs.
 #include <cstring>
-#include <new>
 
 #include "cpu_levels.h"
+#include "cpu_work.h"
 #include "dsa/dsa.h"
 
 namespace selmatch {
 namespace {
 
 constexpr int kDsaMaxTaps = 8;
-
-template <typename T>
-class Memory {
- public:
-  explicit Memory(int64_t count) : data_(static_cast<T*>(::operator new(count * sizeof(T), kAlign))) {}
-  ~Memory() { ::operator delete(data_, kAlign); }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  operator T*() const { return data_; }
-
- private:
-  static constexpr std::align_val_t kAlign{64};
-  T* data_;
-};
 
 // A band matrix: result q takes used[q] <= count taps; tap k stands at [k * stride + q].
 template <typename T>

@@ -523,7 +523,7 @@ const BlockCurveKind kBlockCurves[] = {{"relu", kBlockPiecewise, 0},
                                        {"sigmoid", kBlockSigmoid, 0},
                                        {"swish", kBlockSwish, 0}};
 
-void in_one_thread(void* context, int64_t count, BlockBody body) { body(context, 0, count); }
+void in_one_thread(void* context, int64_t count, CpuBody body) { body(context, 0, count); }
 
 // What goes into one call and what comes out of it, `shift` elements behind where memory is aligned.
 template <typename S, typename T>

@@ -6,11 +6,8 @@ checks, so a method is little more than its loss.
 
 from __future__ import annotations
 
-import copy
-import json
 import math
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +15,9 @@ import torch
 from torch import Tensor
 
 from selmatch_ext import ranks
-from selmatch_ext.files import load_tensors, save_tensors
 from selmatch_ext.methods.base import Method
+from selmatch_ext.methods.checkpoint import Checkpoint, Snapshots, State
 from selmatch_ext.seeds import generator
-from selmatch_ext.settings import differences
 
 
 def run(
@@ -50,17 +46,11 @@ def run(
     FloatingPointError (after saving the last good state) when a loss or gradient is not finite or the loss exceeds
     `max_loss`."""
     checkpoint = Checkpoint(Path(folder) / "checkpoint.safetensors", {**settings, "seed": seed, "method": method.name})
-    if draws < 1 or draws % ranks.world():
-        raise ValueError(
-            f"{ranks.world()} processes share the losses of an iteration, so their number must be a multiple of "
-            f"{ranks.world()}, got {draws}; matching trajectories (MTT, DATM, SelMatch) it is experts_per_iteration"
-        )
-    if draws > 1 and method.state:
-        raise ValueError(f"{method.name} goes from each loss to the next and cannot average {draws} of them")
+    _check_draws(method, draws)
     optimiser = method.optimiser()
     rates = [group["lr"] for group in optimiser.param_groups]
     losses = checkpoint.restore(method, optimiser)
-    keep = _Snapshots(Path(folder) / "snapshots", snapshot_every, iterations, settings)
+    keep = Snapshots(Path(folder) / "snapshots", snapshot_every, iterations, settings)
     keep(method, len(losses))
     saved_at = time.monotonic()
     good = None
@@ -68,7 +58,7 @@ def run(
     with ranks.progress(total=iterations, initial=done, desc=method.name, unit="iteration") as progress:
         while len(losses) < iterations:
             iteration = len(losses)
-            before = _State(method, optimiser)
+            before = State(method, optimiser)
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
                 group["lr"] = rate * method.decay(iteration)
             optimiser.zero_grad()
@@ -98,6 +88,16 @@ def run(
     checkpoint.save(method, optimiser, losses)
     ranks.barrier()
     return losses
+
+
+def _check_draws(method: Method, draws: int) -> None:
+    if draws < 1 or draws % ranks.world():
+        raise ValueError(
+            f"{ranks.world()} processes share the losses of an iteration, so their number must be a multiple of "
+            f"{ranks.world()}, got {draws}; matching trajectories (MTT, DATM, SelMatch) it is experts_per_iteration"
+        )
+    if draws > 1 and method.state:
+        raise ValueError(f"{method.name} goes from each loss to the next and cannot average {draws} of them")
 
 
 def _backward(method: Method, iteration: int, draws: int, seed: int) -> float:
@@ -143,79 +143,3 @@ def _refusal(method: Method) -> str | None:
     except FloatingPointError as error:
         return str(error)
     return None
-
-
-class _Snapshots:
-    """Files of the set as it was at some iterations, written before the checkpoint can pass them."""
-
-    def __init__(self, folder: Path, every: int, last: int, settings: dict[str, Any]):
-        self.folder, self.every, self.last, self.settings = folder, every, last, settings
-
-    def __call__(self, method: Method, iteration: int) -> None:
-        if self.every < 1 or not ranks.first() or (iteration % self.every and iteration != self.last):
-            return
-        path = self.folder / f"iteration_{iteration:06d}.safetensors"
-        replace(method.distilled(), settings=self.settings).save(path)
-
-
-class _State:
-    """A copy of what is learned, of the method's state and of the optimiser's."""
-
-    def __init__(self, method: Method, optimiser: torch.optim.Optimizer):
-        self.tensors = [t.detach().clone() for t in _tensors(method)]
-        self.optimiser = copy.deepcopy(optimiser.state_dict())
-
-    def put_back(self, method: Method, optimiser: torch.optim.Optimizer) -> None:
-        optimiser.load_state_dict(self.optimiser)
-        with torch.no_grad():
-            for t, value in zip(_tensors(method), self.tensors, strict=True):
-                t.copy_(value)
-
-
-def _tensors(method: Method) -> list[Tensor]:
-    return [*method.learned.values(), *method.state.values()]
-
-
-class Checkpoint:
-    """The state of a run in one file: learned tensors, the method's and the optimiser's state, losses, and the settings
-    that made them."""
-
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path = path
-        self.settings = json.loads(json.dumps(settings))
-
-    def save(self, method: Method, optimiser: torch.optim.Optimizer, losses: list[float]) -> None:
-        """Writes the state; of several processes, which all have the same, only the first writes."""
-        if not ranks.first():
-            return
-        tensors = {f"learned.{name}": t for name, t in method.learned.items()}
-        for name, t in method.learned.items():
-            for key, value in optimiser.state.get(t, {}).items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimiser.{name}.{key}"] = value
-        tensors |= {f"state.{name}": t for name, t in method.state.items()}
-        tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
-        save_tensors(self.path, "checkpoint", tensors, {"settings": json.dumps(self.settings)})
-
-    def restore(self, method: Method, optimiser: torch.optim.Optimizer) -> list[float]:
-        """Loads the state into `method` and `optimiser` where there is a checkpoint; the losses so far."""
-        if not self.path.exists():
-            return []
-        own = {f"learned.{name}": t for name, t in method.learned.items()}
-        own |= {f"state.{name}": t for name, t in method.state.items()}
-        tensors, metadata = load_tensors(self.path, "checkpoint", "losses", *own)
-        changed = differences(json.loads(metadata["settings"]), self.settings)
-        if changed:
-            raise ValueError(
-                f"{self.path} was made with other settings ({'; '.join(changed)}); choose another --out or delete it"
-            )
-        with torch.no_grad():
-            for name, t in own.items():
-                t.copy_(tensors[name])
-        for name, t in method.learned.items():
-            prefix = f"optimiser.{name}."
-            state = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-            if state:
-                optimiser.state[t] = state
-        optimiser.load_state_dict(optimiser.state_dict())  # moves each tensor to where the optimiser wants it
-        return tensors["losses"].tolist()

@@ -1,0 +1,93 @@
+"""What the loop writes while it runs: checkpoints to continue from, and snapshots of the set."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selmatch_ext import ranks
+from selmatch_ext.files import load_tensors, save_tensors
+from selmatch_ext.methods.base import Method
+from selmatch_ext.settings import differences
+
+
+class Snapshots:
+    """Files of the set as it was at some iterations, written before the checkpoint can pass them."""
+
+    def __init__(self, folder: Path, every: int, last: int, settings: dict[str, Any]):
+        self.folder, self.every, self.last, self.settings = folder, every, last, settings
+
+    def __call__(self, method: Method, iteration: int) -> None:
+        if self.every < 1 or not ranks.first() or (iteration % self.every and iteration != self.last):
+            return
+        path = self.folder / f"iteration_{iteration:06d}.safetensors"
+        replace(method.distilled(), settings=self.settings).save(path)
+
+
+class State:
+    """A copy of what is learned, of the method's state and of the optimiser's."""
+
+    def __init__(self, method: Method, optimiser: torch.optim.Optimizer):
+        self.tensors = [t.detach().clone() for t in _tensors(method)]
+        self.optimiser = copy.deepcopy(optimiser.state_dict())
+
+    def put_back(self, method: Method, optimiser: torch.optim.Optimizer) -> None:
+        optimiser.load_state_dict(self.optimiser)
+        with torch.no_grad():
+            for t, value in zip(_tensors(method), self.tensors, strict=True):
+                t.copy_(value)
+
+
+def _tensors(method: Method) -> list[Tensor]:
+    return [*method.learned.values(), *method.state.values()]
+
+
+class Checkpoint:
+    """The state of a run in one file: learned tensors, the method's and the optimiser's state, losses, and the settings
+    that made them."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path = path
+        self.settings = json.loads(json.dumps(settings))
+
+    def save(self, method: Method, optimiser: torch.optim.Optimizer, losses: list[float]) -> None:
+        """Writes the state; of several processes, which all have the same, only the first writes."""
+        if not ranks.first():
+            return
+        tensors = {f"learned.{name}": t for name, t in method.learned.items()}
+        for name, t in method.learned.items():
+            for key, value in optimiser.state.get(t, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimiser.{name}.{key}"] = value
+        tensors |= {f"state.{name}": t for name, t in method.state.items()}
+        tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
+        save_tensors(self.path, "checkpoint", tensors, {"settings": json.dumps(self.settings)})
+
+    def restore(self, method: Method, optimiser: torch.optim.Optimizer) -> list[float]:
+        """Loads the state into `method` and `optimiser` where there is a checkpoint; the losses so far."""
+        if not self.path.exists():
+            return []
+        own = {f"learned.{name}": t for name, t in method.learned.items()}
+        own |= {f"state.{name}": t for name, t in method.state.items()}
+        tensors, metadata = load_tensors(self.path, "checkpoint", "losses", *own)
+        changed = differences(json.loads(metadata["settings"]), self.settings)
+        if changed:
+            raise ValueError(
+                f"{self.path} was made with other settings ({'; '.join(changed)}); choose another --out or delete it"
+            )
+        with torch.no_grad():
+            for name, t in own.items():
+                t.copy_(tensors[name])
+        for name, t in method.learned.items():
+            prefix = f"optimiser.{name}."
+            state = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            if state:
+                optimiser.state[t] = state
+        optimiser.load_state_dict(optimiser.state_dict())  # moves each tensor to where the optimiser wants it
+        return tensors["losses"].tolist()
