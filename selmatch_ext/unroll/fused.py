@@ -19,6 +19,7 @@ class FusedStepper:
 
     def __init__(self, model: PrivateModel, steps: list[Step], plan: Plan):
         self.model, self.steps, self.plan = model, steps, plan
+        self.shapes = dict(zip(model.names, model.shapes, strict=True))
         self.filters = {step.rule.weight for step in steps if isinstance(step.rule, Conv)}
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor, wanted: Wanted | None, keep: bool):
@@ -27,7 +28,7 @@ class FusedStepper:
         logits = values[-1].to(theta.dtype)
         check_logits(logits, x, y, self.plan.label_range)
         gradients = self._run_back(p, saved, _logits_gradient(logits, y))
-        kept = [v if isinstance(s.rule, Conv) else None for s, v in zip(self.steps, values, strict=True)]
+        kept = [v if self._is_kept(step) else None for step, v in zip(self.steps, values, strict=True)]
         return self._flat(gradients, theta), kept if keep else None
 
     def derivative(self, theta: Tensor, x: Tensor, y: Tensor, kept, direction: Tensor, wanted: Wanted) -> Derivative:
@@ -48,6 +49,11 @@ class FusedStepper:
             u.whole_tangent().to(theta.dtype) if wanted.images else None,
             of_labels if wanted.labels else None,
         )
+
+    def _is_kept(self, step: Step) -> bool:
+        """The results of convolutions, but for those of a few channels, such as the images': they are quick to redo,
+        and large (in a ConvNet three quarters of it all)."""
+        return isinstance(step.rule, Conv) and self.shapes[step.rule.weight][1] > 4
 
     def _named(self, vector: Tensor) -> Parameters:
         named = dict(zip(self.model.names, self.model.split(vector), strict=True))
