@@ -48,8 +48,7 @@ def _(x, g):
 
 
 def _save(ctx, inputs, output):
-    x, weight, bias, ctx.transposed = inputs
-    ctx.has_bias = bias is not None
+    x, weight, _, ctx.transposed = inputs
     ctx.save_for_backward(x, weight)
 
 
@@ -59,7 +58,7 @@ def _backward(ctx, g):
     gx = torch.ops.selmatch_ext.conv3x3(g, weight, None, not ctx.transposed) if need_x else None
     pair = (g, x) if ctx.transposed else (x, g)
     gw = conv3x3_weight_gradient(*pair) if need_weight else None
-    return gx, gw, g.sum((0, 2, 3)) if ctx.has_bias and need_bias else None, None
+    return gx, gw, g.sum((0, 2, 3)) if need_bias else None, None
 
 
 torch.library.register_autograd("selmatch_ext::conv3x3", _backward, setup_context=_save)
