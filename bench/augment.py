@@ -19,7 +19,7 @@ import torch
 from torchvision import transforms
 
 import selmatch_ext as sm
-from bench.timing import alternate, threads
+from bench.timing import alternate, keep_memory, threads
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "python_tests"))
@@ -97,6 +97,7 @@ def machine() -> dict:
 
 def run(device: str = "cpu") -> dict:
     """Seconds by name and for combined augmentation, and how many times faster the fused operation is."""
+    keep_memory()
     with threads(THREADS):
         cases = _per_name(device)
         combined = _combined(device)

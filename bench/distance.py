@@ -10,7 +10,7 @@ import json
 
 import torch
 
-from bench.timing import alternate, threads
+from bench.timing import alternate, keep_memory, threads
 from selmatch_ext import trajectory_distance
 
 PARAMETERS = 10_000_000
@@ -41,6 +41,7 @@ def _case(shapes, dtype, device):
 
 def run(device: str = "cpu") -> dict:
     """Seconds by case ("flat" or a list of 100 tensors of the same total, by dtype) and how many times faster."""
+    keep_memory()
     cases = {}
     with threads(THREADS):
         for name, shapes in SHAPES.items():

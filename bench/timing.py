@@ -1,6 +1,8 @@
 """Timing things against one another in one run, so that what else the machine does meets all of them."""
 
+import ctypes
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -17,6 +19,15 @@ def threads(count: int):
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def keep_memory() -> None:
+    """Lets this process keep the memory that it frees (glibc). As it is, the kernel clears fresh pages for every result
+    of some megabytes, ours and the other's, and that takes longer, and varies more, than what is to be measured."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def alternate(

@@ -146,6 +146,16 @@ def test_sums_are_taken_in_double():
     assert value.item() == pytest.approx((1 + 1e6 * 1e-8) / 1_000_001, rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradient_larger_than_the_caches(dtype):
+    """It is written past them; of odd lengths, and inputs that begin anywhere in memory."""
+    sizes = [2_100_003, 2_200_001]
+    lists = [[x[1:] for x in xs] for xs in make([(n,) for n in sizes], dtype, requires_grad=False)]
+    student = [x.requires_grad_() for x in lists[0]]
+    got, want = (torch.autograd.grad(f(*lists), student) for f in (trajectory_distance, reference.trajectory_distance))
+    torch.testing.assert_close(got, want, rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=0)
+
+
 def test_start_equal_to_target():
     target = torch.ones(3)
     assert trajectory_distance(torch.zeros(3), target, target).isinf()

@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <numeric>
 #include <tuple>
 
 #include "distance/distance_loops.h"
@@ -28,7 +29,8 @@ std::vector<Chunk> cut(const std::vector<DistancePiece<T>>& pieces) {
   return chunks;
 }
 
-constexpr int64_t kGrain = 4;  // chunks that are worth a thread
+constexpr int64_t kStreamedBytes = 16 << 20;  // of a gradient that goes past the caches
+constexpr int64_t kGrain = 4;                 // chunks that are worth a thread
 
 template <typename T>
 DistanceSums sum_chunks(const std::vector<DistancePiece<T>>& pieces) {
@@ -79,9 +81,11 @@ std::vector<at::Tensor> trajectory_distance_backward_cpu(const at::Tensor& grad,
     const auto weights = distance_weights<scalar_t>(*grad.const_data_ptr<scalar_t>(), total[0], total[1]);
     const auto pieces = tensors.pieces<scalar_t>();
     const std::vector<Chunk> chunks = cut(pieces);
+    const int64_t elements = std::accumulate(tensors.sizes.begin(), tensors.sizes.end(), int64_t{0});
+    const bool streamed = elements * static_cast<int64_t>(sizeof(scalar_t)) > kStreamedBytes;
     at::parallel_for(0, static_cast<int64_t>(chunks.size()), kGrain, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        distance_gradient(pieces[chunks[i].piece], chunks[i].begin, chunks[i].end, weights);
+        distance_gradient(pieces[chunks[i].piece], chunks[i].begin, chunks[i].end, weights, streamed);
       }
     });
   });

@@ -1,6 +1,10 @@
 // The CPU's loops over a part of a piece. They need nothing of torch, so the kernel emulation test uses them as well.
 #pragma once
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #include "distance/distance.h"
 
 // The widest vectors that the machine has, chosen when the library is loaded (ThreadSanitizer starts too late for
@@ -66,10 +70,35 @@ SELMATCH_CLONES inline DistanceSums distance_sums(const double* student, const d
   return distance_sums_loop(student, start, target, size);
 }
 
-// The common case has a loop of its own, which vectorises.
+// student_grad = weight (student - target), past the caches, where a line that is to be overwritten would first
+// be read. The gradient is a fresh tensor and `begin` the beginning of a chunk, so that both are aligned.
 template <typename T>
-void distance_gradient(const DistancePiece<T>& piece, int64_t begin, int64_t end, DistanceWeights<T> weights) {
+void stream_student_gradient(const DistancePiece<T>& piece, int64_t begin, int64_t end, T weight) {
+  int64_t i = begin;
+#ifdef __SSE2__
+  typedef T Lanes __attribute__((vector_size(16), aligned(sizeof(T))));
+  constexpr int kLanes = 16 / sizeof(T);
+  for (; i + kLanes <= end; i += kLanes) {
+    const Lanes student = *reinterpret_cast<const Lanes*>(piece.student + i);
+    const Lanes target = *reinterpret_cast<const Lanes*>(piece.target + i);
+    const Lanes gradient = weight * (student - target);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(piece.student_grad + i), reinterpret_cast<__m128i>(gradient));
+  }
+  _mm_sfence();
+#endif
+  for (; i < end; ++i) {
+    piece.student_grad[i] = weight * (piece.student[i] - piece.target[i]);
+  }
+}
+
+// The common case has loops of its own, which vectorise. streamed: the gradients are larger than the caches.
+template <typename T>
+void distance_gradient(const DistancePiece<T>& piece, int64_t begin, int64_t end, DistanceWeights<T> weights,
+                       bool streamed) {
   if (piece.start_grad == nullptr && piece.target_grad == nullptr) {
+    if (streamed) {
+      return stream_student_gradient(piece, begin, end, weights.student);
+    }
     for (int64_t i = begin; i < end; ++i) {
       piece.student_grad[i] = weights.student * (piece.student[i] - piece.target[i]);
     }

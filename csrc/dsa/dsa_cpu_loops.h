@@ -5,6 +5,7 @@
 template <typename T>
 struct Vectors {
   typedef T lanes __attribute__((vector_size(SELMATCH_DSA_LANES), aligned(sizeof(T))));
+  typedef int bits __attribute__((vector_size(SELMATCH_DSA_LANES), aligned(sizeof(T)), may_alias));
   typedef T pixel __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T))));  // 4 channels of one pixel
 };
 
@@ -117,9 +118,16 @@ struct Loops {
 
   static void copy(const T* src, T* dst, int64_t count) { std::memcpy(dst, src, count * sizeof(T)); }
 
+  // Without the barriers compilers make this a call of memset, which costs more than the few numbers of a row.
   static void clear(T* dst, int64_t count) {
-    for (int64_t p = 0; p < count; ++p) {
+    int64_t p = 0;
+    for (; p + kLanes <= count; p += kLanes) {
+      lanes(dst + p) = Lanes{};
+      asm volatile("" ::: "memory");
+    }
+    for (; p < count; ++p) {
       dst[p] = 0;
+      asm volatile("" ::: "memory");
     }
   }
 
@@ -146,12 +154,28 @@ struct Loops {
     }
   }
 
+  // Every number is written once: calls for parts of rows, or lines written again, cost as much as all the copying.
   void box(const DsaStep<T>& step, const T* src, T* dst) const {
-    copy(src, dst, channels * plane);
+    T *all = scratch.row, *outside = all + width;
+    std::memset(all, 0xff, 2 * width * sizeof(T));
+    std::memset(outside + step.i[2], 0, (step.i[3] - step.i[2]) * sizeof(T));
     for (int c = 0; c < channels; ++c) {
-      for (int i = step.i[0]; i < step.i[1]; ++i) {
-        clear(dst + c * plane + static_cast<int64_t>(i) * width + step.i[2], step.i[3] - step.i[2]);
+      for (int i = 0; i < height; ++i, src += width, dst += width) {
+        copy_where(i < step.i[0] || i >= step.i[1] ? all : outside, src, dst);
       }
+    }
+  }
+
+  // A row, with zeros where `keep` has no bits.
+  void copy_where(const T* keep, const T* src, T* dst) const {
+    using Bits = typename Vectors<T>::bits;
+    int j = 0;
+    for (; j + kLanes <= width; j += kLanes) {
+      *reinterpret_cast<Bits*>(dst + j) =
+          *reinterpret_cast<const Bits*>(src + j) & *reinterpret_cast<const Bits*>(keep + j);
+    }
+    for (; j < width; ++j) {
+      dst[j] = keep[j] == T(0) ? T(0) : src[j];  // all bits are a NaN
     }
   }
 

@@ -182,7 +182,7 @@ void test_distance(const std::string& name, const std::vector<int64_t>& sizes, i
   distance_gradient_cuda(gpu.pieces, &grad, sums, nullptr);
   const DistanceWeights<T> weights = distance_weights<T>(grad, sums[0], sums[1]);
   for (const DistancePiece<T>& piece : cpu.pieces) {
-    distance_gradient(piece, 0, piece.size, weights);
+    distance_gradient(piece, 0, piece.size, weights, false);
   }
   bool good = true;
   for (size_t i = 0; i < gpu.memory.size(); ++i) {

@@ -26,10 +26,6 @@ def trajectory_distance(
     lists = [_tensors("student", student), _tensors("start", start), _tensors("target", target)]
     if not lists[0]:
         raise ValueError("student has no tensors")
-    for name, tensors in zip(("start", "target"), lists[1:], strict=True):
-        for tensor in tensors:
-            if tensor.device != lists[0][0].device:
-                raise ValueError(f"{name} has a tensor on {tensor.device}, student is on {lists[0][0].device}")
     return torch.ops.selmatch_ext.trajectory_distance(*lists)[0]
 
 
@@ -42,6 +38,10 @@ def _tensors(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 @torch.library.register_fake("selmatch_ext::trajectory_distance")
 def _(student, start, target):
+    for name, tensors in (("start", start), ("target", target)):
+        for tensor in tensors:
+            if tensor.device != student[0].device:
+                raise ValueError(f"{name} has a tensor on {tensor.device}, student is on {student[0].device}")
     return student[0].new_empty(()), student[0].new_empty((2,), dtype=torch.float64)
 
 

@@ -27,9 +27,9 @@ class Augmentation(NamedTuple):
     ops: (R, L) uint8, the operations applied in order: 0 nothing, 1 colour, 2 shift, 3 zero box, 4 flip of the columns,
         5 affine map.
     params: (R, L, 4) float32 or float64: colour (brightness b, saturation s, contrast c, unused); shift (ty, tx):
-        out[i, j] = x[i + ty, j + tx], 0 outside; box (first row, end row, first column, end column); affine
-        (a, b, c, d): bilinear sampling through [[a, b, 0], [c, d, 0]] in normalised coordinates, align_corners=True,
-        zeros outside.
+        out[i, j] = x[i + ty, j + tx], 0 outside; box (first row, end row, first column, end column), which may reach
+        beyond the image; affine (a, b, c, d): bilinear sampling through [[a, b, 0], [c, d, 0]] in normalised
+        coordinates, align_corners=True, zeros outside.
     R is the batch size, or 1: then every image gets the same operations.
     """
 
@@ -108,14 +108,12 @@ class _Reseeded(_Stream):
         return generator
 
 
-def _column(code: int | Tensor, like: Tensor, *values: Tensor | float) -> tuple[Tensor, Tensor]:
-    """One column of a table: codes (R,) uint8 and params (R, 4)."""
-    params = like.new_zeros((like.shape[0], 4))
-    for index, value in enumerate(values):
-        params[:, index] = value
-    codes = (
-        code if isinstance(code, Tensor) else torch.full((like.shape[0],), code, dtype=torch.uint8, device=like.device)
-    )
+def _column(code: int | Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
+    """One column of a table, in as few calls as can be: codes (R,) uint8 and params (R, 4) from one to four (R,)."""
+    params = torch.stack(values, dim=1)
+    if len(values) < 4:
+        params = torch.nn.functional.pad(params, (0, 4 - len(values)))
+    codes = code if isinstance(code, Tensor) else params.new_full((len(params),), code, dtype=torch.uint8)
     return codes, params
 
 
@@ -123,12 +121,11 @@ def _color(draw: _Stream, size: tuple[int, int], param: ParamDiffAug) -> tuple[T
     brightness = (draw.uniform(draw.device, draw.dtype) - 0.5) * param.brightness
     saturation = draw.uniform(draw.device, draw.dtype) * param.saturation
     contrast = draw.uniform(draw.device, draw.dtype) + param.contrast
-    return _column(COLOR, brightness, brightness, saturation, contrast)
+    return _column(COLOR, brightness, saturation, contrast)
 
 
 def _shift(draw: _Stream, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    down = draw.integers(-rows, rows).float()
-    return _column(SHIFT, down, down, draw.integers(-columns, columns))
+    return _column(SHIFT, draw.integers(-rows, rows), draw.integers(-columns, columns))
 
 
 def _crop(draw: _Stream, size: tuple[int, int], param: ParamDiffAug) -> tuple[Tensor, Tensor]:
@@ -140,29 +137,27 @@ def _cutout(draw: _Stream, size: tuple[int, int], param: ParamDiffAug) -> tuple[
     for side in size:
         box = int(side * param.ratio_cutout + 0.5)
         centre = draw.integers(0, side - box % 2)
-        if box == 0:
-            bounds += [torch.zeros_like(centre)] * 2
-        else:
-            first = centre - box // 2
-            bounds += [first.clamp(0, side - 1), (first + box - 1).clamp(0, side - 1) + 1]
-    return _column(BOX, bounds[0].float(), *bounds)
+        first = centre - box // 2
+        bounds += [first, first + box]
+    return _column(BOX, *bounds)
 
 
 def _flip(draw: _Stream, size: tuple[int, int], param: ParamDiffAug) -> tuple[Tensor, Tensor]:
-    flipped = draw.uniform(draw.device) < param.prob_flip
-    return _column(flipped.to(torch.uint8) * FLIP, flipped.float())
+    flipped = (draw.uniform(draw.device) < param.prob_flip).to(torch.uint8)
+    return _column(flipped * FLIP, flipped)
 
 
 def _scale(draw: _Stream, size: tuple[int, int], param: ParamDiffAug) -> tuple[Tensor, Tensor]:
     low = 1.0 / param.ratio_scale
     width = draw.uniform(draw.affine_device) * (param.ratio_scale - low) + low
     height = draw.uniform(draw.affine_device) * (param.ratio_scale - low) + low
-    return _column(AFFINE, width, width, 0.0, 0.0, height)
+    none = torch.zeros_like(width)
+    return _column(AFFINE, width, none, none, height)
 
 
 def _rotate(draw: _Stream, size: tuple[int, int], param: ParamDiffAug) -> tuple[Tensor, Tensor]:
     angle = (draw.uniform(draw.affine_device) - 0.5) * 2 * param.ratio_rotate / 180 * math.pi
-    return _column(AFFINE, angle, angle.cos(), (-angle).sin(), angle.sin(), angle.cos())
+    return _column(AFFINE, angle.cos(), (-angle).sin(), angle.sin(), angle.cos())
 
 
 _COLUMNS: dict[str, Callable] = {
