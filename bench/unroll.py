@@ -47,6 +47,7 @@ RUNS = {
     "bfloat16, keep": partial(unrolled_sgd, engine="fused", precision="bfloat16", keep="activations"),
     "TESLA": partial(unrolled_sgd, engine="fused", gradient="tesla"),
 }
+GRAPHS = {"fused, CUDA graphs": partial(unrolled_sgd, engine="fused", cuda_graphs=True)}  # on a GPU alone
 STEPS = {FULL: (4, 8, 32), "autograd": (4, 32), FUSED: (4, 8, 32), "fused, keep": (4, 32), "bfloat16": (4, 32)}
 EXACT = (FULL, FUSED, "bfloat16", "TESLA")  # what is kept changes nothing
 
@@ -111,7 +112,8 @@ def _fresh_peak(network, name, steps, device):
 def _seconds(network, device):
     """Seconds per inner step of each run, the runs taking turns in this process."""
     problem = Problem(network, device)
-    calls = {name: partial(problem.step, run, TIMED_STEPS) for name, run in RUNS.items()}
+    runs = RUNS | (GRAPHS if torch.device(device).type == "cuda" else {})
+    calls = {name: partial(problem.step, run, TIMED_STEPS) for name, run in runs.items()}
     with threads(THREADS):
         return {name: s / TIMED_STEPS for name, s in alternate(calls, repeats=4, warmup=1).items()}
 

@@ -137,6 +137,8 @@ class Matching:
     keep: Literal["nothing", "activations"] = "nothing"
     """activations is faster, and its memory grows with inner_steps."""
     precision: Precision = "float32"
+    cuda_graphs: bool = False
+    """Replay each student update from a CUDA graph; GPU with the fused engine only."""
     max_loss: float = 100.0
     """A matching loss above this stops the run: 1 is the distance between the expert's start and target."""
     experts_per_iteration: int = 1

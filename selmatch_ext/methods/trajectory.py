@@ -62,6 +62,7 @@ def matching_loss(
         keep=settings.keep,
         gradient=settings.gradient,
         precision=settings.precision,
+        cuda_graphs=settings.cuda_graphs,
     )
     return trajectory_distance(student, start, target)
 

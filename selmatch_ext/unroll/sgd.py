@@ -9,6 +9,7 @@ from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.unroll.adjoint import Plan, Stepper, unroll
 from selmatch_ext.unroll.autograd import AutogradStepper, PrivateModel
 from selmatch_ext.unroll.fused import FusedStepper
+from selmatch_ext.unroll.graphs import CudaRecorder, GraphedStepper
 from selmatch_ext.unroll.program import Unsupported, read
 
 ENGINES = ("auto", "fused", "autograd")
@@ -30,6 +31,7 @@ def unrolled_sgd(
     keep="nothing",
     gradient="exact",
     precision="float32",
+    cuda_graphs=False,
 ):
     """Parameters after N steps of plain SGD from `start` on batches of `images`: a differentiable function.
 
@@ -38,7 +40,7 @@ def unrolled_sgd(
     dataset distillation by matching training trajectories (MTT, arXiv 2203.11932, section 3.2).
 
     The gradient is that of autograd through all N steps, but only the N parameter vectors are kept: the backward pass
-    is the adjoint recursion, which needs the graph of one step at a time.
+    is the adjoint recursion, which needs the graph of one step at a time, or none where the fused engine runs.
 
     `model` is never changed: a private copy of it runs, in train mode, so that BatchNorm uses batch statistics. Every
     step starts from the buffers that the model has now. All its parameters are trained, whatever their
@@ -54,20 +56,24 @@ def unrolled_sgd(
         batches: N index tensors, each (B_i,) integers in [0, n), not empty; an image may occur any number of times.
         lr: learning rate, 0-d or (N,) floating tensor, or a number.
         augmentations: None, or N results of `sample_augmentation`, one a step.
-        engine: "autograd" (any module) or "auto", which picks the fastest that can run the model. "fused" has no
-            implementation in this version.
-        keep: "nothing" recomputes each step in the backward pass; "activations" keeps every step's graph from the
-            forward pass instead: faster, same gradient, memory grows with N.
+        engine: "fused" (networks of known operations, on the CPU and CUDA; float32, float64 and bfloat16), "autograd"
+            (any module), or "auto": fused where it can run the model, else autograd. `explain_engine` says which.
+        keep: "nothing" recomputes each step in the backward pass; "activations" keeps from the forward pass what is
+            dear to recompute: faster, same gradient, memory grows with N. Autograd keeps every step's graph, the fused
+            engine the results of convolutions, except of those with 4 input channels or fewer, such as the images'.
         gradient: "exact", or "tesla": the estimate of TESLA (arXiv 2211.10586), which holds theta_i fixed.
-        precision: "float32" (everything in the dtype of start), "tf32" (GPU only), or "bfloat16" (the model's
-            convolutions and products in bfloat16, parameters and updates in the dtype of start).
+        precision: "float32" (everything in the dtype of start), "tf32" (GPU only: TF32 in convolutions and products),
+            or "bfloat16" (fused: convolutions and what lies between them in bfloat16, linear layers in the dtype of
+            start; autograd: torch's autocast; both: parameters, logits, loss and updates in the dtype of start).
+        cuda_graphs: replay each step from a CUDA graph: fewer launches, same numbers; GPU with the fused engine only;
+            not yet run on a GPU. Graphs are captured anew in each call, so it takes more than a few steps to pay.
 
     Returns:
         (P,) the parameters after N steps.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, device, shape, length or range; it is named.
-        NotImplementedError: engine="fused".
+        NotImplementedError: engine="fused" for a network that it cannot run; the message names the operation.
     """
     _check_choices(engine, keep, gradient, precision)
     _check_tensors(model, start, images)
@@ -80,7 +86,9 @@ def unrolled_sgd(
     if precision == "tf32" and start.device.type != "cuda":
         raise ValueError(f'precision="tf32" needs CUDA tensors, start is on {start.device}')
     plan = Plan(batches, augmentations, label_range, keep, gradient, precision)
-    stepper = _choose(model, start, images, plan, engine)
+    stepper, choice = _choose(model, start, images, plan, engine)
+    if cuda_graphs:
+        stepper = _graphed(stepper, choice, start.device)
     return unroll(stepper, start, images, labels, _learning_rates(lr, len(batches), start), plan)
 
 
@@ -119,16 +127,25 @@ def _read(private, images):
     return steps, Engine("fused", f"all {len(steps)} operations of the network have a rule")
 
 
-def _choose(model, start, images, plan, engine) -> Stepper:
+def _choose(model, start, images, plan, engine) -> tuple[Stepper, Engine]:
     private = PrivateModel(model, start)
     if engine == "autograd":
-        return AutogradStepper(private, plan)
+        return AutogradStepper(private, plan), Engine("autograd", "it was asked for")
     steps, choice = _read(private, images)
     if steps is not None:
-        return FusedStepper(private, steps, plan)
+        return FusedStepper(private, steps, plan), choice
     if engine == "fused":
         raise NotImplementedError(f'engine="fused" cannot run this network: {choice.reason}; use engine="auto"')
-    return AutogradStepper(private, plan)
+    return AutogradStepper(private, plan), choice
+
+
+def _graphed(stepper, choice, device) -> Stepper:
+    """The step functions of the fused engine as CUDA graphs. (Autograd's may draw random numbers.)"""
+    if choice.name != "fused":
+        raise ValueError(f"cuda_graphs=True needs the fused engine, this call runs on {choice}")
+    if device.type != "cuda":
+        raise ValueError(f"cuda_graphs=True needs CUDA tensors, start is on {device}")
+    return GraphedStepper(stepper, CudaRecorder(device))
 
 
 def _check_choices(engine, keep, gradient, precision):
