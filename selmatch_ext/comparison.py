@@ -72,24 +72,21 @@ class Entry:
 def entries() -> list[Entry]:
     """The lines of the table."""
     data = {"model": MODEL, "batch_real": 64}
-    matching = {
-        "strategy": STRATEGY,
-        "expert_epochs": 2,
-        "max_start_epoch": 14,
-        "inner_steps": 12,
-        "batch_syn": 50,
-        "lr_init": 0.1,
-    }
+    matching = {"strategy": STRATEGY, "iterations": 200, "expert_epochs": 2, "max_start_epoch": 8}
+    matching |= {"inner_steps": 20, "batch_syn": 50, "lr_images": 100.0, "lr_init": 0.1}
+    one = {**matching, "ipc": 1, "max_start_epoch": 6, "lr_init": 0.05}
+    ten = {**matching, "ipc": 10}
+    mtt = {1: one, 10: {**ten, "iterations": 300, "lr_images": 30.0}}
+    datm = {1: {**one, "first_max_start_epoch": 3}, 10: {**ten, "first_max_start_epoch": 7, "max_start_epoch": 14}}
     rows = []
     for ipc, outer_loop, inner_loop, iterations in ((1, 1, 1, 150), (10, 4, 10, 40)):
         loops = {"outer_loop": outer_loop, "inner_loop": inner_loop, "iterations": iterations}
-        trajectory = {"ipc": ipc, "iterations": 150, "lr_images": 100.0 if ipc == 1 else 30.0, **matching}
         rows += [
             Entry("dc", ipc, DCSettings(ipc=ipc, lr_images=1.0, start="real", **loops, **data)),
             Entry("dsa", ipc, DSASettings(ipc=ipc, lr_images=1.0, strategy=STRATEGY, **loops, **data)),
             Entry("dm", ipc, DMSettings(ipc=ipc, iterations=300, lr_images=5.0, strategy=STRATEGY, **data)),
-            Entry("mtt", ipc, MTTSettings(**trajectory)),
-            Entry("datm", ipc, DATMSettings(**{**trajectory, "first_max_start_epoch": 7, "lr_labels": 1.0})),
+            Entry("mtt", ipc, MTTSettings(**mtt[ipc])),
+            Entry("datm", ipc, DATMSettings(**datm[ipc], lr_labels=0.1)),
         ]
     unrolled = {"steps": 1, "batch_real": 256, "lr_init": 0.2, "lr": 0.05}
     known = DDSettings(model="MLP", init="known", epochs=5, passes=200, halve_every=70, **unrolled)
@@ -97,7 +94,7 @@ def entries() -> list[Entry]:
     rows += [
         Entry("dd", 1, known),
         Entry("dd", 10, DDSettings(model=MODEL, init="loaded", objective="attack", test_networks=2, **attack)),
-        Entry("selmatch", WINDOW.ipc, Matching(iterations=150, lr_images=30.0, **matching)),
+        Entry("selmatch", WINDOW.ipc, Matching(**matching)),
     ]
     return rows
 
