@@ -184,14 +184,30 @@ def test_operators_are_registered_completely():
     checks(torch.ops.selmatch_ext.block_dual_backward.default, arguments)
 
 
+@pytest.mark.parametrize("size", [(0, 4, 6, 6), (2, 4, 0, 6), (2, 4, 6, 0), (2, 0, 4, 4)], ids=str)
 @pytest.mark.parametrize("norm", NORMS)
-def test_empty_batch(norm):
-    case = Case(norm, "relu", "average", (2, 4, 6, 6), torch.float32)
-    z = case.z[:0]
-    y, stats = ops.block_forward(z, *case.given(case.parameters), case.kind)
-    assert y.shape == (0, 4, 3, 3)
-    gz, *gradients = ops.block_backward(y, z, stats, *case.given(case.parameters), case.kind)
+def test_empty_tensors(norm, size, device):
+    kind = BlockKind(NORMS[norm][0], 1, 1e-5, *ACTIVATIONS["relu"], ops.AVERAGE_POOL)
+    z = torch.zeros(size, device=device)
+    shape = size[1:] if norm == "layer" else size[1:2]
+    affine = (None, None) if norm == "none" else (torch.ones(shape, device=device), torch.zeros(shape, device=device))
+    y, stats = ops.block_forward(z, *affine, kind)
+    assert y.shape == (*size[:2], size[2] // 2, size[3] // 2) and (stats == 0).all()
+    gz, *gradients = ops.block_backward(y, z, stats, *affine, kind)
     assert gz.shape == z.shape and all((g == 0).all() for g in gradients)
+    both, stats = ops.block_dual_forward(z, z, None, *affine, *affine, kind)
+    assert both.shape == (2 * len(y), *y.shape[1:]) and (stats == 0).all()
+    both, *gradients = ops.block_dual_backward(y, y, None, z, z, None, stats, *affine, *affine, kind)
+    assert both.shape == (2 * len(z), *size[1:]) and all((g == 0).all() for g in gradients)
+
+
+def test_the_gradient_cannot_be_differentiated_again():
+    case = Case("batch", "swish", "average", (2, 4, 6, 6), torch.float64)
+    inputs = [t.requires_grad_() for t in (case.z, *case.parameters)]
+    gradients = torch.autograd.grad(ops.block(*inputs, case.kind).square().sum(), inputs, create_graph=True)
+    for gradient in gradients:
+        with pytest.raises(RuntimeError, match="gradient of block cannot be differentiated again"):
+            gradient.sum().backward(retain_graph=True)
 
 
 def test_bad_input():
@@ -214,3 +230,14 @@ def test_bad_input():
         ops.block_backward(case.z, case.z, stats, gamma, beta, case.kind)
     with pytest.raises(ValueError, match="stats must have shape"):
         ops.block_backward(case.g, case.z, stats[:1], gamma, beta, case.kind)
+    with pytest.raises(TypeError, match="stats must be float, got Double"):
+        ops.block_backward(case.g, case.z, stats.double(), gamma, beta, case.kind)
+    if torch.cuda.is_available():
+        with pytest.raises(ValueError, match="stats is on cuda:0, z on cpu"):
+            ops.block_backward(case.g, case.z, stats.cuda(), gamma, beta, case.kind)
+    plain = case.kind._replace(norm=ops.NO_NORM)
+    for parameters in ((gamma, None), (None, beta)):
+        with pytest.raises(ValueError, match="gamma and beta need a norm"):
+            ops.block_forward(case.z, *parameters, plain)
+        with pytest.raises(ValueError, match="gamma_t and beta_t need a norm"):
+            ops.block_dual_forward(case.z, case.zt, None, None, None, *parameters, plain)

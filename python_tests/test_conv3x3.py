@@ -78,7 +78,32 @@ def test_operators_are_registered_completely():
     arguments = (x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), False)
     torch.library.opcheck(torch.ops.selmatch_ext.conv3x3.default, arguments)
     torch.library.opcheck(torch.ops.selmatch_ext.conv3x3.default, (g, weight, None, True))
-    torch.library.opcheck(torch.ops.selmatch_ext.conv3x3_weight_gradient.default, (x.detach(), g))
+    torch.library.opcheck(torch.ops.selmatch_ext.conv3x3_weight_gradient.default, (x, g.requires_grad_()))
+
+
+@pytest.mark.parametrize("needed", ["xw", "x", "w"])
+def test_second_derivatives(needed):
+    x, weight, bias, g = tensors(2, 32, 32, 3, 4, torch.float64)
+    inputs = (x.requires_grad_("x" in needed), weight.requires_grad_("w" in needed), bias.requires_grad_())
+    gradgradcheck = torch.autograd.gradgradcheck
+    assert gradgradcheck(conv3x3, inputs, fast_mode=True)
+    g.requires_grad_("x" in needed)
+    assert gradgradcheck(conv3x3_input_gradient, (g, weight), fast_mode=True)
+    for function in (torch.autograd.gradcheck, gradgradcheck):
+        x.requires_grad_("w" in needed)
+        assert function(conv3x3_weight_gradient, (x, g), fast_mode=True)
+
+
+def test_second_derivatives_equal_those_of_the_direct_convolution():
+    x, weight, bias, g = tensors(3, 32, 64, 5, 7, torch.float64)
+    results = []
+    for convolve in (conv3x3, lambda *inputs: F.conv2d(*inputs, padding=1)):
+        inputs = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        y = convolve(*inputs)
+        first = torch.autograd.grad((y * y.tanh() * g).sum(), inputs, create_graph=True)
+        results.append(torch.autograd.grad(sum(d.sin().sum() for d in first), inputs))
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() <= 1e-12 * b.norm()
 
 
 def test_what_suits():

@@ -120,6 +120,146 @@ def test_classes_that_are_not_ours(make):
     assert_near(problem.gradients(unrolled_sgd, engine="fused"), expected, 1e-10)
 
 
+class Small(nn.Module):
+    """A network around one function of it and the images, whose result is a map."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.first, self.second = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+        self.apart = nn.Conv2d(3, 3, 4, stride=4)
+        self.relu = nn.ReLU(inplace=True)
+        self.flat, self.out = nn.Linear(3 * 8 * 8, 3), nn.Linear(3, CLASSES)
+
+    def forward(self, x):
+        return self.out(self.function(self, x).mean((2, 3)))
+
+
+def statement(model, x):
+    h = model.first(x)
+    F.relu(h, inplace=True)
+    return model.second(h)
+
+
+def module_as_statement(model, x):
+    h = model.first(x)
+    model.relu(h)
+    return model.second(h)
+
+
+def method_as_statement(model, x):
+    h = model.first(x)
+    h.add_(x)
+    return model.second(h)
+
+
+def unknown_method_as_statement(model, x):
+    h = model.first(x)
+    h.mul_(2)
+    return model.second(h)
+
+
+def read_again(model, x):
+    h = model.first(x)
+    return model.second(F.relu(h, inplace=True)) + h
+
+
+def read_again_positional(model, x):
+    h = model.first(x)
+    return model.second(F.leaky_relu(h, 0.1, True)) + h
+
+
+def through_a_view(model, x):
+    h = model.first(x)
+    F.relu(h.flatten(1), inplace=True)
+    return model.second(h)
+
+
+def through_another_name(model, x):
+    other = h = model.first(x)
+    h += x
+    return model.second(h) + other
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(statement, module_as_statement, method_as_statement, unknown_method_as_statement),
+        *(read_again, read_again_positional, through_a_view, through_another_name),
+    ],
+)
+def test_operations_in_place_that_are_seen_elsewhere_fall_back(function):
+    torch.manual_seed(0)
+    problem = Problem(Small(function))
+    assert sm.explain_engine(problem.model, problem.images).name == "autograd"
+    assert_near(problem.gradients(unrolled_sgd), problem.gradients(unrolled_sgd_full_graph), 1e-10)
+
+
+def used_once(model, x):
+    h = model.first(x)
+    h += x
+    return F.relu(model.second(model.relu(h)), True)
+
+
+def read_before(model, x):
+    h = model.first(x)
+    total = h + x
+    return model.second(F.relu(h, inplace=True)) + total
+
+
+def images_twice(model, x):
+    return model.first(x) + x + model.second(F.relu(x))
+
+
+def averaged_images(model, x):
+    return model.apart(x) + F.avg_pool2d(x, 4)
+
+
+class FlatImages(Small):
+    def forward(self, x):
+        x, flat = self.first(x), x.flatten(1)
+        return self.out(x.mean((2, 3)) + self.flat(flat) + self.flat(F.relu(flat)))
+
+
+@pytest.mark.parametrize("function", [used_once, read_before, images_twice, averaged_images, None])
+def test_sums_with_the_images_and_harmless_operations_in_place(function):
+    torch.manual_seed(0)
+    problem = Problem(Small(function) if function else FlatImages(None))
+    expected = problem.gradients(unrolled_sgd_full_graph)
+    for keep in ("nothing", "activations"):
+        assert_near(problem.gradients(unrolled_sgd, engine="fused", keep=keep), expected, 1e-10)
+
+
+NORMS_WITHOUT_PARAMETERS = {
+    "batch": lambda: nn.BatchNorm2d(8, affine=False),
+    "batch without statistics": lambda: nn.BatchNorm2d(8, affine=False, track_running_stats=False),
+    "instance": lambda: nn.InstanceNorm2d(8),
+    "instance with statistics": lambda: nn.InstanceNorm2d(8, track_running_stats=True),
+    "group": lambda: nn.GroupNorm(2, 8, affine=False),
+    "layer": lambda: nn.LayerNorm([8, 8, 8], elementwise_affine=False),
+    "layer without bias": lambda: nn.LayerNorm([8, 8, 8], bias=False),
+}
+
+
+@pytest.mark.parametrize("make", NORMS_WITHOUT_PARAMETERS.values(), ids=NORMS_WITHOUT_PARAMETERS)
+def test_norms_without_parameters(make):
+    torch.manual_seed(0)
+    model = PublicConvNet("instance", "swish", depth=1)
+    model.features[1] = make()
+    problem = Problem(model)
+    expected = problem.gradients(unrolled_sgd_full_graph)
+    assert_near(problem.gradients(unrolled_sgd, engine="fused"), expected, 1e-10)
+
+
+def test_batch_norm_of_one_value_per_channel_is_torchs_error():
+    model = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4, CLASSES))
+    problem = Problem(model)
+    problem.batches = [torch.tensor([0])] * 3
+    for engine in ("autograd", "fused"):
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+            problem.gradients(unrolled_sgd, engine=engine)
+
+
 class Unknown(PublicConvNet):
     def forward(self, x):
         return super().forward(torch.tanh(x))
@@ -150,6 +290,8 @@ FALLBACKS = [
     (lambda: with_layer(nn.MaxPool2d(3, 1, 1)), r"MaxPool2d \(features.3\) with a window of 3"),
     (lambda: with_layer(nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")), "padding_mode 'reflect'"),
     (lambda: with_layer(nn.Softmax2d()), r"Softmax2d \(features.3\)"),
+    (lambda: Small(lambda m, x: torch.mul(m.first(x), other=m.second(x))), "mul with"),
+    (lambda: Small(lambda m, x: F.avg_pool2d(m.first(x), x.size(3))), "avg_pool2d.* with arguments"),
 ]
 
 
@@ -164,6 +306,18 @@ def test_what_has_no_rule_falls_back_and_says_why(make, reason):
     automatic = problem.gradients(unrolled_sgd)
     torch.manual_seed(0)
     assert_near(automatic, problem.gradients(unrolled_sgd, engine="autograd"), 0)
+
+
+def test_explain_engine_checks_what_it_is_given():
+    model, images = network("ConvNetD1W4"), torch.zeros(1, 3, 8, 8)
+    for error, message, arguments in [
+        (TypeError, "model must be a torch.nn.Module, got str", ("ConvNet", images)),
+        (TypeError, "images must be a tensor, got list", (model, [0.0])),
+        (TypeError, "images must be float32 or float64, got torch.uint8", (model, images.byte())),
+        (ValueError, "images must have shape", (model, images[0])),
+    ]:
+        with pytest.raises(error, match=message):
+            sm.explain_engine(*arguments)
 
 
 @pytest.mark.parametrize("name", [name for name in models.names() if name.startswith("ConvNet")])

@@ -9,6 +9,7 @@ from torch import nn
 from selmatch_ext import models
 from selmatch_ext.models import flat
 from selmatch_ext.models.convnet import ConvNetSettings, parse_name
+from selmatch_ext.models.initial import xavier
 
 # Every ConvNet of ordinary width, and of the larger families each feature once: the rest differs in counts alone.
 NETWORKS = [n for n in models.names() if n.startswith("ConvNet") and n not in ("ConvNetW512", "ConvNetW1024")]
@@ -148,6 +149,18 @@ def test_bad_networks(arguments, message):
         pytest.importorskip("timm")
     with pytest.raises(ValueError, match=message):
         models.build(*arguments)
+
+
+def test_xavier_draws_a_shared_parameter_once():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3))
+    model[1].weight = model[0].weight
+    start = xavier(model, seeded())
+    assert start.shape == (flat.parameter_count(model),)
+    parts = flat.unflatten(start, model)
+    draw = seeded()
+    for name in ("0.weight", "2.weight"):
+        assert torch.equal(parts[name], nn.init.xavier_normal_(torch.empty_like(parts[name]), generator=draw))
+    assert not any(parts[f"{i}.bias"].any() for i in range(3))
 
 
 def test_flat_parameters():

@@ -179,11 +179,21 @@ def test_precision_is_only_what_was_asked_for():
         pass
 
 
-@pytest.mark.parametrize("name", ["ConvNetD2W32", "ConvNetD2W32BN", "ConvNetD2W8LNASwishMP"])
+def shared_batch_norm(draw):
+    """BatchNorm without parameters, and two that share theirs: no parameter's name says whose statistics are whose."""
+    norms = torch.nn.BatchNorm2d(8, affine=False), torch.nn.BatchNorm2d(8), torch.nn.BatchNorm2d(8)
+    norms[2].weight, norms[2].bias = norms[1].weight, norms[1].bias
+    model = models.build("ConvNetD3W8BN", 3, 5, 16, generator=draw)
+    for place, norm in zip((1, 5, 9), norms, strict=True):
+        model.features[place] = norm
+    return model
+
+
+@pytest.mark.parametrize("name", ["ConvNetD2W32", "ConvNetD2W32BN", "ConvNetD2W8LNASwishMP", shared_batch_norm])
 def test_fused_kernels_train_the_same(name):
     """Loss, gradients and running statistics of the fast path against those of the module itself."""
     draw = torch.Generator().manual_seed(0)
-    plain = models.build(name, 3, 5, 16, generator=draw)
+    plain = name(draw) if callable(name) else models.build(name, 3, 5, 16, generator=draw)
     copied = copy.deepcopy(plain)
     x, y = torch.randn(12, 3, 16, 16, generator=draw), torch.randint(5, (12,), generator=draw)
     network = fast(copied, x)
@@ -204,12 +214,30 @@ def test_the_fast_path_leaves_what_it_cannot_do_to_the_module():
     assert fast(model, x) is model
     model = models.build("ConvNetD1W8", 3, 5, 8)
     assert fast(model, x.double()) is model and fast(model.eval(), x) is model
+    kept = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.InstanceNorm2d(4, track_running_stats=True))
+    assert fast(kept, x) is kept
+    frozen = models.build("ConvNetD1W8BN", 3, 5, 8)
+    frozen.features[1].eval()
+    assert fast(frozen, x) is frozen
+
+
+def test_batch_norm_of_one_value_per_channel_is_torchs_error():
+    x = torch.randn(1, 3, 8, 8)
+    for statistics in (True, False):
+        norm = torch.nn.BatchNorm2d(4, track_running_stats=statistics)
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 8), norm, torch.nn.Flatten())
+        for run in (model, fast(model, x)):
+            with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+                run(x)
 
 
 def test_bfloat16_on_the_fast_path():
     draw = torch.Generator().manual_seed(0)
     model = models.build("ConvNetD2W32BN", 3, 5, 16, generator=draw)
     x = torch.randn(12, 3, 16, 16, generator=draw)
-    exact, rounded = fast(model, x)(x), fast(model, x, "bfloat16")(x)
+    exact = fast(model, x)(x)
+    with precision_scope("bfloat16", CPU):  # as `train` calls it
+        rounded = fast(model, x, "bfloat16")(x)
     assert rounded.dtype == torch.float32
+    assert torch.equal(rounded, fast(model, x, "bfloat16")(x))
     assert 1e-5 < (exact - rounded).norm() / exact.norm() < 0.05

@@ -213,6 +213,18 @@ def test_odd_module(keep):
     assert gradient.norm() > 0  # the loss moves with it through the distance only
 
 
+@pytest.mark.parametrize("keep", ["nothing", "activations"])
+def test_second_backward_sees_the_same_dropout(keep):
+    problem = Problem(Odd())
+    arguments = problem.model, problem.start, problem.images, problem.labels, problem.batches, problem.lr
+    theta = unrolled_sgd(*arguments, keep=keep)
+    loss, state = (theta - problem.target).square().sum(), torch.get_rng_state()
+    first, second, third = (torch.autograd.grad(loss, problem.images, retain_graph=True)[0] for _ in range(3))
+    torch.testing.assert_close(first, second, rtol=1e-12, atol=0)
+    torch.testing.assert_close(first, third, rtol=1e-12, atol=0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_networks_without_dropout_draw_nothing():
     state = torch.get_rng_state()
     Problem(network("ConvNetD2W8BN")).gradients(unrolled_sgd)
@@ -298,7 +310,7 @@ BAD = [
     (ValueError, "start must have shape", lambda a: a.update(start=a["start"][None])),
     (TypeError, "images must be a tensor", lambda a: a.update(images=None)),
     (TypeError, "images must have the dtype of start", lambda a: a.update(images=a["images"].float())),
-    (TypeError, "images must have the dtype of start", lambda a: a.update(images=torch.zeros(12, 3, 8, 8).byte())),
+    (TypeError, "images must be float32 or float64", lambda a: a.update(images=torch.zeros(12, 3, 8, 8).byte())),
     (ValueError, "images must have shape", lambda a: a.update(images=a["images"][0])),
     (ValueError, "images are on meta", lambda a: a.update(images=a["images"].to("meta"))),
     (

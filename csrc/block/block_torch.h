@@ -38,6 +38,8 @@ class Block {
                       ", got ", options.pool);
     TORCH_CHECK_VALUE(options.groups >= 1 && z.size(1) % options.groups == 0, "block: ", z.size(1),
                       " channels do not divide into ", options.groups, " groups");
+    TORCH_CHECK_VALUE(options.norm != kBlockNoNorm || (!gamma && !beta),
+                      "block: gamma and beta need a norm, and norm is ", kBlockNoNorm);
     TORCH_CHECK_VALUE(z.size(0) == 0 || z.numel() / z.size(0) < (int64_t{1} << 31),
                       "block: images of 2^31 elements or more");
     z_ = z;
@@ -62,6 +64,8 @@ class Block {
   // The tangents that go into the block: of z, in one or two parts, and of gamma and beta (zero where absent).
   void set_tangents(const at::Tensor& zt, const OptionalTensor& zt_more, const OptionalTensor& gamma_t,
                     const OptionalTensor& beta_t) {
+    TORCH_CHECK_VALUE(call.norm != kBlockNoNorm || (!gamma_t && !beta_t),
+                      "block: gamma_t and beta_t need a norm, and norm is ", kBlockNoNorm);
     call.stats_count = kBlockStats;
     call.zt = image("zt", zt, z_.sizes());
     call.zt_more = zt_more ? image("zt_more", *zt_more, z_.sizes()) : nullptr;
@@ -78,14 +82,13 @@ class Block {
 
   // (rows, 2 or 4, channels)
   void set_stats(const at::Tensor& stats) {
-    TORCH_CHECK_VALUE(stats.sizes() == stats_sizes(), "block: stats must have shape ", at::IntArrayRef(stats_sizes()),
-                      ", got ", stats.sizes());
+    check_wide("stats", stats, stats_sizes());
     call.stats = const_cast<void*>(keep(stats.contiguous()).const_data_ptr());
   }
   at::Tensor make_stats() {
-    at::Tensor stats = at::empty(stats_sizes(), options());
-    call.stats = stats.mutable_data_ptr();
-    return stats;
+    made_stats_ = at::empty(stats_sizes(), options());
+    call.stats = made_stats_.mutable_data_ptr();
+    return made_stats_;
   }
 
   // One or two images' worth of memory for each image of z, pooled or not.
@@ -118,8 +121,8 @@ class Block {
   }
 
   void run(BlockRunner runner, int pass) {
-    if (call.batch == 0) {
-      for (at::Tensor* t : {&gamma_grad_, &beta_grad_}) {
+    if (z_.numel() == 0) {
+      for (at::Tensor* t : {&made_stats_, &gamma_grad_, &beta_grad_}) {
         if (t->defined()) {
           t->zero_();
         }
@@ -172,18 +175,22 @@ class Block {
     return keep(tensor.contiguous(at::MemoryFormat::ChannelsLast)).const_data_ptr();
   }
 
+  // Of parameters and statistics.
+  void check_wide(const char* name, const at::Tensor& tensor, at::IntArrayRef sizes) const {
+    TORCH_CHECK_VALUE(tensor.sizes() == sizes, "block: ", name, " must have shape ", sizes, ", got ", tensor.sizes());
+    TORCH_CHECK_TYPE(tensor.scalar_type() == options().dtype(), "block: ", name, " must be ", options().dtype(),
+                     ", got ", tensor.scalar_type());
+    TORCH_CHECK_VALUE(tensor.device() == z_.device(), "block: ", name, " is on ", tensor.device(), ", z on ",
+                      z_.device());
+  }
+
   const void* parameter(const char* name, const OptionalTensor& tensor, double otherwise) {
     if (!tensor) {
       return keep(at::full(parameter_sizes(), otherwise, options())).const_data_ptr();
     }
     const auto expected = call.per_pixel ? std::vector<int64_t>{call.channels, call.height, call.width}
                                          : std::vector<int64_t>{call.channels};
-    TORCH_CHECK_VALUE(tensor->sizes() == expected, "block: ", name, " must have shape ", at::IntArrayRef(expected),
-                      ", got ", tensor->sizes());
-    TORCH_CHECK_TYPE(tensor->scalar_type() == options().dtype(), "block: ", name, " must be ", options().dtype(),
-                     ", got ", tensor->scalar_type());
-    TORCH_CHECK_VALUE(tensor->device() == z_.device(), "block: ", name, " is on ", tensor->device(), ", z on ",
-                      z_.device());
+    check_wide(name, *tensor, expected);
     return keep(call.per_pixel ? tensor->permute({1, 2, 0}).contiguous() : tensor->contiguous()).const_data_ptr();
   }
 
@@ -192,7 +199,7 @@ class Block {
     return kept_.back();
   }
 
-  at::Tensor z_, gamma_grad_, beta_grad_;
+  at::Tensor z_, made_stats_, gamma_grad_, beta_grad_;
   std::vector<at::Tensor> kept_;  // what the call points into
 };
 

@@ -16,9 +16,13 @@ def fast(model: nn.Module, x: Tensor, precision: str = "float32"):
     faster: or `model` itself where x is not on the CPU or the fused engine has no rule for one of its operations.
 
     x: (B, C, H, W) float32, as it will be called with. precision: "bfloat16" has convolutions and activations in
-    bfloat16, and statistics, sums, parameters and the last layer in float32. BatchNorm keeps its running statistics.
+    bfloat16, and statistics, sums, parameters and the last layer in float32, whatever autocast is around the call.
+    BatchNorm keeps its running statistics; a network with an InstanceNorm that keeps some is not for this.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not model.training:
+    modules = list(model.modules())
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not all(m.training for m in modules):
+        return model
+    if any(isinstance(m, nn.InstanceNorm2d) and m.track_running_stats for m in modules):
         return model
     try:
         steps = read(model)
@@ -31,31 +35,25 @@ class _Fast:
     def __init__(self, model: nn.Module, steps: list[Step], dtype: torch.dtype):
         self.steps, self.dtype = steps, dtype
         self.parameters = dict(model.named_parameters())
-        modules = dict(model.named_modules())
-        self.running = [modules[self._owner(step)] if self._keeps_statistics(step) else None for step in steps]
 
     def __call__(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
         filters = {step.rule.weight for step in self.steps if isinstance(step.rule, Conv)}
         p = {name: t.to(self.dtype) if name in filters else t for name, t in self.parameters.items()}
         values: list[Tensor] = []
-        for step, running in zip(self.steps, self.running, strict=True):
+        for step in self.steps:
             inputs = [x.to(self.dtype) if j < 0 else values[j] for j in step.inputs]
             if isinstance(step.rule, Add):
                 values.append(inputs[0] + inputs[1])
                 continue
             value, saved = step.rule.forward(p, inputs[0])
-            if running is not None:
-                _update(running, saved[0], saved[1].detach())
+            if isinstance(step.rule, Block) and step.rule.kind.norm == BATCH_NORM:
+                _update(step.rule.norm, saved[0], saved[1].detach())
             values.append(value)
         return values[-1]
-
-    @staticmethod
-    def _keeps_statistics(step: Step) -> bool:
-        return isinstance(step.rule, Block) and step.rule.kind.norm == BATCH_NORM and step.rule.weight is not None
-
-    @staticmethod
-    def _owner(step: Step) -> str:
-        return step.rule.weight.rpartition(".")[0]
 
 
 @torch.no_grad()

@@ -33,8 +33,8 @@ def block_forward(z: Tensor, gamma: Tensor | None, beta: Tensor | None, kind: Bl
     """y = pool(act(norm(z))) and the statistics that the backward pass takes.
 
     z: (B, C, H, W) float32, float64 or bfloat16, best in channels-last memory (else it is copied); gamma, beta: (C,),
-    or (C, H, W) as in torch's LayerNorm, float64 where z is and else float32; None: ones and zeros. y: (B, C, H // 2,
-    W // 2), or like z without pooling, channels-last; stats: (B or 1, 2, C).
+    or (C, H, W) as in torch's LayerNorm, float64 where z is and else float32; None: ones and zeros, the one choice
+    without a norm. y: (B, C, H // 2, W // 2), or like z without pooling, channels-last; stats: (B or 1, 2, C).
     Raises ValueError or TypeError for shapes, dtypes or devices that do not fit."""
     return torch.ops.selmatch_ext.block_forward(z, gamma, beta, *kind)
 
@@ -42,7 +42,8 @@ def block_forward(z: Tensor, gamma: Tensor | None, beta: Tensor | None, kind: Bl
 def block_backward(
     g: Tensor, z: Tensor, stats: Tensor, gamma: Tensor | None, beta: Tensor | None, kind: BlockKind
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of z, gamma and beta from that of y, g. Without a norm those of gamma and beta are empty."""
+    """The gradients of z, gamma and beta from that of y, g. Without a norm those of gamma and beta are empty.
+    Differentiating them raises RuntimeError."""
     return torch.ops.selmatch_ext.block_backward(g, z, stats, gamma, beta, *kind)
 
 
@@ -83,7 +84,7 @@ def block_dual_backward(
 
 
 def block(z: Tensor, gamma: Tensor | None, beta: Tensor | None, kind: BlockKind) -> Tensor:
-    """y of `block_forward`, differentiable once in z, gamma and beta."""
+    """y of `block_forward`, differentiable once in z, gamma and beta: differentiating again raises RuntimeError."""
     return torch.ops.selmatch_ext.block_forward(z, gamma, beta, *kind)[0]
 
 
@@ -143,8 +144,14 @@ def _save(ctx, inputs, output):
 def _backward(ctx, g, _):
     z, gamma, beta, stats = ctx.saved_tensors
     gz, gamma_grad, beta_grad = block_backward(g, z, stats, gamma, beta, ctx.kind)
-    absent = ctx.kind.norm == NO_NORM
-    return gz, *(None if absent or p is None else d for p, d in ((gamma, gamma_grad), (beta, beta_grad))), *[None] * 6
+    return gz, *(None if p is None else d for p, d in ((gamma, gamma_grad), (beta, beta_grad))), *[None] * 6
 
 
 torch.library.register_autograd("selmatch_ext::block_forward", _backward, setup_context=_save)
+
+
+def _no_double_backward(ctx, *_):
+    raise RuntimeError("the gradient of block cannot be differentiated again: it is differentiable once")
+
+
+torch.library.register_autograd("selmatch_ext::block_backward", _no_double_backward)

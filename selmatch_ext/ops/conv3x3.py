@@ -21,8 +21,8 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The convolution of torch's conv2d with padding 1.
 
     x: (B, C, H, W) float32 or float64 on the CPU, best in channels-last memory (else it is copied); weight: (K, C, 3,
-    3); bias: (K,); C and K multiples of 32. The result, (B, K, H, W), is in channels-last memory. Differentiable once.
-    Raises ValueError or TypeError for shapes and dtypes that do not fit."""
+    3); bias: (K,); C and K multiples of 32. The result, (B, K, H, W), is in channels-last memory. Differentiable any
+    number of times, as its two gradients are. Raises ValueError or TypeError for shapes and dtypes that do not fit."""
     return torch.ops.selmatch_ext.conv3x3(x, weight, bias, False)
 
 
@@ -62,3 +62,18 @@ def _backward(ctx, g):
 
 
 torch.library.register_autograd("selmatch_ext::conv3x3", _backward, setup_context=_save)
+
+
+def _save_weight_gradient(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _weight_gradient_backward(ctx, v):
+    x, g = ctx.saved_tensors
+    need_x, need_g = ctx.needs_input_grad
+    return conv3x3_input_gradient(g, v) if need_x else None, conv3x3(x, v) if need_g else None
+
+
+torch.library.register_autograd(
+    "selmatch_ext::conv3x3_weight_gradient", _weight_gradient_backward, setup_context=_save_weight_gradient
+)

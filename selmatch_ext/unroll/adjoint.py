@@ -63,6 +63,9 @@ class Stepper(Protocol):
     ) -> Derivative:
         """The derivative of the step's gradient along `direction` (P,)."""
 
+    def freed(self, kept: Any) -> Any:
+        """What stays of `kept` after `derivative`, for a second backward pass: little memory, enough to recompute."""
+
 
 def unroll(stepper: Stepper, start: Tensor, images: Tensor, labels: Tensor, lr: Tensor, plan: Plan) -> Tensor:
     """(P,) parameters after the steps of `plan`; see `unrolled_sgd`. lr: (N,)."""
@@ -136,9 +139,9 @@ def _backward(ctx, adjoint, start, images, labels, lr):
     lr_gradient = torch.zeros_like(lr) if needs_lr else None
     for i in reversed(range(len(ctx.thetas))):
         x, y = _batch(ctx, i, images, labels)
-        kept, ctx.kept[i] = ctx.kept[i], None  # freed by its use
         wanted = _wanted(ctx, i)
-        step = ctx.stepper.derivative(ctx.thetas[i], x, y, kept, adjoint, wanted)
+        step = ctx.stepper.derivative(ctx.thetas[i], x, y, ctx.kept[i], adjoint, wanted)
+        ctx.kept[i] = ctx.stepper.freed(ctx.kept[i])
         if needs_lr:
             lr_gradient[i] = -step.product
         if needs_images:

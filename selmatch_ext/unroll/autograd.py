@@ -52,6 +52,7 @@ class _Graph:
     x: torch.Tensor
     y: torch.Tensor
     gradients: tuple  # in the order of parameters, zeros where the loss does not reach one
+    random: "_Random | None" = None  # the state before the step, where it drew numbers
 
 
 class _Random:
@@ -81,16 +82,18 @@ class AutogradStepper:
     def gradient(self, theta, x, y, wanted, keep):
         before = _Random(theta.device)
         graph = self._run(theta, x, y, wanted if keep else None)
-        kept = graph if keep else None
-        if wanted is not None and not keep and _Random(theta.device) != before:
-            kept = before
-        return flatten(graph.gradients).detach(), kept
+        if wanted is not None and _Random(theta.device) != before:
+            graph.random = before
+        return flatten(graph.gradients).detach(), graph if keep else graph.random
 
     def derivative(self, theta, x, y, kept, direction, wanted):
         graph = kept if isinstance(kept, _Graph) else self._run_again(theta, x, y, kept, wanted)
         product = torch.dot(flatten(graph.gradients).detach(), direction)
         h, u_x, u_y = _derivative(graph, self.model.split(direction), wanted)
         return Derivative(product, flatten(h) if wanted.parameters else None, u_x, u_y)
+
+    def freed(self, kept):
+        return kept.random if isinstance(kept, _Graph) else kept
 
     def _run(self, theta, x, y, wanted):
         """The gradients at theta; with `wanted` differentiable in what it names."""

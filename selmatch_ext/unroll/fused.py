@@ -39,7 +39,7 @@ class FusedStepper:
         shares = logits.value.softmax(1)
         centred = logits.tangent - (shares * logits.tangent).sum(1, keepdim=True)
         of_labels = -centred / len(x)
-        gt = shares * centred * (_weights(logits.value, y) / len(x))
+        gt = shares * centred * (_weights(y) / len(x))
         gradients, u = {}, None
         if wanted.parameters or wanted.images:
             gradients, u = self._run_dual_back(p, t, saved, Dual(g, gt), wanted)
@@ -49,6 +49,9 @@ class FusedStepper:
             u.whole_tangent().to(theta.dtype) if wanted.images else None,
             of_labels if wanted.labels else None,
         )
+
+    def freed(self, kept) -> None:
+        return None
 
     def _is_kept(self, step: Step) -> bool:
         """The results of convolutions, but for those of a few channels, such as the images': they are quick to redo,
@@ -148,14 +151,14 @@ def _accumulate(total: Parameters, found: Parameters) -> None:
         total[name] = total[name] + gradient if name in total else gradient
 
 
-def _weights(logits: Tensor, y: Tensor) -> Tensor | float:
+def _weights(y: Tensor) -> Tensor | float:
     """The sum of each image's labels: 1, or (B, 1) where they are given as probabilities."""
     return y.sum(1, keepdim=True) if y.is_floating_point() else 1.0
 
 
 def _logits_gradient(logits: Tensor, y: Tensor) -> Tensor:
     """Of the mean cross-entropy."""
-    g = logits.softmax(1) * _weights(logits, y)
+    g = logits.softmax(1) * _weights(y)
     if y.is_floating_point():
         g = g - y
     else:

@@ -41,6 +41,9 @@ class GraphedStepper:
         function = functools.partial(self.stepper.derivative, wanted=wanted)
         return self._run(("derivative", wanted), function, (theta, x, y, kept, direction))
 
+    def freed(self, kept: Any) -> Any:
+        return self.stepper.freed(kept)
+
     def _run(self, options: tuple, function: Callable, inputs: tuple) -> Any:
         key = options, _map(lambda t: (t.shape, t.dtype, t.device), inputs)
         if key not in self.graphs:

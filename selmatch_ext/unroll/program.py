@@ -45,10 +45,25 @@ def read(model: nn.Module) -> list[Step]:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             raise Unsupported(f"{name or type(model).__name__} has hooks")
     try:
-        graph = fx.Tracer().trace(model)
+        graph = _Tracer().trace(model)
     except Exception as error:
         raise Unsupported(f"torch.fx cannot read {type(model).__name__}: {error}") from error
     return _fuse(_Reader(model, graph).steps())
+
+
+class _Proxy(fx.Proxy):
+    """Sees x += y as what it is; torch.fx reads x = x + y, and whoever else holds x would miss the sum."""
+
+    def __iadd__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __imul__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+
+class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
 
 class _Reader:
@@ -59,7 +74,8 @@ class _Reader:
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.graph = graph
         self.found: list[Step] = []
-        self.where: dict[fx.Node, int] = {}  # the step whose result a node is
+        self.where: dict[fx.Node, int] = {}  # the step whose result a node is, until it is overwritten
+        self.memory: dict[fx.Node, fx.Node] = {}  # the first node that is, or may be, in a node's memory
 
     def steps(self) -> list[Step]:
         result = None
@@ -68,15 +84,18 @@ class _Reader:
                 if self.where and node.users:
                     raise Unsupported(f"a second input, {node.name}")
                 self.where.setdefault(node, -1)
+                self.memory[node] = node
             elif node.op == "output":
                 result = self._source(node.args[0], "the output")
-            elif node.users and not self._is_size(node):
+            elif not self._is_size(node):  # also where nothing takes the result: it may be in place
                 self._read(node)
         if result is None or result < 0:
             raise Unsupported("a network that does nothing")
         return _without_unused(self.found, result)
 
     def _source(self, node: object, what: str) -> int:
+        if node in self.memory and node not in self.where:
+            raise Unsupported(f"{what} of {node} after an operation in place has overwritten it")
         if not isinstance(node, fx.Node) or node not in self.where:
             raise Unsupported(f"{what} of {node}")
         return self.where[node]
@@ -102,7 +121,19 @@ class _Reader:
         for rule in rules:
             self.found.append(Step(rule, inputs))
             inputs = (len(self.found) - 1,)
+        in_place = self._is_in_place(node)
+        shared = in_place or all(isinstance(rule, Flatten) for rule in rules)
+        self.memory[node] = self.memory[node.all_input_nodes[0]] if shared else node
+        if in_place:
+            self.where = {n: i for n, i in self.where.items() if self.memory[n] is not self.memory[node]}
         self.where[node] = inputs[0]
+
+    def _is_in_place(self, node: fx.Node) -> bool:
+        """Whether an operation with a rule overwrites its first input."""
+        if node.op == "call_module":
+            return getattr(self.modules[node.target], "inplace", False)
+        named = isinstance(node.target, str) and node.target.endswith("_")
+        return named or node.target is operator.iadd or bool(node.kwargs.get("inplace"))
 
     @staticmethod
     def _is_size(node: object) -> bool:
@@ -131,7 +162,7 @@ class _Reader:
 def _arguments(node: fx.Node, *names: str, **defaults: object) -> list[object]:
     """The arguments of a call in the order of `names`, the first being the input."""
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    if len(node.args) > len(names) or given.keys() - set(names):
+    if len(node.args) > len(names) or given.keys() - set(names) or len(node.all_input_nodes) > 1:
         raise Unsupported(f"{node.target} with arguments {node.args[1:]} {dict(node.kwargs)}")
     return [given.get(name, defaults.get(name)) for name in names]
 
@@ -152,7 +183,7 @@ def _conv(reader: _Reader, m: nn.Conv2d, name: str) -> list[Rule]:
 
 def _norm(reader: _Reader, m: nn.Module, norm: int, groups: int, centres: bool) -> list[Rule]:
     kind = BlockKind(norm, groups, m.eps)
-    return [Block(kind, reader.parameter(m.weight), reader.parameter(m.bias), centres)]
+    return [Block(kind, reader.parameter(m.weight), reader.parameter(m.bias), centres, m)]
 
 
 def _layer_norm(reader: _Reader, m: nn.LayerNorm, name: str) -> list[Rule]:
@@ -270,6 +301,8 @@ def _add(reader: _Reader, node: fx.Node, name: str):
 
 def _multiply(reader: _Reader, node: fx.Node, name: str):
     """x * sigmoid(x), which is swish; no other product."""
+    if node.kwargs or len(node.args) != 2:
+        raise Unsupported(f"{name} with {dict(node.kwargs)}")
     a, b = (reader._source(x, name) for x in node.args)
     for x, gate in ((a, b), (b, a)):
         if gate >= 0 and reader.found[gate] == Step(_smooth(SIGMOID)[0], (x,)):

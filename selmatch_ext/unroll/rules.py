@@ -9,10 +9,17 @@ is that of forward-mode differentiation of the backward pass; csrc/block/block.h
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from selmatch_ext.ops.block import BlockKind, block_backward, block_dual_backward, block_dual_forward, block_forward
+from selmatch_ext.ops.block import (
+    BATCH_NORM,
+    BlockKind,
+    block_backward,
+    block_dual_backward,
+    block_dual_forward,
+    block_forward,
+)
 from selmatch_ext.ops.conv3x3 import conv3x3, conv3x3_input_gradient, conv3x3_suits, conv3x3_weight_gradient
 
 Parameters = dict[str, Tensor]
@@ -59,7 +66,7 @@ class Dual:
         return Dual(None if self.value is None else function(self.value), tangent)
 
     def __add__(self, other: "Dual") -> "Dual":
-        value = None if self.value is None else self.value + other.value
+        value = None if self.value is None or other.value is None else self.value + other.value
         return Dual(value, self.whole_tangent() + other.whole_tangent())
 
 
@@ -160,15 +167,18 @@ class Conv:
 class Block:
     """Norm, activation and pooling, each of which may be missing, in one pass over memory (ops/block.py).
 
-    centres: the norm takes the mean of every channel away."""
+    centres: the norm takes the mean of every channel away. norm: the module that the norm was read from."""
 
     kind: BlockKind
     weight: str | None = None
     bias: str | None = None
     centres: bool = False
+    norm: nn.Module | None = None
 
     def forward(self, p: Parameters, x: Tensor) -> tuple[Tensor, tuple]:
         z = _four(x)
+        if self.kind.norm == BATCH_NORM and z.numel() == z.shape[1]:  # torch's error, in its words
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {z.shape}")
         y, stats = block_forward(z, *self._pick(p), self.kind)
         return y.flatten(1) if x.dim() == 2 else y, (z, stats)
 

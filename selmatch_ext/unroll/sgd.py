@@ -107,8 +107,10 @@ def explain_engine(model, images):
     """Which engine `unrolled_sgd(model, ..., engine="auto")` takes: an `Engine` with a name and a reason.
 
     model: nn.Module; images: any (n, C, H, W) tensor like those it will be given. "autograd" is exact too, and slower;
-    its reason names the operation that the fused engine has no rule for.
+    its reason names the operation that the fused engine has no rule for. Raises TypeError or ValueError as
+    `unrolled_sgd` does.
     """
+    _check_types(model, images=images)
     start = images.new_empty((parameter_count(model),))
     _check_tensors(model, start, images)
     return _read(PrivateModel(model, start), images)[1]
@@ -160,14 +162,18 @@ def _check_choices(engine, keep, gradient, precision):
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def _check_tensors(model, start, images):
+def _check_types(model, **tensors):
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    for name, tensor in (("start", start), ("images", images)):
+    for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if start.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"start must be float32 or float64, got {start.dtype}")
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} must be float32 or float64, got {tensor.dtype}")
+
+
+def _check_tensors(model, start, images):
+    _check_types(model, start=start, images=images)
     count = parameter_count(model)
     if start.dim() != 1 or start.numel() != count:
         raise ValueError(
