@@ -9,8 +9,9 @@ from conftest import CPU, MODEL, tiny_run
 from torch import nn
 
 from selmatch_ext import analysis, cli, models
-from selmatch_ext.data.distilled import DistilledSet
-from selmatch_ext.evaluation import Accuracy, evaluate, real_subset
+from selmatch_ext.data.distilled import DistilledSet, Schedule
+from selmatch_ext.evaluation import Accuracy, evaluate, real_subset, training_set
+from selmatch_ext.models import flat
 from selmatch_ext.settings import Continual, Search, Training
 
 EVALUATION = replace(tiny_run().evaluation, networks=1, training=Training(epochs=1, lr=0.02, batch=32))
@@ -41,6 +42,31 @@ def test_cross_is_each_network_on_each_set(digits, saved, tmp_path):
     made = json.loads((tmp_path / "out" / "cross.json").read_text())["accuracy"]
     assert made["other"]["MLP"] == {"mean": expected.mean, "std": expected.std}
     assert (tmp_path / "out" / "cross.png").exists() and "own_network" in (tmp_path / "out" / "cross.md").read_text()
+
+
+@pytest.fixture
+def scheduled(digits, saved):
+    """The first set again, in a file of its own, with a schedule of MLP and one start, as DD's known one has."""
+    start = flat.flatten(models.build("MLP", 1, 10, 8).parameters()).detach()
+    schedule = Schedule(torch.tensor([0.1, 0.2]), torch.arange(200).view(2, 100), "MLP", start.unsqueeze(0))
+    path = saved[0].with_name("scheduled.safetensors")
+    replace(DistilledSet.load(saved[0]), schedule=schedule).save(path)
+    return path
+
+
+def test_a_schedule_is_for_its_own_network_alone(digits, saved, scheduled, tmp_path, capsys):
+    networks = [MODEL, "MLP"]
+    results = analysis.cross([saved[0], scheduled], networks, digits, EVALUATION, 0, CPU, tmp_path / "cross")
+    assert results["scheduled"] == results["first"] and results["first"][MODEL] != results["first"]["MLP"]
+    grid = Search((1,), (4, 8), ("IN",), ("AR",), ("AP",), full=Training(epochs=1))
+    plain, same = (
+        analysis.search(p, digits, grid, EVALUATION, 0, CPU, tmp_path / p.stem) for p in (saved[0], scheduled)
+    )
+    assert same == plain and len({on_set for on_set, _ in same[1].values()}) == 2
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(scheduled), "--data.dataset", "digits", "--device", "cpu"]) == 0
+    expected = evaluate(training_set(scheduled), digits, EVALUATION, 0, CPU)["test"]
+    assert capsys.readouterr().out == f"MLP: {expected} over 1 networks\n"  # more would be that one again
 
 
 def test_a_wrong_name_is_refused_before_any_training(digits, saved, tmp_path, monkeypatch):

@@ -164,6 +164,7 @@ def test_names_differ(tmp_path):
     a, b = tmp_path / "a" / "set.safetensors", tmp_path / "b" / "set.safetensors"
     assert list(named([a, tmp_path / "c"])) == ["set", "c"]
     assert list(named([a, b])) == ["a_set", "b_set"]
+    assert list(named([tmp_path / "demo", tmp_path / "demo.1", a])) == ["demo", "demo.1", "set"]
     with pytest.raises(ValueError, match="the same set is given twice"):
         named([a, a])
 

@@ -1,6 +1,7 @@
 """Named rows of the papers' tables: complete, buildable, and runnable at a reduced scale."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,22 @@ import torch
 
 from selmatch_ext import cli, models, pipeline, recipes
 from selmatch_ext.methods import METHODS
-from selmatch_ext.settings import to_dict
+from selmatch_ext.settings import (
+    Continual,
+    Coverage,
+    DATMSettings,
+    DDSettings,
+    DMSettings,
+    DSASettings,
+    Evaluation,
+    Experts,
+    Matching,
+    Scores,
+    Search,
+    Training,
+    Window,
+    to_dict,
+)
 
 SHAPES = {
     **{"CIFAR10": (3, 10, 32), "CIFAR100": (3, 100, 32), "tinyimagenet": (3, 200, 64)},
@@ -136,7 +152,56 @@ def test_narrow_networks(wide, small):
 def test_the_list_names_all(capsys):
     assert cli.main(["recipes"]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in recipes.RECIPES) and "published" in shown
+    assert all(name in shown for name in recipes.RECIPES) and "published" in shown and "ours" not in shown
+
+
+COUNTS = {
+    Training: ("epochs", "batch"),
+    Experts: ("count",),
+    Scores: ("runs",),
+    Window: ("networks",),
+    Matching: ("iterations", "inner_steps", "expert_epochs", "batch_syn"),
+    DATMSettings: ("iterations", "inner_steps", "expert_epochs", "batch_syn"),
+    DSASettings: ("iterations", "batch_real", "batch_train"),
+    DMSettings: ("iterations", "batch_real"),
+    DDSettings: (*("steps", "images_per_class_per_step", "epochs", "networks", "batch_real", "passes", "halve_every"),),
+    Evaluation: ("networks",),
+    Coverage: ("networks",),
+    Continual: ("memory",),
+    Search: ("full_networks",),
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in COUNTS.items() for name in names])
+def test_counts_are_at_least_one(kind, name):
+    assert getattr(kind(**{name: 1}), name) == 1
+    for given in (0, -1):
+        with pytest.raises(ValueError, match=rf"^{name} is {given}; allowed is 1 and above$"):
+            kind(**{name: given})
+
+
+def test_the_command_line_says_which_count_is_wrong(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["evaluate", "set.safetensors", "--evaluation.networks", "0"])
+    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert stop.value.code == 2 and "evaluation: networks is 0; allowed is 1 and above" in shown
+
+
+BARE = r"(--[\w.-]+)(?:, --[\w.-]+)?(?: (?:[{\[][^ ]*|[A-Z]+\]*|\.\.\.\]*))* \((?:default|required)"
+COMMANDS = [
+    *([verb] for verb in cli.VERBS),
+    *(["distill", method] for method in cli.DISTILL),
+    *(["distill", "--recipe", f"{name}-cifar10-ipc{ipc}"] for name, ipc in (("selmatch", 250), ("mtt", 1), ("dm", 1))),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_says_what_every_setting_means(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")  # one option under the other
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--help" in shown and re.findall(BARE, shown) == []
 
 
 @pytest.mark.parametrize("verb", ["distill", "run"])

@@ -96,6 +96,8 @@ def test_wrong_pictures(tmp_path):
         report.image_grid(torch.zeros(1, 3, 8, 8, dtype=torch.int64), path)
     with pytest.raises(ValueError, match=r"labels has shape \(2,\); it must be \(1,\)"):
         report.image_grid(coloured(1), path, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="columns is -1; allowed is 1 and above"):
+        report.image_grid(coloured(2), path, torch.tensor([0, 1]), columns=-1)
     with pytest.raises(ValueError, match="they must be equal"):
         report.before_after(coloured(1), coloured(2), torch.tensor([0]), path)
     with pytest.raises(ValueError, match="at least one"):

@@ -34,14 +34,15 @@ def cross(
 ) -> dict[str, dict[str, Accuracy]]:
     """The cross-architecture table: test accuracy of every network trained on every set, {set: {network: accuracy}}.
 
-    networks: whatever `models.build` takes; settings.model is not used. Raises ValueError for a network that is not
-    known or does not take such images, before anything is trained."""
+    networks: whatever `models.build` takes; settings.model is not used. A set's schedule (DD), which is for one network
+    alone, is left aside: all are trained as `settings` say. Raises ValueError for a network that is not known or does
+    not take such images, before anything is trained."""
     for name in networks:
         models.build(name, data.channels, data.classes, data.image_size, generator=generator(seed))
     results = {
         label: {
             name: evaluate(
-                training_set(path),
+                _without_schedule(path),
                 data,
                 replace(settings, model=name),
                 seed,
@@ -120,12 +121,12 @@ def search(
     compares with training on all images (DC, arXiv 2006.05929, section 4.2).
 
     Returns Spearman's rank correlation (None where one of the rankings is all ties) and {network: (% on the set, % on
-    all images)}, best on the set first. ConvNets of the grid that do not take such images are left out; ValueError when
-    fewer than two are left."""
+    all images)}, best on the set first. As in `cross` a set's schedule (DD) is left aside. ConvNets of the grid that do
+    not take such images are left out; ValueError when fewer than two are left."""
     from scipy.stats import spearmanr
 
     names, left_out = candidates(settings, data)
-    subset = training_set(path)
+    subset = _without_schedule(path)
     everything = real_subset(data, torch.arange(len(data.train)), "all training images")
     full = replace(evaluation, training=settings.full, networks=settings.full_networks)
     points = {}
@@ -201,6 +202,11 @@ def restrict_set(subset: DistilledSet, classes: torch.Tensor, per_class: int | N
         class_names=[subset.class_names[c] for c in classes.tolist()],
         schedule=None,
     )
+
+
+def _without_schedule(path: Path) -> DistilledSet:
+    """The set in a file, for networks other than that of its schedule."""
+    return replace(training_set(path), schedule=None)
 
 
 def _plain(results: dict) -> dict:

@@ -132,13 +132,11 @@ def select(
     where = device_of(device)
     images, kept = pipeline.load_data(data, seed)
     parts = {"data": data, "scores": scores, "window": window, "evaluation": evaluation, "features": features}
-    pipeline.claim(out, {**{name: to_dict(part) for name, part in parts.items()}, "seed": seed})
-    if method in ("random", "herding", "k-center"):
-        if method == "random":
-            subset = pipeline.random_set(images, window.ipc, seed)
-        else:
-            subset = pipeline.feature_set(method, images, window.ipc, features, seed, where, out / "features")
-        subset = replace(subset, distilled=split(subset.indices, window.ipc, window.alpha))
+    pipeline.claim(out, {name: to_dict(part) for name, part in parts.items()} | {"seed": seed})
+    if method == "random":
+        subset = pipeline.random_set(images, window.ipc, seed)
+    elif method in ("herding", "k-center"):
+        subset = pipeline.feature_set(method, images, window.ipc, features, seed, where, out / "features")
     else:
         if method != "window":
             scores = replace(scores, source=pipeline.score_source(method, scores.source))
@@ -153,9 +151,9 @@ def select(
         print(f"β = {window.beta:.4g}")
     how = {"data": data, "scores": scores, "window": window, "features": features}
     settings = {name: to_dict(value) for name, value in how.items()} | {"seed": seed}
-    path = out / f"{method}.safetensors"
+    distilled, path = split(subset.indices, window.ipc, window.alpha), out / f"{method}.safetensors"
     if ranks.first():
-        replace(subset, settings=settings).save(path)
+        replace(subset, distilled=distilled, settings=settings).save(path)
     print(path)
 
 
@@ -259,6 +257,9 @@ def evaluate(
 ) -> None:
     """Trains networks on a distilled or selected set and tests them on real test images.
 
+    A set of DD comes with its training: network, starting points and learning rates. It is trained on in that way, and
+    the evaluation's settings other than evaluation.networks say nothing; selmatch cross trains other networks on it.
+
     Args:
         path: The set (a .safetensors file of selmatch).
         record: A JSON file for the accuracies; a killed evaluation continues from it.
@@ -266,8 +267,10 @@ def evaluate(
         device: auto, cpu, cuda, cuda:1 …
     """
     images, _ = pipeline.load_data(data, seed)
-    result = evaluate_set(training_set(path), images, evaluation, seed, device_of(device), record)["test"]
-    print(f"{evaluation.model}: {result} over {len(result.values)} networks")
+    subset = training_set(path)
+    result = evaluate_set(subset, images, evaluation, seed, device_of(device), record)["test"]
+    model = evaluation.model if subset.schedule is None else subset.schedule.model
+    print(f"{model}: {result} over {len(result.values)} networks")
 
 
 def coverage(
@@ -387,7 +390,7 @@ def export(path: Positional[Path], *, out: Path) -> None:
 
 
 def recipes_() -> None:
-    """The rows of the papers' tables as named settings, with the published figures and ours.
+    """The rows of the papers' tables as named settings, with the published figures.
 
     `selmatch distill --recipe NAME --out FOLDER` runs one from data set to evaluated distilled set; with --reduced at a
     scale for a laptop. All its settings can be changed as in `selmatch run`, and --help lists them.
@@ -405,8 +408,9 @@ def _with_recipe(arguments: list[str]) -> None:
     settings = recipes.reduced(recipe.settings) if chosen.reduced else recipe.settings
     parts = {f.name: getattr(settings, f.name) for f in fields(settings)}
     parts = {name: value for name, value in parts.items() if value is not None}
+    shown = {"settings": tyro.conf.arg(name=""), "seed": tyro.conf.arg(help="Seed of every random choice.")}
     options = [
-        (name, Annotated[type(value), tyro.conf.arg(name="" if name == "settings" else None)], field(default=value))
+        (name, Annotated[type(value), shown.get(name, tyro.conf.arg())], field(default=value))
         for name, value in parts.items()
     ]
     options += [

@@ -15,8 +15,8 @@ from selmatch_ext import pipeline, report
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.images import ImageData, load
 from selmatch_ext.data.trajectories import ExpertStore
-from selmatch_ext.evaluation import evaluate, follow_schedule, real_images
-from selmatch_ext.experts import train_experts
+from selmatch_ext.evaluation import evaluate, follow_schedule
+from selmatch_ext.experts import real_images, train_experts
 from selmatch_ext.files import write_json
 from selmatch_ext.settings import (
     Data,
@@ -62,12 +62,6 @@ class Entry:
         attack = self.method == "dd" and self.settings.objective == "attack"
         return "dd-attack" if attack else self.method
 
-    @property
-    def strategy(self) -> str:
-        """Augmentation with which networks are trained on the set, and on a random one: that of the method, since the
-        papers evaluate their sets so; a set with a schedule of its own leaves it to the random one alone."""
-        return STRATEGY if self.method == "dd" else self.settings.strategy
-
 
 def entries() -> list[Entry]:
     """The lines of the table."""
@@ -103,11 +97,18 @@ NAMES = tuple(dict.fromkeys(entry.method for entry in entries()))
 
 
 def run(names: Sequence[str], folder: Path, seed: int, device: torch.device) -> list[dict[str, Any]]:
-    """Distils and evaluates every entry of the methods in `names`; prints the table and writes folder/results.json:
-    method, ipc, the mean accuracy in % of networks trained on a random set and on ours, both in the same way, and the
-    seconds that distillation took. For the attack of DD both figures are the share in % of the attacked class that is
-    taken for the target class, by networks trained one step on random images and on ours; `others` is the accuracy on
-    all other classes, before and after. Raises ValueError for a name that is none."""
+    """Distils and evaluates every entry of the methods in `names`; prints the table and writes folder/results.json, for
+    each of them:
+
+    method, ipc. random, ours: mean accuracy in % of networks trained on a random set and on ours, both in the same way.
+    random_std, ours_std: their standard deviations over the networks, None for one network. seconds: what distillation
+    took, without the experts and the scores; None where a kill interrupted it.
+
+    DD trains both in the steps, at the rates and from the start that its set was learned for: one network. For its
+    attack both figures are the share in % of the attacked class that is taken for the target class, by networks trained
+    in those steps; they have no deviation, and `others` is the accuracy on all other classes, before and after.
+
+    Raises ValueError for a name that is none, and where `folder` holds results made with other settings."""
     unknown = sorted(set(names) - set(NAMES))
     if unknown:
         raise ValueError(f"no method is called {', '.join(unknown)}; there are {', '.join(NAMES)}")
@@ -115,7 +116,9 @@ def run(names: Sequence[str], folder: Path, seed: int, device: torch.device) -> 
     store = train_experts(data, EXPERTS, folder / "experts", seed, device)
     results = [_result(e, data, store, folder, seed, device) for e in entries() if e.method in names]
     rows = [["method", "images per class", "random", "ours", "seconds"]]
-    rows += [[r["method"], *(f"{r[key]:.4g}" for key in ("ipc", "random", "ours", "seconds"))] for r in results]
+    for r in results:
+        seconds = "interrupted" if r["seconds"] is None else f"{r['seconds']:.4g}"
+        rows.append([r["method"], str(r["ipc"]), _shown(r, "random"), _shown(r, "ours"), seconds])
     print(
         f"\ndigits, {MODEL}, test accuracy in % (dd-attack: share of the class that is flipped)\n{report.table(rows)}"
     )
@@ -128,15 +131,16 @@ def _result(
 ) -> dict[str, Any]:
     """One line, from its file where it is finished. ValueError when that was made with other settings."""
     mine = folder / f"{entry.name}-ipc{entry.ipc}"
-    path, made_with = mine / "result.json", {"settings": to_dict(entry.settings), "seed": seed}
+    context = {"settings": to_dict(entry.settings), "seed": seed}
+    path, made_with = mine / "result.json", {**context, "evaluation": to_dict(EVALUATION)}
     if path.exists():
         found = json.loads(path.read_text())
         changed = differences(found["made_with"], made_with)
         if changed:
             raise ValueError(f"{path} was made with other settings ({'; '.join(changed)}); choose another --out")
         return found["result"]
-    began = time.monotonic()
     start = _start(entry, data, store, folder, seed, device)
+    resumed, began = (mine / "checkpoint.safetensors").exists(), time.monotonic()
     ours = pipeline.distil(
         entry.method,
         entry.settings,
@@ -145,20 +149,28 @@ def _result(
         seed,
         device,
         mine,
-        {"data": {"dataset": "digits"}, **made_with},
+        {"data": {"dataset": "digits"}, **context},
         store,
     )
-    result = {"method": entry.name, "ipc": entry.ipc, "seconds": round(time.monotonic() - began, 1)}
+    seconds = None if resumed else round(time.monotonic() - began, 1)
+    result = {"method": entry.name, "ipc": entry.ipc, "seconds": seconds}
     random = replace(pipeline.random_set(data, entry.ipc, seed), distilled=torch.ones(len(ours), dtype=torch.bool))
     if entry.name == "dd-attack":
         result |= _attack_figures(entry.settings, random, ours, data, seed, device)
     else:
-        how = replace(EVALUATION, distilled_strategy=entry.strategy)
+        how = replace(EVALUATION, distilled_strategy=entry.settings.strategy)
+        random = replace(random, schedule=ours.schedule)
         for name, subset in {"random": random, "ours": replace(ours, distilled=random.distilled)}.items():
             record = mine / f"evaluation-{name}.json"
-            result[name] = evaluate(subset, data, how, seed, device, record, f"{name}, ipc {entry.ipc}")["test"].mean
+            found = evaluate(subset, data, how, seed, device, record, f"{name}, ipc {entry.ipc}")["test"]
+            result |= {name: found.mean, f"{name}_std": found.std if len(found.values) > 1 else None}
     write_json(path, {"result": result, "made_with": made_with})
     return result
+
+
+def _shown(result: dict[str, Any], name: str) -> str:
+    std = result[f"{name}_std"]
+    return f"{result[name]:.1f}" + ("" if std is None else f" ± {std:.1f}")
 
 
 def _start(
@@ -193,6 +205,8 @@ def _attack_figures(
         figures[name] = [sum(values) / len(values) for values in (flipped, others)]
     return {
         "random": figures["random"][0],
+        "random_std": None,
         "ours": figures["ours"][0],
+        "ours_std": None,
         "others": {"before": figures["before"][1], "after": figures["ours"][1]},
     }

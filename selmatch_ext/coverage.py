@@ -147,7 +147,7 @@ def coverage(
 
 def named(paths: list[Path]) -> dict[str, Path]:
     """A name for each path: that of the file or folder, with as many folders above it as make all names differ."""
-    parts = [path.resolve().with_suffix("").parts[1:] for path in paths]
+    parts = [Path(str(path.resolve()).removesuffix(".safetensors")).parts[1:] for path in paths]
     if len(set(parts)) < len(parts):
         raise ValueError(f"the same set is given twice among {', '.join(map(str, paths))}")
     depth = next(d for d in range(1, 1 + max(map(len, parts))) if len({p[-d:] for p in parts}) == len(parts))

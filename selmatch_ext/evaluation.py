@@ -18,6 +18,7 @@ from selmatch_ext.files import write_json
 from selmatch_ext.models import flat
 from selmatch_ext.models.initial import xavier
 from selmatch_ext.models.statistics import freeze_statistics
+from selmatch_ext.precision import precision_scope
 from selmatch_ext.seeds import generator
 from selmatch_ext.selection import coreset
 from selmatch_ext.settings import Evaluation, differences, to_dict
@@ -56,7 +57,8 @@ def evaluate(
     groups: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Accuracy]:
     """Trains `settings.networks` networks on `subset`; their accuracy on each of `data`'s `splits` (train, test), and
-    on each of `groups`, (m,) bool masks of test images.
+    on each of `groups`, (m,) bool masks of test images. A set with a schedule (DD) is trained on as that says, by one
+    network for each of its starts at most: more would be the same again.
 
     Network k depends on `seed` and k alone, so that different sets are compared on the same initialisations and
     orders. `data` is normalised the way the set is. record: a JSON file that keeps finished networks; a killed
@@ -74,12 +76,14 @@ def evaluate(
     if groups:
         header["groups"] = {name: mask.nonzero().squeeze(1).tolist() for name, mask in groups.items()}
     finished = [] if record is None else _recorded(Path(record), header)
-    names = [*splits, *groups]
-    progress = ranks.progress(total=settings.networks, initial=len(finished), desc=label, unit="network")
-    while len(finished) < settings.networks:  # of several processes each takes every world-th network
-        k, left = len(finished) + ranks.rank(), settings.networks - len(finished)
+    names, networks = [*splits, *groups], settings.networks
+    if subset.schedule is not None and subset.schedule.starts is not None:
+        networks = min(networks, len(subset.schedule.starts))
+    progress = ranks.progress(total=networks, initial=len(finished), desc=label, unit="network")
+    while len(finished) < networks:  # of several processes each takes every world-th network
+        k, left = len(finished) + ranks.rank(), networks - len(finished)
         seen = torch.zeros(len(names), dtype=torch.float64)
-        if k < settings.networks:
+        if k < networks:
             model = trained_on(subset, data, settings, seed, device, k)
             right = {split: correct(model, data, split, device) for split in {*splits, *(["test"] if groups else [])}}
             shown = [right[split] for split in splits] + [right["test"][mask] for mask in groups.values()]
@@ -123,7 +127,8 @@ def follow_schedule(
     images, labels, rates = (t.to(device) for t in (subset.images, subset.labels, schedule.rates))
     flat.load(model, unrolled_sgd(model, start.to(device), images, labels, list(schedule.batches), rates))
     seen = [(data.train.labels == c).nonzero().squeeze(1)[:16] for c in range(data.classes)]
-    freeze_statistics(model, data.normalise(data.train.images[torch.cat(seen)], device))
+    with precision_scope("float32", device):
+        freeze_statistics(model, data.normalise(data.train.images[torch.cat(seen)], device))
     return model.eval()
 
 

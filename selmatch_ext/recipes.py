@@ -28,13 +28,12 @@ from selmatch_ext.settings import (
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row. settings: what it is run with; published, ours: test accuracy in %, None where there is none."""
+    """One row. settings: what it is run with; published: test accuracy in %, None where there is none."""
 
     name: str
     method: str
     settings: Run | MethodRun
     published: float | None = None
-    ours: float | None = None
 
 
 # --- SelMatch (arXiv 2406.18561): ipc -> alpha, beta, epochs of evaluation --------------------------------------------
@@ -225,11 +224,7 @@ def _brief(evaluation: Evaluation) -> Evaluation:
 
 def listing() -> list[list[str]]:
     """The table of all recipes, header first."""
-
-    def figure(value: float | None) -> str:
-        return "" if value is None else f"{value:g}"
-
-    rows = [["recipe", "method", "data", "published (%)", "ours (%)"]]
+    rows = [["recipe", "method", "data", "published (%)"]]
     for r in RECIPES.values():
-        rows.append([r.name, r.method, r.settings.data.dataset, figure(r.published), figure(r.ours)])
+        rows.append([r.name, r.method, r.settings.data.dataset, "" if r.published is None else f"{r.published:g}"])
     return rows

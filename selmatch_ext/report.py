@@ -17,6 +17,7 @@ from torch import Tensor
 
 from selmatch_ext.data.distilled import folder_names
 from selmatch_ext.files import atomic_write
+from selmatch_ext.settings import at_least
 
 DPI = 100
 TILE = 48  # pixels that an image is at least enlarged to, by whole factors
@@ -39,7 +40,9 @@ def image_grid(
     labels: (n,) int64: one row for each class that occurs (20 of them, evenly spaced, when there are more), with its
     name; of a class with more than `columns` (default 20) images, that many are shown, evenly spaced from its first to
     its last. Without labels all images are shown in their order, in `columns` columns (default: as many as rows).
+    Raises ValueError for `columns` below 1.
     """
+    at_least(1, columns=columns)
     pixels = _pixels(images)
     if labels is None:
         columns = columns or math.ceil(math.sqrt(len(pixels)))
@@ -108,7 +111,7 @@ def plot_loss(values: Sequence[float], path: str | os.PathLike, title: str | Non
     if losses.ndim != 1 or len(losses) == 0:
         raise ValueError(f"values has shape {losses.shape}; it must hold one loss per iteration, at least one")
     losses[~np.isfinite(losses)] = np.nan
-    figure, axes = _plot("iteration", "matching loss", title)
+    figure, axes = _plot("iteration", "loss", title)
     iterations = np.arange(1, len(losses) + 1)
     reach = len(losses) // 50
     marker = "o" if len(losses) < 30 else None

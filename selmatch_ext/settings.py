@@ -1,4 +1,6 @@
-"""Every setting of a run, typed, in one place. Defaults are SelMatch's for CIFAR-10 at 5 % (arXiv 2406.18561).
+"""Every setting of a run, typed, in one place. Defaults are SelMatch's for CIFAR-10 at 5 % (arXiv 2406.18561), but for
+two: difficulty is forgetting, counted here over 3 networks of 20 epochs (the paper's C-scores come from a file), and β
+is searched for (the paper's is 0.5). `recipes.py` has the paper's rows as they are.
 
 A result is saved with the settings that made it (`to_dict`); a resumed run is refused when they differ (`differences`).
 """
@@ -12,6 +14,13 @@ DSA = "color_crop_cutout_flip_scale_rotate"
 Precision = Literal["float32", "tf32", "bfloat16"]
 
 
+def at_least(least: int, **counts: int | None) -> None:
+    """Raises ValueError naming the first of `counts` that is smaller than `least`; None passes."""
+    for name, given in counts.items():
+        if given is not None and given < least:
+            raise ValueError(f"{name} is {given}; allowed is {least} and above")
+
+
 @dataclass(frozen=True)
 class Data:
     """Which images."""
@@ -23,9 +32,9 @@ class Data:
     download: bool = False
     """Let torchvision download what is missing under `root`."""
     resize: int | None = None
-    """Resize every image to this many pixels a side."""
+    """Resize every image of a folder or archive to this many pixels a side; the other data sets refuse it."""
     cache: str | None = None
-    """A folder for decoded images, so that the second start is instant."""
+    """Where the decoded images of a folder or archive are kept, so that the second start is instant."""
     per_class: int | None = None
     """Keep only this many random training images of each class."""
     zca: bool = False
@@ -37,14 +46,22 @@ class Training:
     """How a network is trained by SGD."""
 
     epochs: int = 100
+    """Passes over the training images."""
     lr: float = 0.01
+    """Learning rate, at the start where it falls."""
     momentum: float = 0.0
+    """Momentum of SGD."""
     weight_decay: float = 0.0
+    """This times the weights is added to their gradients."""
     batch: int = 256
     """Images per update; the last of an epoch may have fewer."""
     schedule: Literal["constant", "cosine", "step"] = "constant"
     """cosine falls to 1 % of lr at the last epoch; step to a tenth half-way."""
     precision: Precision = "float32"
+    """tf32 (GPU only) rounds in convolutions and products, bfloat16 also what lies between them; float32 nowhere."""
+
+    def __post_init__(self) -> None:
+        at_least(1, epochs=self.epochs, batch=self.batch)
 
 
 @dataclass(frozen=True)
@@ -52,11 +69,16 @@ class Experts:
     """Expert trajectories (MTT, arXiv 2203.11932, section 3.1)."""
 
     model: str = "ConvNetBN"
-    """The network of experts and students; a name of selmatch_ext.models.names(), torchvision:NAME or timm:NAME."""
+    """The network of experts and students; a name of selmatch_ext.models.names(), torchvision:NAME, timm:NAME, or a
+    function of yours, package.module:function."""
     count: int = 100
+    """Trajectories, each from an initialisation of its own."""
     strategy: str = DSA
     """Augmentation while they train: names joined by _, one of them drawn per batch; none for none."""
     training: Training = Training()
+
+    def __post_init__(self) -> None:
+        at_least(1, count=self.count)
 
 
 @dataclass(frozen=True)
@@ -67,10 +89,15 @@ class Scores:
     """forgetting or el2n, computed by training networks here; or the path of a C-score file (.npy, .npz; higher =
     easier); or forgetting:PATH or el2n:PATH, a file of such scores (higher = harder)."""
     model: str = "ConvNetBN"
+    """The network that is watched; named as in experts.model."""
     runs: int = 3
     """Networks that are watched; their scores are averaged."""
     strategy: str = "none"
+    """Augmentation while they train: names joined by _, one of them drawn per batch; none for none."""
     training: Training = Training(epochs=20)
+
+    def __post_init__(self) -> None:
+        at_least(1, runs=self.runs)
 
 
 @dataclass(frozen=True)
@@ -78,6 +105,7 @@ class Features:
     """The network, trained on all training images, in whose features herding, k-center and coverage measure."""
 
     model: str = "ConvNetBN"
+    """Named as in experts.model."""
     strategy: str = DSA
     """Augmentation while it trains: names joined by _, one of them drawn per batch; none for none."""
     training: Training = Training(epochs=50, lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="cosine")
@@ -100,12 +128,16 @@ class Window:
     beta_unit: Literal["class", "ipc"] = "class"
     """ipc reproduces the public code, which multiplies β by ipc instead of by the class size."""
 
+    def __post_init__(self) -> None:
+        at_least(1, networks=self.networks)
+
 
 @dataclass(frozen=True)
 class Matching:
     """Trajectory matching (MTT, section 3.2 of the paper)."""
 
     iterations: int = 10000
+    """Updates of the images."""
     inner_steps: int = 55
     """N: student updates per iteration."""
     expert_epochs: int = 2
@@ -113,6 +145,7 @@ class Matching:
     max_start_epoch: int = 80
     """Start epochs are drawn from [min_start_epoch, max_start_epoch)."""
     min_start_epoch: int = 0
+    """The first of the start epochs."""
     first_max_start_epoch: int | None = None
     """Where the upper end of the start epochs stands at first; it grows to max_start_epoch over the run (sequential
     generation, DATM). None: it stands at max_start_epoch all the time."""
@@ -123,6 +156,7 @@ class Matching:
     lr_lr: float = 1e-5
     """Step size of η."""
     momentum: float = 0.5
+    """Momentum of the images and of η."""
     lr_init: float = 0.001
     """η₀, the student's learning rate at the start; it is learned."""
     labels: Literal["hard", "soft", "learned"] = "hard"
@@ -130,13 +164,17 @@ class Matching:
     lr_labels: float = 1.0
     """Step size of learned logits."""
     labels_momentum: float = 0.9
+    """Momentum of learned logits."""
     strategy: str = DSA
     """Augmentation of each student update: one of the names, drawn per batch."""
     gradient: Literal["exact", "tesla"] = "exact"
+    """tesla: the estimate of TESLA (arXiv 2211.10586), for comparison."""
     engine: Literal["auto", "fused", "autograd"] = "auto"
+    """fused is faster and runs networks of known operations; autograd runs any; auto: fused where it can."""
     keep: Literal["nothing", "activations"] = "nothing"
     """activations is faster, and its memory grows with inner_steps."""
     precision: Precision = "float32"
+    """tf32 (GPU only) rounds in convolutions and products, bfloat16 also what lies between them; float32 nowhere."""
     cuda_graphs: bool = False
     """Replay each student update from a CUDA graph; GPU with the fused engine only."""
     max_loss: float = 100.0
@@ -148,6 +186,10 @@ class Matching:
     """How often the state is saved."""
     snapshot_every: int = 0
     """Also keep the set as it is after every so many iterations, in snapshots/, for `selmatch coverage`; 0 = never."""
+
+    def __post_init__(self) -> None:
+        at_least(1, iterations=self.iterations, inner_steps=self.inner_steps)
+        at_least(1, expert_epochs=self.expert_epochs, batch_syn=self.batch_syn)
 
 
 @dataclass(frozen=True)
@@ -190,6 +232,7 @@ class DCSettings:
     start: str = "noise"
     """The images to begin with: noise, real (random training images), or the path of a set."""
     model: str = "ConvNet"
+    """The network whose gradients are matched; named as in experts.model."""
     iterations: int = 1000
     """Outer iterations: fresh networks."""
     outer_loop: int | None = None
@@ -201,15 +244,25 @@ class DCSettings:
     batch_train: int = 256
     """Images per update of the network."""
     lr_images: float = 0.1
+    """Step size of the images."""
     momentum: float = 0.5
+    """Momentum of the images."""
     lr_network: float = 0.01
+    """Learning rate of the network."""
     metric: Literal["layerwise", "mse", "cos"] = "layerwise"
+    """Distance of two gradients: 1 − cosine of each output row of each layer, summed; squared difference of the whole;
+    1 − cosine of the whole."""
     strategy: str = "none"
     """Augmentation: one of the names is drawn for each class and update, with one set of parameters for its real and
     its synthetic batch (siamese); the network's training draws its own."""
     checkpoint_seconds: float = 30.0
+    """How often the state is saved."""
     snapshot_every: int = 0
-    """Also keep the set after every so many iterations, in snapshots/; 0 = never."""
+    """Also keep the set after every so many updates of the images (outer_loop in each iteration), in snapshots/; 0 =
+    never."""
+
+    def __post_init__(self) -> None:
+        at_least(1, iterations=self.iterations, batch_real=self.batch_real, batch_train=self.batch_train)
 
 
 @dataclass(frozen=True)
@@ -229,17 +282,25 @@ class DMSettings:
     start: str = "real"
     """The images to begin with: noise, real (random training images), or the path of a set."""
     model: str = "ConvNet"
+    """The network in whose features images are compared; named as in experts.model."""
     iterations: int = 20000
+    """Updates of the images."""
     batch_real: int = 256
     """Real images of a class per update."""
     lr_images: float = 1.0
+    """Step size of the images."""
     momentum: float = 0.5
+    """Momentum of the images."""
     strategy: str = DSA
     """Augmentation: one of the names is drawn for each class and update, with one set of parameters for its real and
     its synthetic batch (siamese)."""
     checkpoint_seconds: float = 30.0
+    """How often the state is saved."""
     snapshot_every: int = 0
     """Also keep the set after every so many iterations, in snapshots/; 0 = never."""
+
+    def __post_init__(self) -> None:
+        at_least(1, iterations=self.iterations, batch_real=self.batch_real)
 
 
 @dataclass(frozen=True)
@@ -249,9 +310,11 @@ class DDSettings:
     start: str = "noise"
     """The images to begin with: noise, real (random training images), or the path of a set."""
     model: str = "LeNet"
+    """The network that is trained on the images; named as in experts.model."""
     steps: int = 10
     """Batches that the set consists of, each a step of training."""
     images_per_class_per_step: int = 1
+    """Images of each class in a step."""
     epochs: int = 3
     """How often the steps are gone through."""
     lr_init: float = 0.02
@@ -262,7 +325,9 @@ class DDSettings:
     """adapt: the experts were trained on another data set of the same classes. attack: after training on the set,
     images of `attack_class` are to be taken for `target_class`, others for what they are."""
     attack_class: int = 0
+    """For the attack: the class, counted from 0, that is to be mistaken."""
     target_class: int = 1
+    """For the attack: the class that it is to be taken for."""
     networks: int = 4
     """Initialisations averaged over in each iteration (one where it is known)."""
     test_networks: int = 1
@@ -277,10 +342,17 @@ class DDSettings:
     """Passes after which lr is halved."""
     strategy: str = "none"
     """Augmentation of each training step: one of the names, drawn per batch."""
-    engine: Literal["auto", "autograd"] = "auto"
+    engine: Literal["auto", "fused", "autograd"] = "auto"
+    """fused is faster and runs networks of known operations; autograd runs any; auto: fused where it can."""
     checkpoint_seconds: float = 30.0
+    """How often the state is saved."""
     snapshot_every: int = 0
-    """Also keep the set after every so many iterations, in snapshots/; 0 = never."""
+    """Also keep the set after every so many updates (one for each real batch of a pass), in snapshots/; 0 = never."""
+
+    def __post_init__(self) -> None:
+        at_least(1, steps=self.steps, images_per_class_per_step=self.images_per_class_per_step, epochs=self.epochs)
+        at_least(1, networks=self.networks, batch_real=self.batch_real)
+        at_least(1, passes=self.passes, halve_every=self.halve_every)
 
     @property
     def ipc(self) -> int:
@@ -293,12 +365,18 @@ class Evaluation:
     """Networks trained from scratch on a small set and tested on the real test set."""
 
     model: str = "ResNet18BN"
+    """The network that is trained; named as in experts.model."""
     networks: int = 5
+    """Networks trained, each from an initialisation of its own."""
     distilled_strategy: str = DSA
     """Augmentation of distilled images: one operation, drawn per sample."""
     selected_strategy: str = "simple"
-    """Augmentation of real images in the set; simple = RandomCrop(padding 4) and horizontal flip."""
+    """Augmentation of real images in the set, all of its names in their order; simple = RandomCrop(padding 4) and
+    horizontal flip."""
     training: Training = Training(epochs=1000, lr=0.1, momentum=0.9, weight_decay=5e-4, batch=128, schedule="cosine")
+
+    def __post_init__(self) -> None:
+        at_least(1, networks=self.networks)
 
 
 @dataclass(frozen=True)
@@ -311,6 +389,9 @@ class Coverage:
     accuracy: bool = True
     """Also train networks on each set, and test them on the easy and the hard half."""
 
+    def __post_init__(self) -> None:
+        at_least(1, networks=self.networks)
+
 
 @dataclass(frozen=True)
 class Continual:
@@ -321,19 +402,30 @@ class Continual:
     memory: int | None = None
     """Images per class that are remembered, the first of each; None: all of the set's."""
 
+    def __post_init__(self) -> None:
+        at_least(1, memory=self.memory)
+
 
 @dataclass(frozen=True)
 class Search:
     """A grid of ConvNets and how they are trained on all images; the default is DC's (arXiv 2006.05929)."""
 
     depths: tuple[int, ...] = (1, 2, 3, 4)
+    """Numbers of blocks."""
     widths: tuple[int, ...] = (32, 64, 128, 256)
+    """Channels of every block."""
     norms: tuple[str, ...] = ("NN", "BN", "LN", "IN", "GN")
+    """Normalisations: NN none, BN batch, LN layer, IN instance, GN group."""
     activations: tuple[str, ...] = ("AS", "AR", "AL")
+    """AS sigmoid, AR ReLU, AL leaky ReLU."""
     poolings: tuple[str, ...] = ("NP", "MP", "AP")
+    """NP none, MP maximum, AP average."""
     full: Training = Training(epochs=100, lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="cosine")
     full_networks: int = 1
     """Networks of each kind trained on all images."""
+
+    def __post_init__(self) -> None:
+        at_least(1, full_networks=self.full_networks)
 
 
 @dataclass(frozen=True)
@@ -347,6 +439,7 @@ class Run:
     matching: Matching = field(default_factory=Matching)
     evaluation: Evaluation = field(default_factory=Evaluation)
     seed: int = 0
+    """Seed of every random choice."""
 
 
 @dataclass(frozen=True)
@@ -359,6 +452,7 @@ class MethodRun:
     experts: Experts | None = None
     """Expert trajectories, for methods that need them."""
     seed: int = 0
+    """Seed of every random choice."""
 
 
 def digits_demo() -> Run:
