@@ -190,7 +190,7 @@ def distil(
             store.check(0, {"images": data.train.digest()})
         made_from["experts"] = {"count": store.count, **store.metadata}
     draws = getattr(settings, "experts_per_iteration", 1)  # only trajectory matching has experts
-    limits = method.max_loss, settings.checkpoint_seconds, draws, settings.snapshot_every
+    limits = settings.checkpoint_seconds, draws, settings.snapshot_every
     try:
         losses = run_method(method, method.iterations, folder, made_from, seed, *limits)
     except FloatingPointError:
