@@ -124,6 +124,7 @@ class Growing:
     """A method whose set tells how many updates it has had."""
 
     name = "growing"
+    max_loss = float("inf")
     state: dict = {}
 
     def decay(self, iteration):

@@ -1,5 +1,6 @@
 """The distilled set, its file and its export."""
 
+import hashlib
 import json
 import os
 import signal
@@ -293,8 +294,23 @@ def test_a_schedule_is_kept(tmp_path, starts):
         ([0.1, -0.1], [[0], [1]], r"schedule.rates must be \(N,\) positive numbers"),
         ([0.1], [[0], [1]], r"schedule.batches has shape \(2, 1\); it must be \(1, B\)"),
         ([0.1], [[6]], "schedule.batches must hold indices of the 6 images"),
+        ([0.1], [[]], r"schedule.batches has shape \(1, 0\); it must be \(1, B\), not empty"),
+        ([], [[]], r"schedule.batches has shape \(1, 0\)"),
     ],
 )
 def test_wrong_schedules(rates, batches, message):
     with pytest.raises(ValueError, match=message):
         example(schedule=Schedule(torch.tensor(rates), torch.tensor(batches), "LeNet"))
+
+
+@pytest.mark.parametrize("starts", [torch.zeros(0, 5), torch.zeros(5), torch.full((1, 5), torch.nan)])
+def test_wrong_starts_of_a_schedule(starts):
+    with pytest.raises(ValueError, match=r"schedule.starts has shape .*; it must be \(k, P\) finite numbers"):
+        example(schedule=Schedule(torch.tensor([0.1]), torch.tensor([[0, 1]]), "LeNet", starts))
+
+
+def test_the_digest_of_a_set_stays_as_it_is():
+    """It is in the records of evaluations."""
+    made = example()
+    tensors = made.images, made.labels, made.distilled, made.mean, made.std
+    assert made.digest() == hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()

@@ -85,7 +85,8 @@ def test_gradient_matching_step(digits, model, strategy, turn):
         for order, table in tables:
             seen = reference.augment(images.detach()[order], table)
             reference.sgd_on(net, seen, labels[order], [slice(None)], 0.05)
-    net = reference.frozen_batchnorm(net, real(t, torch.cat([pick(t, c, 16, g) for c in CLASSES])))
+    if model != MODEL:
+        net = reference.frozen_batchnorm(net, real(t, torch.cat([pick(t, c, 16, g) for c in CLASSES])))
     batches = []
     for c in CLASSES:
         indices = pick(t, c, 7, g)
@@ -100,8 +101,6 @@ def test_other_metrics(digits, metric):
     t = task(digits)
     method = DC(t, DCSettings(model=MODEL, outer_loop=1, inner_loop=1, batch_real=5, metric=metric))
     got, g, net = method.loss(0, generator(0, "x")), generator(0, "x"), t.network(MODEL, "network", 0)
-    for c in CLASSES:
-        pick(t, c, 16, g)
     indices, batches, labels = [pick(t, c, 5, g) for c in CLASSES], [], t.start.labels
     # augmentation none draws nothing, so that the picks follow one another
     for c, i in enumerate(indices):
@@ -122,6 +121,39 @@ def test_loops_of_the_paper(digits):
     assert DC(task(digits, ipc=10), DCSettings(model=MODEL)).iterations == 10_000
     with pytest.raises(ValueError, match="for ipc 1, 10, 20, 30, 40, 50, not 2: give outer_loop"):
         DC(task(digits), DCSettings(model=MODEL))
+    with pytest.raises(ValueError, match="must be at least 1, got 0 and 50"):
+        DC(task(digits, ipc=10), DCSettings(model=MODEL, outer_loop=0))
+
+
+@pytest.mark.parametrize("kind", [DC, DM])
+def test_networks_get_no_gradients(digits, tmp_path, monkeypatch, kind):
+    """Only the images are learned."""
+    built, build = [], Task.network
+    monkeypatch.setattr(Task, "network", lambda *name: built.append(build(*name)) or built[-1])
+    loops = {"outer_loop": 1, "inner_loop": 1} if kind is DC else {}
+    run(kind(task(digits), kind.settings_type(model=MODEL, batch_real=4, **loops)), 1, tmp_path, {}, seed=0)
+    assert built and all(p.grad is None for net in built for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(DC, "batch_real"), (DC, "batch_train"), (DM, "batch_real")]
+    + [
+        (DD, name) for name in ("steps", "images_per_class_per_step", "epochs", "networks", "batch_real", "halve_every")
+    ],
+)
+def test_counts_below_one_are_refused(digits, kind, name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        kind(task(digits), replace(kind.settings_type(model=MODEL), **{name: 0}))
+
+
+def test_a_diverging_inner_training_leaves_the_last_good_state(digits, tmp_path):
+    settings = DCSettings(model=MODEL, outer_loop=9, inner_loop=9, batch_real=4, lr_network=1e30)
+    with pytest.raises(
+        FloatingPointError, match=r"dc stopped at iteration \d: training stopped.* lr_network \(1e\+30\)"
+    ):
+        run(DC(task(digits), settings), 9, tmp_path, {}, seed=0)
+    assert (tmp_path / "checkpoint.safetensors").exists()
 
 
 # distribution matching
@@ -281,6 +313,22 @@ def test_adapt_wants_experts_of_other_data(digits, experts):
         DD(t, DDSettings(**UNROLLED, objective="adapt"))
     with pytest.raises(ValueError, match="more than test_networks 2; there are 2"):
         DD(t, DDSettings(**UNROLLED, init="loaded", test_networks=2))
+
+
+def test_adapt_runs_with_experts_that_were_trained_here(digits, experts, tmp_path):
+    other = replace(digits, name="other digits", train=replace(digits.train, images=digits.train.images.flip(3)))
+    start = pipeline.initial_set("real", 2, other, 3, CPU)
+    settings = DDSettings(**{**UNROLLED, "batch_real": 1300}, init="loaded", objective="adapt", passes=1)
+    made = pipeline.distil("dd", settings, start, other, 3, CPU, tmp_path / "adapt", {}, experts)
+    assert made.settings["experts"]["dataset"] == "digits" and not torch.equal(made.images, start.images)
+    with pytest.raises(ValueError, match="made differently: images"):
+        basic = replace(settings, objective="basic")
+        pipeline.distil("dd", basic, start, replace(other, name="digits"), 3, CPU, tmp_path / "basic", {}, experts)
+
+
+def test_the_learning_rates_of_steps_are_positive(digits):
+    with pytest.raises(ValueError, match="lr_init must be above 0, got 0"):
+        DD(task(digits), DDSettings(**{**UNROLLED, "lr_init": 0.0}))
 
 
 def test_xavier(digits):

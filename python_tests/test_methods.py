@@ -22,6 +22,7 @@ class Bowl(Method):
     """The least a method can be: noisy descent to zero. `spoil` makes the loss of one iteration bad."""
 
     name = "bowl"
+    max_loss = 100.0
 
     def __init__(self, spoil=None, at=None):
         self.spoil, self.at = spoil, at
@@ -127,7 +128,7 @@ def test_a_bad_loss_stops_the_run_with_the_last_good_state(tmp_path, spoil):
     good = Bowl()
     losses = run(good, 1, tmp_path / "good", {}, seed=1)  # the second update led to the bad loss
     with pytest.raises(FloatingPointError, match=r"iteration 3: the loss is .* Try a smaller lr"):
-        run(Bowl(spoil, at=2), 9, tmp_path / "bad", {}, seed=1, max_loss=100.0)
+        run(Bowl(spoil, at=2), 9, tmp_path / "bad", {}, seed=1)
     saved = Bowl()
     assert run(saved, 1, tmp_path / "bad", {}, seed=1) == losses and equal(values(saved), values(good))
 
@@ -156,6 +157,50 @@ def test_a_state_the_method_refuses_is_not_kept(tmp_path):
     assert run(went_on, 9, tmp_path / "picky", {}, seed=1) == whole and equal(values(went_on), values(easy))
 
 
+def test_a_loss_that_cannot_be_computed_stops_the_run_with_the_last_good_state(tmp_path):
+    class Diverging(Bowl):
+        def loss(self, iteration, generator):
+            if iteration == 2:
+                raise FloatingPointError("training stopped: the loss of epoch 1 is nan")
+            return super().loss(iteration, generator)
+
+    good, saved = Bowl(), Bowl()
+    losses = run(good, 1, tmp_path / "good", {}, seed=1)
+    with pytest.raises(FloatingPointError, match=r"iteration 3: training stopped: .* nan\. .* Try a smaller lr"):
+        run(Diverging(), 9, tmp_path / "bad", {}, seed=1)
+    assert run(saved, 1, tmp_path / "bad", {}, seed=1) == losses and equal(values(saved), values(good))
+
+
+def test_losses_round_nothing_that_is_not_asked_for(tmp_path):
+    """The loop's float32 on the CPU: autocast around the run does not reach the loss."""
+    seen = []
+
+    class Product(Bowl):
+        def loss(self, iteration, generator):
+            product = torch.outer(self.learned["x"], self.learned["x"]) @ self.learned["x"]
+            seen.append(product.dtype)
+            return product.sum() + self.learned["y"]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        run(Product(), 1, tmp_path, {}, seed=1)
+    assert seen == [torch.float32]
+
+
+def test_dropout_in_a_loss_follows_from_the_seed_and_the_iteration(tmp_path):
+    class Dropping(Bowl):
+        def loss(self, iteration, generator):
+            return torch.nn.functional.dropout(self.learned["x"], 0.5).square().sum() + self.learned["y"] ** 2
+
+    whole, last = Dropping(), Dropping()
+    before = torch.get_rng_state()
+    losses = run(whole, 8, tmp_path / "whole", {}, seed=1)
+    assert torch.equal(before, torch.get_rng_state())
+    run(Dropping(), 3, tmp_path / "pieces", {}, seed=1)
+    torch.rand(7)
+    assert run(last, 8, tmp_path / "pieces", {}, seed=1) == losses and equal(values(whole), values(last))
+    assert len({loss / (2.0**i) for i, loss in enumerate(losses)}) == 8
+
+
 def test_chunks_walk_through_permutations():
     batches = chunks(10, 4, 7, generator(0))
     assert [len(b) for b in batches] == [4, 4, 2, 4, 4, 2, 4]
@@ -173,7 +218,7 @@ def test_matching_loss_is_the_formula(digits, experts, model, strategy):
     store = experts if model == MODEL else _Scaled(net)
     images = digits.normalise(digits.train.images[:40]).double().requires_grad_()
     labels, lr = digits.train.labels[:40], torch.tensor(0.02, dtype=torch.float64, requires_grad=True)
-    loss = matching_loss(net.double(), store, images, labels, lr, settings, generator(0, "draws"))
+    loss = matching_loss(net.double(), store, images, labels, lr, settings, generator(0, "draws"), (0, 2))
     gradients = torch.autograd.grad(loss, (images, lr))
 
     g = generator(0, "draws")
@@ -230,7 +275,7 @@ def test_selmatch_lowers_the_loss(digits, experts, tmp_path):
 
 def test_an_exploding_run_says_what_to_try(digits, experts, tmp_path):
     with pytest.raises(FloatingPointError, match=r"iteration \d.*η is .*lr_images"):
-        run(selmatch(digits, experts, lr_images=1e9, lr_init=0.5), 30, tmp_path, {}, 0, max_loss=100.0)
+        run(selmatch(digits, experts, lr_images=1e9, lr_init=0.5), 30, tmp_path, {}, 0)
     restored = selmatch(digits, experts, lr_images=1e9, lr_init=0.5)
     losses = run(restored, 0, tmp_path, {}, 0)
     assert all(loss <= 100.0 for loss in losses) and restored.images.isfinite().all()
@@ -244,8 +289,9 @@ def test_a_learning_rate_below_zero_stops_the_run(digits, experts, tmp_path):
 def test_trajectories_that_are_too_short_are_refused(digits, experts):
     with pytest.raises(ValueError, match="max_start_epoch 4 and expert_epochs 1 need trajectories of 4 epochs.*have 3"):
         selmatch(digits, experts, max_start_epoch=4)
-    with pytest.raises(ValueError, match="max_start_epoch must be at least 1"):
-        selmatch(digits, experts, max_start_epoch=0)
+    for name in ("inner_steps", "expert_epochs", "max_start_epoch", "batch_syn"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            selmatch(digits, experts, **{name: 0})
     nothing: DistilledSet = replace(start(digits), distilled=torch.zeros(60, dtype=torch.bool))
     with pytest.raises(ValueError, match="alpha times ipc"):
         SelMatch(Task(nothing, digits, 0, CPU, experts), tiny_run().matching)

@@ -15,9 +15,11 @@ from conftest import CPU, MODEL, tiny_run
 
 from selmatch_ext import cli, pipeline
 from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.data.images import ImageData
 from selmatch_ext.data.trajectories import ExpertStore
 from selmatch_ext.evaluation import Accuracy, seen_as
-from selmatch_ext.settings import Data, Scores, to_dict
+from selmatch_ext.features import trained_networks
+from selmatch_ext.settings import Data, Features, Scores, Training, to_dict
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +37,12 @@ def test_a_run_writes_what_it_promises(finished):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG"
     subset = DistilledSet.load(folder / "distilled.safetensors")
     assert subset.images.shape == (60, 1, 8, 8) and subset.distilled.sum() == 30
-    saved = dict(subset.settings)
-    assert saved.pop("beta") in {0.0, 0.5} | {1 - 6 / 116} and saved == json.loads(json.dumps(to_dict(tiny_run())))
+    saved, wanted = dict(subset.settings), json.loads(json.dumps(to_dict(tiny_run())))
+    assert saved.pop("beta") in {0.0, 0.5} | {1 - 6 / 116}
+    assert saved.pop("start") == DistilledSet.load(folder / "window.safetensors").digest()
+    experts, asked = saved.pop("experts"), wanted.pop("experts")
+    assert experts["count"] == asked.pop("count") and experts["settings"] == asked and not experts["zca"]
+    assert saved == wanted
     assert "random" in (folder / "table.md").read_text()
 
 
@@ -78,6 +84,53 @@ def test_scores_of_the_full_set_are_picked_for_a_subset(digits, tmp_path):
         Scores(source=f"forgetting:{tmp_path / 'c.npz'}"), settings, data, kept, 3, CPU, tmp_path / "none"
     )
     assert torch.equal(harder, torch.from_numpy(scores)[kept]) and torch.equal(easier, -harder)
+
+
+def test_scores_of_a_subset_are_read_back(tmp_path):
+    """What is computed for a subset can be given for it, also as a file, but not for a subset of another seed."""
+    settings, computed = Data(dataset="digits", per_class=50), Scores("el2n", MODEL, 1, training=Training(epochs=1))
+    data, kept = pipeline.load_data(settings, seed=3)
+    path = tmp_path / "scores.npz"
+    scores = pipeline.training_difficulty(computed, settings, data, kept, 3, CPU, path)
+    given = Scores(f"el2n:{path}")
+    assert torch.equal(pipeline.training_difficulty(given, settings, data, kept, 3, CPU, tmp_path / "none"), scores)
+    other, kept = pipeline.load_data(settings, seed=4)
+    with pytest.raises(ValueError, match=r"other images than those of digits \(50 a class\): another subset or seed"):
+        pipeline.training_difficulty(given, settings, other, kept, 4, CPU, tmp_path / "none")
+
+
+def test_scores_of_the_full_set_do_not_whiten_it(tmp_path, digits, monkeypatch):
+    np.save(tmp_path / "c.npy", np.arange(len(digits.train), dtype=np.float32))
+    settings = Data(dataset="digits", per_class=50, zca=True)
+    data, kept = pipeline.load_data(settings, seed=3)
+    monkeypatch.setattr(ImageData, "whitened", lambda self: pytest.fail("whitened for nothing"))
+    scores = Scores(f"el2n:{tmp_path / 'c.npy'}")
+    hardness = pipeline.training_difficulty(scores, settings, data, kept, 3, CPU, tmp_path / "none")
+    assert torch.equal(hardness, kept.float())
+
+
+@pytest.mark.parametrize("change", ["images", "zca"])
+def test_kept_scores_and_networks_of_other_images_under_the_same_name_are_refused(digits, tmp_path, change):
+    flipped = replace(digits.train, images=digits.train.images.flip(3))
+    other = digits.whitened() if change == "zca" else replace(digits, train=flipped)
+    scores = Scores("el2n", MODEL, 1, training=Training(epochs=1))
+    features = Features(MODEL, "none", Training(epochs=1))
+    for data in (digits, other):
+        if data is other:
+            with pytest.raises(ValueError, match="made with other settings"):
+                pipeline.training_difficulty(scores, Data("digits"), data, None, 0, CPU, tmp_path / "scores.npz")
+            with pytest.raises(ValueError, match=f"made otherwise .*{change}: "):
+                trained_networks(data, features, 0, CPU, tmp_path)
+        else:
+            pipeline.training_difficulty(scores, Data("digits"), data, None, 0, CPU, tmp_path / "scores.npz")
+            trained_networks(data, features, 0, CPU, tmp_path)
+
+
+def test_a_run_with_a_given_beta_searches_no_window(tmp_path):
+    run = tiny_run()
+    pipeline.run(replace(run, window=replace(run.window, beta=0.5)), tmp_path, CPU)
+    assert not (tmp_path / "window").exists() and not (tmp_path / "beta.png").exists()
+    assert DistilledSet.load(tmp_path / "distilled.safetensors").settings["beta"] == 0.5
 
 
 def selmatch(*arguments, check=True):
@@ -189,6 +242,21 @@ def test_experts_of_other_images_are_refused(finished, digits, tmp_path):
     other = replace(digits, train=replace(digits.train, images=digits.train.images.flip(3)))
     with pytest.raises(ValueError, match="made differently: images: [0-9a-f]{64} → [0-9a-f]{64}"):
         pipeline.distil("selmatch", tiny_run().matching, subset, other, 0, CPU, tmp_path, {}, store)
+
+
+def test_experts_of_plain_images_are_refused_for_whitened_ones(digits, experts, tmp_path):
+    start = pipeline.initial_set("real", 6, digits.whitened(), 0, CPU)
+    with pytest.raises(ValueError, match="made differently: zca: False → True"):
+        pipeline.distil("selmatch", tiny_run().matching, start, digits, 0, CPU, tmp_path, {}, experts)
+
+
+def test_a_saved_set_says_what_it_was_made_from(digits, experts, tmp_path):
+    start = pipeline.initial_set("real", 6, digits, 0, CPU)
+    settings = replace(tiny_run().matching, snapshot_every=3)
+    made = pipeline.distil("selmatch", settings, start, digits, 7, CPU, tmp_path, {"a": 1}, experts)
+    expected = {"a": 1, "seed": 7, "start": start.digest(), "experts": {"count": 2, **experts.metadata}}
+    assert made.settings == DistilledSet.load(tmp_path / "distilled.safetensors").settings == expected
+    assert DistilledSet.load(tmp_path / "snapshots" / "iteration_000003.safetensors").settings == expected
 
 
 def test_a_set_of_other_images_is_refused(finished, digits):

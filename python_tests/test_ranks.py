@@ -21,6 +21,7 @@ class Line:
     """A loss with a gradient that tells which draw made it. No image set: the loop never asks for one."""
 
     name = "line"
+    max_loss = float("inf")
     state: dict = {}
 
     def decay(self, iteration):

@@ -85,7 +85,16 @@ def test_last_of_the_grid_is_the_end_of_the_class(class_size, data):
     assert whole(grid[-1], class_size) == class_size - ipc
 
 
+@given(st.integers(1, 10_000), st.data())
+def test_last_of_the_grid_in_units_of_ipc_is_the_end_of_the_class(class_size, data):
+    ipc = data.draw(st.integers(max(1, class_size // 100), class_size))
+    grid = beta_grid(class_size, ipc, data.draw(st.sampled_from([0.1, 0.15, 1.0])), "ipc")
+    assert grid == sorted(set(grid)) and grid[0] == 0
+    assert whole(grid[-1], ipc) == class_size - ipc
+
+
 def test_grid_values():
+    assert beta_grid(5000, 250, 5.0, "ipc") == [0, 5, 10, 15, 19]
     assert beta_grid(5000, 500) == [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
     assert beta_grid(5000, 250)[-2:] == [0.9, 0.95]
     assert beta_grid(10, 10) == [0]

@@ -13,6 +13,7 @@ from selmatch_ext import experts as experts_module
 from selmatch_ext import models
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.images import ImageSplit
+from selmatch_ext.data.trajectories import ExpertStore
 from selmatch_ext.evaluation import Accuracy, evaluate, real_subset
 from selmatch_ext.experts import compute_scores, network, train_experts
 from selmatch_ext.models import flat
@@ -99,6 +100,22 @@ def test_experts_of_other_contents_under_the_same_name_are_refused(digits, exper
             train_experts(replace(digits, train=changed), tiny_run().experts, experts.folder, 0, CPU)
 
 
+def test_experts_of_whitened_images_are_not_those_of_plain_ones(digits, experts, tmp_path):
+    settings = replace(tiny_run().experts, count=1)
+    with pytest.raises(ValueError, match="zca: False → True"):
+        train_experts(digits.whitened(), settings, experts.folder, 0, CPU)
+    older = ExpertStore(tmp_path)
+    older.save(0, torch.stack([experts.row(0, e) for e in range(4)]), {**experts.metadata, "zca": False})
+    older.check(0, {"zca": False})
+    older.path(0).unlink()
+    older.save(0, torch.stack([experts.row(0, e) for e in range(4)]), _without(experts.metadata, "zca"))
+    assert train_experts(digits, replace(settings, count=2), tmp_path, 0, CPU).count == 2
+
+
+def _without(fields, name):
+    return {key: value for key, value in fields.items() if key != name}
+
+
 @pytest.mark.parametrize("source", ["forgetting", "el2n"])
 def test_scores_put_the_hard_images_first(digits, source):
     settings = Scores(source=source, model=MODEL, runs=1, training=Training(epochs=6, lr=0.1, momentum=0.9, batch=64))
@@ -158,6 +175,37 @@ def test_streams_are_independent_and_leave_the_global_generator_alone(digits):
     before = torch.get_rng_state()
     evaluate(real_subset(digits, torch.arange(50), "first"), digits, tiny_run().evaluation, 0, CPU)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_dropout_follows_from_the_generator_and_leaves_the_global_one_alone(digits):
+    images, trained = digits.normalise(digits.train.images), []
+    before = torch.get_rng_state()
+    for seed in (1, 1, 2):
+        linear = models.build("MLP", 1, 10, (8, 8), generator=generator(0))
+        model = torch.nn.Sequential(torch.nn.Dropout(0.5), linear)
+        train(model, images.__getitem__, digits.train.labels, Training(epochs=2), nothing, generator(seed))
+        assert torch.equal(before, torch.get_rng_state())
+        before = torch.manual_seed(seed + 10).get_state()
+        trained.append(flat.flatten(model.parameters()).detach())
+    assert torch.equal(trained[0], trained[1]) and not torch.equal(trained[0], trained[2])
+
+
+def test_dropout_draws_new_masks_in_each_batch_and_epoch():
+    masks = []
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(64, 3))
+    model[1].register_forward_hook(lambda module, inputs, output: masks.append(tuple((output == 0).flatten().tolist())))
+    images, labels = torch.ones(10, 1, 8, 8), torch.zeros(10, dtype=torch.int64)
+    train(model, images.__getitem__, labels, Training(epochs=3, batch=5), nothing, generator(0))
+    assert len(set(masks)) == len(masks) == 6
+
+
+def test_counts_below_one_are_refused(digits):
+    labels = digits.train.labels
+    with pytest.raises(ValueError, match="training.batch must be at least 1, got 0"):
+        train(torch.nn.Flatten(), labels.__getitem__, labels, Training(batch=0), nothing, generator(0))
+    for settings in (Scores("el2n", MODEL, runs=0), Scores("el2n", MODEL, training=Training(epochs=0))):
+        with pytest.raises(ValueError, match=r"scores\.\S+ must be at least 1, got 0"):
+            compute_scores(digits, settings, 0, CPU)
 
 
 def test_precision_is_only_what_was_asked_for():

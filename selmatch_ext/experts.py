@@ -26,7 +26,7 @@ def train_experts(
     Row 0 of a trajectory is the initialisation, row e the parameters after epoch e. A killed run goes on with the
     missing experts; expert i depends on `seed` and i alone. Of several processes each trains every world-th expert.
     Raises ValueError when the folder holds experts of another network, of other images or labels (even if the data set
-    has the same name), or made with other settings."""
+    has the same name), of whitened images or plain ones, or made with other settings."""
     store = ExpertStore(folder)
     share = ranks.mine(settings.count)
     progress = ranks.progress(total=len(share) * settings.training.epochs, desc="experts", unit="epoch")
@@ -35,6 +35,7 @@ def train_experts(
         "model": settings.model,
         "dataset": data.name,
         "images": data.train.digest(),
+        "zca": data.whitening is not None,
         "seed": seed,
         "settings": how,
     }
@@ -59,8 +60,12 @@ def train_experts(
 
 def compute_scores(data: ImageData, settings: Scores, seed: int, device: torch.device) -> Tensor:
     """Difficulty (n,) float32 of every training image, higher = harder: forgetting events (arXiv 1812.05159) or EL2N
-    (arXiv 2107.07075), averaged over `settings.runs` networks watched after every epoch."""
+    (arXiv 2107.07075), averaged over `settings.runs` networks watched after every epoch. Raises ValueError for less
+    than one network or epoch."""
     labels, epochs = data.train.labels, settings.training.epochs
+    for name, value in (("scores.runs", settings.runs), ("scores.training.epochs", epochs)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     measure = _is_right if settings.source == "forgetting" else _error_norm
     progress = ranks.progress(total=len(ranks.mine(settings.runs)) * epochs, desc="scores", unit="epoch")
     watched = {}

@@ -67,8 +67,8 @@ def _load(
 
 
 def _how(data: ImageData, settings: Features, seed: int, index: int) -> dict:
-    zca = data.whitening is not None
-    return {"features": to_dict(settings), "data": data.name, "zca": zca, "seed": seed, "index": index}
+    made_from = {"data": data.name, "images": data.train.digest(), "zca": data.whitening is not None}
+    return {"features": to_dict(settings), **made_from, "seed": seed, "index": index}
 
 
 def _path(folder: Path, index: int) -> Path:

@@ -24,7 +24,7 @@ from selmatch_ext.methods.loop import run as run_method
 from selmatch_ext.methods.trajectory import expert_logits
 from selmatch_ext.seeds import derive, generator
 from selmatch_ext.selection import coreset
-from selmatch_ext.selection.scores import difficulty, load_scores
+from selmatch_ext.selection.scores import describe, difficulty, load_scores
 from selmatch_ext.selection.window import beta_grid, split, window
 from selmatch_ext.settings import Data, Evaluation, Features, MethodRun, Run, Scores, Window, differences, to_dict
 
@@ -50,9 +50,10 @@ def training_difficulty(
     path: Path,
 ) -> Tensor:
     """(n,) difficulty of each training image, higher = harder: read from `settings.source`, or computed and kept at
-    `path`. A score file is for the full data set; `kept` picks from it."""
+    `path`. A score file is for `data`, or for the full data set; then `kept` picks from it."""
     if settings.source in ("forgetting", "el2n"):
-        how = json.dumps({"scores": to_dict(settings), "seed": seed, "data": data.name})
+        made_from = {"data": data.name, "images": data.train.digest(), "zca": data.whitening is not None}
+        how = json.dumps({"scores": to_dict(settings), "seed": seed, **made_from})
         if not path.exists():
             scores = compute_scores(data, settings, seed, device)
             if ranks.first():
@@ -65,9 +66,20 @@ def training_difficulty(
                 raise ValueError(f"{path} holds scores made with other settings; choose another or delete it")
         return difficulty(scores, settings.source)
     kind, _, source = settings.source.rpartition(":")
-    full = data if kept is None else load_data(replace(data_settings, per_class=None), seed)[0]
-    scores = difficulty(load_scores(source, full), kind or "cscore")
-    return scores if kept is None else scores[kept]
+    kind = kind or "cscore"
+    if kept is None or _is_of_subset(source, data):
+        return difficulty(load_scores(source, data), kind)
+    full, _ = load_data(replace(data_settings, per_class=None, zca=False), seed)
+    return difficulty(load_scores(source, full), kind)[kept]
+
+
+def _is_of_subset(source: str, data: ImageData) -> bool:
+    """Whether a score file has as many scores as the subset `data`. ValueError when it says it is of another."""
+    count, how = describe(source)
+    digest = data.train.digest()
+    if count == len(data.train) and how.get("images", digest) != digest:
+        raise ValueError(f"{source} holds scores of other images than those of {data.name}: another subset or seed")
+    return count == len(data.train)
 
 
 def search_window(
@@ -79,14 +91,13 @@ def search_window(
     device: torch.device,
     folder: Path,
 ) -> tuple[float, dict[float, Accuracy]]:
-    """The β of the best window, and the test accuracy of each β tried (section 3.1 of the paper).
+    """The β of the best window of a grid, and the test accuracy of each β tried (section 3.1 of the paper).
 
     Best means highest accuracy on the whole training split, so that no test image takes part in the choice; all windows
     are of one size, so the images a network has seen weigh the same in each."""
     smallest = int(torch.bincount(data.train.labels).min())
-    betas = beta_grid(smallest, settings.ipc, settings.step) if settings.beta is None else [settings.beta]
     on_train, on_test = {}, {}
-    for beta in betas:
+    for beta in beta_grid(smallest, settings.ipc, settings.step, settings.beta_unit):
         subset = starting_set(data, hardness, replace(settings, beta=beta))
         record = folder / f"beta_{beta:.4f}.json"
         result = evaluate(
@@ -179,25 +190,26 @@ def distil(
     store: ExpertStore | None = None,
 ) -> DistilledSet:
     """Runs the method of that name from `start`; writes folder/distilled.safetensors and loss.png. `context` is saved
-    with the result.
+    with the result, and with it the seed, the digest of `start` and what the experts say of themselves.
 
     Raises FloatingPointError when the loss explodes; the last good set is then in folder/stopped.safetensors. Raises
-    ValueError when `start` or the experts are of other data or another network."""
+    ValueError when `start` or the experts are of other data (but for DD's objective adapt) or another network."""
     method = METHODS[name](Task(start, seen_as(start, data), seed, device, store), settings)
-    made_from = {**context, "start": start.digest()}
+    made_from = {**context, "seed": seed, "start": start.digest()}
     if store is not None:
-        if "images" in store.metadata:  # imported experts do not say
-            store.check(0, {"images": data.train.digest()})
+        adapt = getattr(settings, "objective", None) == "adapt"  # it wants experts of other data
+        if "images" in store.metadata and not adapt:  # imported experts do not say
+            store.check(0, {"images": data.train.digest(), "zca": start.whitening is not None})
         made_from["experts"] = {"count": store.count, **store.metadata}
     draws = getattr(settings, "experts_per_iteration", 1)  # only trajectory matching has experts
-    limits = method.max_loss, settings.checkpoint_seconds, draws, settings.snapshot_every
+    how_often = settings.checkpoint_seconds, draws, settings.snapshot_every
     try:
-        losses = run_method(method, method.iterations, folder, made_from, seed, *limits)
+        losses = run_method(method, method.iterations, folder, made_from, seed, *how_often)
     except FloatingPointError:
         if ranks.first():
-            replace(method.distilled(), settings=context).save(folder / "stopped.safetensors")
+            replace(method.distilled(), settings=made_from).save(folder / "stopped.safetensors")
         raise
-    result = replace(method.distilled(), settings=context)
+    result = replace(method.distilled(), settings=made_from)
     if ranks.first():
         result.save(folder / "distilled.safetensors")
         report.plot_loss(losses, folder / "loss.png")
@@ -215,9 +227,11 @@ def run(settings: Run, folder: str | Path, device: torch.device) -> dict[str, di
     hardness = training_difficulty(
         settings.scores, settings.data, data, kept, settings.seed, device, folder / "scores.npz"
     )
-    beta, betas = search_window(
-        data, hardness, settings.window, settings.evaluation, settings.seed, device, folder / "window"
-    )
+    beta, betas = settings.window.beta, {}
+    if beta is None:
+        beta, betas = search_window(
+            data, hardness, settings.window, settings.evaluation, settings.seed, device, folder / "window"
+        )
     start = starting_set(data, hardness, replace(settings.window, beta=beta))
     if ranks.first():
         start.save(folder / "window.safetensors")
@@ -280,8 +294,10 @@ def write_report(
     distilled: DistilledSet,
     results: dict[str, Accuracy],
 ) -> None:
-    """PNGs, table and results.json of a finished run on the data set of that name."""
-    report.plot_beta({b: (r.mean, r.std) for b, r in betas.items()}, folder / "beta.png", beta)
+    """PNGs, table and results.json of a finished run on the data set of that name. betas: empty where none was
+    searched."""
+    if betas:
+        report.plot_beta({b: (r.mean, r.std) for b, r in betas.items()}, folder / "beta.png", beta)
     learned = distilled.distilled
     names = distilled.class_names
     before, after, labels = start.denormalised(), distilled.denormalised(), start.labels

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 import torch
 
@@ -17,3 +19,16 @@ def generator(seed: int, *stream: str | int) -> torch.Generator:
     """A CPU generator of the named stream. A long run that draws from generator(seed, "distill", iteration) in each
     iteration needs no generator state in its checkpoints."""
     return torch.Generator().manual_seed(derive(seed, *stream))
+
+
+@contextlib.contextmanager
+def global_stream(source: torch.Generator, device: torch.device) -> Iterator[None]:
+    """Within, torch's global generators, those of the CPU and of `device`, from which dropout draws, give a stream that
+    follows from the state of `source` (CPU); afterwards they are as they were. `source` does not advance."""
+    seed = int(torch.randint(2**62, (), generator=source.clone_state()))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

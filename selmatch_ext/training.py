@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from selmatch_ext.models.fast import fast
 from selmatch_ext.ops.dsa import Augmentation, augment, mix_augmentations, sample_augmentation
 from selmatch_ext.precision import precision_scope
+from selmatch_ext.seeds import global_stream
 from selmatch_ext.settings import Training
 
 Take = Callable[[Tensor], Tensor]  # indices (b,) -> images (b, C, H, W), normalised
@@ -53,8 +54,10 @@ def train(
     """Trains `model` in place by SGD on cross-entropy.
 
     labels: (n,) int64, or (n, K) float probabilities, on the model's device. Order and augmentation are drawn from
-    `generator` (CPU). after_epoch(epoch) is called after each, counted from 1.
-    Raises FloatingPointError when an epoch ends with a loss that is not finite."""
+    `generator` (CPU), dropout from a stream of it. after_epoch(epoch) is called after each, counted from 1.
+    Raises FloatingPointError when an epoch ends with a loss that is not finite, ValueError for a batch below 1."""
+    if settings.batch < 1:
+        raise ValueError(f"training.batch must be at least 1, got {settings.batch}")
     device = labels.device
     network = None
     optimiser = torch.optim.SGD(
@@ -64,16 +67,17 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(settings, epoch)
         model.train()
-        for indices in torch.randperm(len(labels), generator=generator).split(settings.batch):
-            p = Augmentation(*(t.to(device) for t in augmenter(indices, generator)))
-            indices = indices.to(device)
-            with precision_scope(settings.precision, device):
-                x = augment(take(indices), p)
-                network = fast(model, x, settings.precision) if network is None else network
-                loss = F.cross_entropy(network(x), labels[indices])
-                optimiser.zero_grad()
-                loss.backward()
-            optimiser.step()
+        with global_stream(generator, device):
+            for indices in torch.randperm(len(labels), generator=generator).split(settings.batch):
+                p = augmenter(indices, generator).to(device)
+                indices = indices.to(device)
+                with precision_scope(settings.precision, device):
+                    x = augment(take(indices), p)
+                    network = fast(model, x, settings.precision) if network is None else network
+                    loss = F.cross_entropy(network(x), labels[indices])
+                    optimiser.zero_grad()
+                    loss.backward()
+                optimiser.step()
         if not math.isfinite(loss.item()):
             raise FloatingPointError(
                 f"training stopped: the loss of epoch {epoch + 1} is {loss.item()} at lr {settings.lr}; "

@@ -38,12 +38,15 @@ class Schedule:
         """ValueError unless the fields fit together and the batches count through `images` images."""
         if self.rates.ndim != 1 or not (self.rates > 0).all() or not self.rates.isfinite().all():
             raise ValueError("schedule.rates must be (N,) positive numbers")
-        if self.batches.ndim != 2 or len(self.batches) != len(self.rates):
+        if self.batches.ndim != 2 or len(self.batches) != len(self.rates) or self.batches.numel() == 0:
             raise ValueError(
-                f"schedule.batches has shape {tuple(self.batches.shape)}; it must be ({len(self.rates)}, B)"
+                f"schedule.batches has shape {tuple(self.batches.shape)}; it must be ({len(self.rates)}, B), not empty"
             )
         if int(self.batches.min()) < 0 or int(self.batches.max()) >= images:
             raise ValueError(f"schedule.batches must hold indices of the {images} images")
+        starts = self.starts
+        if starts is not None and (starts.ndim != 2 or starts.numel() == 0 or not starts.isfinite().all()):
+            raise ValueError(f"schedule.starts has shape {tuple(starts.shape)}; it must be (k, P) finite numbers")
 
 
 @dataclass
@@ -121,7 +124,10 @@ class DistilledSet:
         """What identifies the set: a hash of its images, labels, mask, normalisation and schedule."""
         tensors = [self.images, self.labels, self.distilled, self.mean, self.std]
         tensors += [t for name, t in sorted(self._optional().items()) if name != "lr"]
-        return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in tensors)).hexdigest()
+        digest = hashlib.sha256()
+        for t in tensors:
+            digest.update(t.contiguous().numpy())
+        return digest.hexdigest()
 
     def denormalised(self) -> Tensor:
         """Images as float in [0, 1], clamped: for looking at."""

@@ -128,10 +128,6 @@ class ImageData:
         )
         return pixels if self.whitening is None else self.whitening(pixels)
 
-    def denormalise(self, images: Tensor) -> Tensor:
-        """Normalised float (…, C, H, W) -> float in [0, 1], clamped."""
-        return denormalise(images, self.mean, self.std, self.whitening)
-
     def whitened(self) -> ImageData:
         """The same data set with ZCA whitening, fitted on its training split."""
         return replace(self, whitening=fit_whitening(replace(self, whitening=None).normalise(self.train.images)))

@@ -24,7 +24,8 @@ class ExpertStore:
 
     Row 0 is the initialisation, row e the flat parameters after epoch e. Files are opened memory-mapped, so that `row`
     reads that row alone. All experts of a store have the same epochs, P, model name and data set; those trained here
-    also say of which training images (`images`, the digest of the split), which imported ones cannot.
+    also say of which training images (`images`, the digest of the split) and whether whitened (`zca`), which imported
+    ones cannot.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
@@ -80,9 +81,9 @@ class ExpertStore:
     def save(self, expert: int, trajectory: Tensor, metadata: Mapping[str, Any]) -> None:
         """Writes one expert atomically.
 
-        trajectory: (epochs + 1, P) float32, finite. metadata: what can be written as JSON; of `model`, `dataset` and
-        `images` every expert of a store must have the same, where it has them. Raises ValueError when the expert does
-        not fit those that are there.
+        trajectory: (epochs + 1, P) float32, finite. metadata: what can be written as JSON; of `model`, `dataset`,
+        `images` and `zca` every expert of a store must have the same, where it has them. Raises ValueError when the
+        expert does not fit those that are there.
         """
         _check_trajectory(trajectory, f"expert {expert}")
         if self.count > 0:
@@ -92,13 +93,16 @@ class ExpertStore:
                     f"expert {expert} has {trajectory.shape[0] - 1} epochs and {trajectory.shape[1]} parameters; those "
                     f"in {self.folder} have {shape[0] - 1} and {shape[1]}"
                 )
-            self.check(0, {key: metadata[key] for key in ("model", "dataset", "images") if key in metadata})
+            self.check(0, {key: metadata[key] for key in ("model", "dataset", "images", "zca") if key in metadata})
         save_tensors(self.path(expert), KIND, {"trajectory": trajectory}, {KIND: json.dumps(dict(metadata))})
 
     def check(self, expert: int, metadata: Mapping[str, Any]) -> None:
-        """Raises ValueError, naming what differs, unless the expert was saved with these values of these keys."""
+        """Raises ValueError, naming what differs, unless the expert was saved with these values of these keys. Where an
+        older expert does not say `zca`, it may be either."""
         expected = json.loads(json.dumps(dict(metadata)))  # as they read back: tuples are lists
         saved = self._metadata(expert)
+        if "zca" not in saved:
+            expected.pop("zca", None)
         changed = differences({key: saved.get(key) for key in expected}, expected)
         if changed:
             raise ValueError(

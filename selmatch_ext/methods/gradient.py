@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from selmatch_ext.methods.base import Method, Task
+from selmatch_ext.methods.base import Method, Task, check_counts
 from selmatch_ext.models import flat
-from selmatch_ext.models.statistics import freeze_statistics
+from selmatch_ext.models.statistics import batchnorms, freeze_statistics
 from selmatch_ext.ops.dsa import augment
 from selmatch_ext.ops.gradient_distance import gradient_distance
 from selmatch_ext.settings import DCSettings, DSASettings, Training
@@ -27,7 +27,7 @@ def loops(ipc: int, settings: DCSettings) -> tuple[int, int]:
         if ipc not in LOOPS:
             known = ", ".join(map(str, LOOPS))
             raise ValueError(f"the paper has loops for ipc {known}, not {ipc}: give outer_loop and inner_loop")
-        outer, inner = (mine or paper for mine, paper in zip((outer, inner), LOOPS[ipc], strict=True))
+        outer, inner = (paper if mine is None else mine for mine, paper in zip((outer, inner), LOOPS[ipc], strict=True))
     if outer < 1 or inner < 1:
         raise ValueError(f"outer_loop and inner_loop must be at least 1, got {outer} and {inner}")
     return outer, inner
@@ -44,6 +44,7 @@ class DC(Method):
 
     def __init__(self, task: Task, settings: DCSettings):
         super().__init__(task)
+        check_counts(settings, "batch_real", "batch_train")
         self.settings = settings
         self.classes = [self.of_class(c) for c in range(task.data.classes)]
         self.outer, inner = loops(max(map(len, self.classes)), settings)
@@ -57,9 +58,9 @@ class DC(Method):
 
     def loss(self, iteration: int, generator: torch.Generator) -> Tensor:
         self._advance_network(iteration, generator)
-        statistics = self.task.sample_each(STATISTICS, generator)
         self.model.train()
-        freeze_statistics(self.model, self.task.real(statistics))
+        if batchnorms(self.model):
+            freeze_statistics(self.model, self.task.real(self.task.sample_each(STATISTICS, generator)))
         images = self.combined()
         matched = range(len(self.classes))
         return torch.stack([self.class_distance(c, images, generator) for c in matched if len(self.classes[c])]).sum()

@@ -17,7 +17,8 @@ from torch import Tensor
 from selmatch_ext import ranks
 from selmatch_ext.methods.base import Method
 from selmatch_ext.methods.checkpoint import Checkpoint, Snapshots, State
-from selmatch_ext.seeds import generator
+from selmatch_ext.precision import precision_scope
+from selmatch_ext.seeds import generator, global_stream
 
 
 def run(
@@ -26,7 +27,6 @@ def run(
     folder: str | Path,
     settings: dict[str, Any],
     seed: int,
-    max_loss: float = math.inf,
     checkpoint_seconds: float = 30.0,
     draws: int = 1,
     snapshot_every: int = 0,
@@ -44,7 +44,7 @@ def run(
 
     Raises ValueError when the checkpoint was made with other settings, or the processes cannot share `draws` equally;
     FloatingPointError (after saving the last good state) when a loss or gradient is not finite or the loss exceeds
-    `max_loss`."""
+    `method.max_loss`."""
     checkpoint = Checkpoint(Path(folder) / "checkpoint.safetensors", {**settings, "seed": seed, "method": method.name})
     _check_draws(method, draws)
     optimiser = method.optimiser()
@@ -58,36 +58,58 @@ def run(
     with ranks.progress(total=iterations, initial=done, desc=method.name, unit="iteration") as progress:
         while len(losses) < iterations:
             iteration = len(losses)
-            before = State(method, optimiser)
-            for group, rate in zip(optimiser.param_groups, rates, strict=True):
-                group["lr"] = rate * method.decay(iteration)
-            optimiser.zero_grad()
-            value = _backward(method, iteration, draws, seed)
-            problem = _problem(value, method.learned, max_loss)
-            if problem is None:
-                good = before
-                optimiser.step()
-                problem = _refusal(method)
-            elif good is not None:
-                losses.pop()  # `good` is the state before the update that led here
+            good, problem = _iterate(method, optimiser, rates, losses, good, draws, seed)
             if problem is not None:
-                (good or before).put_back(method, optimiser)
                 checkpoint.save(method, optimiser, losses)
                 raise FloatingPointError(
                     f"{method.name} stopped at iteration {iteration + 1}: {problem}. The last good state, after "
                     f"{len(losses)} iterations, is in {checkpoint.path}. {method.advice()} Changed settings need a new "
                     "folder."
                 )
-            losses.append(value)
             keep(method, len(losses))
             progress.update()
-            progress.set_postfix(loss=f"{value:.4f}", refresh=False)
+            progress.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
             if time.monotonic() - saved_at > checkpoint_seconds:
                 checkpoint.save(method, optimiser, losses)
                 saved_at = time.monotonic()
     checkpoint.save(method, optimiser, losses)
     ranks.barrier()
     return losses
+
+
+def _iterate(
+    method: Method,
+    optimiser: torch.optim.Optimizer,
+    rates: list[float],
+    losses: list[float],
+    good: State | None,
+    draws: int,
+    seed: int,
+) -> tuple[State, str | None]:
+    """One update of `method`, whose loss is added to `losses`. good: the state before the last update.
+
+    Returns the state before this update, and None; or, with `method` and `losses` put back to the last good state, what
+    is wrong with the loss, the gradient or what the update made."""
+    iteration, before = len(losses), State(method, optimiser)
+    for group, rate in zip(optimiser.param_groups, rates, strict=True):
+        group["lr"] = rate * method.decay(iteration)
+    optimiser.zero_grad()
+    try:
+        value = _backward(method, iteration, draws, seed)
+        problem = _problem(value, method)
+    except FloatingPointError as error:  # of a network that the loss trains
+        problem = str(error)
+    if problem is None:
+        good = before
+        optimiser.step()
+        problem = _refusal(method)
+    elif good is not None:
+        losses.pop()  # `good` is the state before the update that led here
+    if problem is None:
+        losses.append(value)
+    else:
+        (good or before).put_back(method, optimiser)
+    return before, problem
 
 
 def _check_draws(method: Method, draws: int) -> None:
@@ -104,15 +126,11 @@ def _backward(method: Method, iteration: int, draws: int, seed: int) -> float:
     """Gives what is learned the mean gradient of `draws` losses, and returns their mean. Each rank computes every
     world-th; all add them up in the order of the draws, so that the bits do not depend on the number of ranks."""
     if draws == 1:
-        loss = method.loss(iteration, generator(seed, method.name, iteration))
-        loss.backward()
-        return loss.item()
+        return _one_backward(method, iteration, generator(seed, method.name, iteration)).item()
     found: dict[str, list[Tensor]] = {"": [], **{name: [] for name in method.learned}}
     for draw in ranks.mine(draws):
         stream = (iteration, draw) if draw else (iteration,)
-        loss = method.loss(iteration, generator(seed, method.name, *stream))
-        loss.backward()
-        found[""].append(loss.detach())
+        found[""].append(_one_backward(method, iteration, generator(seed, method.name, *stream)))
         for name, t in method.learned.items():
             found[name].append(torch.zeros_like(t) if t.grad is None else t.grad)
             t.grad = None
@@ -120,6 +138,17 @@ def _backward(method: Method, iteration: int, draws: int, seed: int) -> float:
     for name, t in method.learned.items():
         t.grad = means[name]
     return means[""].item()
+
+
+def _one_backward(method: Method, iteration: int, draws: torch.Generator) -> Tensor:
+    """Gives what is learned, and nothing else, the gradient of one loss, in float32 where the loss does not say
+    otherwise; dropout too draws its masks from a stream of `draws`. Returns the loss."""
+    leaves = list(method.learned.values())
+    device = leaves[0].device
+    with precision_scope("float32", device), global_stream(draws, device):
+        loss = method.loss(iteration, draws)
+        loss.backward(inputs=leaves)
+    return loss.detach()
 
 
 def _mean(mine: Tensor, draws: int) -> Tensor:
@@ -130,10 +159,10 @@ def _mean(mine: Tensor, draws: int) -> Tensor:
     return total / draws
 
 
-def _problem(loss: float, learned: dict[str, Tensor], max_loss: float) -> str | None:
-    if not math.isfinite(loss) or loss > max_loss:
-        return f"the loss is {loss:.6g} (allowed: at most {max_loss:g})"
-    bad = [name for name, t in learned.items() if t.grad is not None and not t.grad.isfinite().all()]
+def _problem(loss: float, method: Method) -> str | None:
+    if not math.isfinite(loss) or loss > method.max_loss:
+        return f"the loss is {loss:.6g} (allowed: at most {method.max_loss:g})"
+    bad = [name for name, t in method.learned.items() if t.grad is not None and not t.grad.isfinite().all()]
     return f"the gradient of {', '.join(bad)} is not finite" if bad else None
 
 

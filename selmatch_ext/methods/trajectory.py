@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from selmatch_ext.data.trajectories import ExpertStore
-from selmatch_ext.methods.base import Task
+from selmatch_ext.methods.base import Task, check_counts
 from selmatch_ext.models import flat
 from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.models.statistics import freeze_statistics
 from selmatch_ext.ops.distance import trajectory_distance
-from selmatch_ext.ops.dsa import Augmentation, sample_augmentation
+from selmatch_ext.ops.dsa import sample_augmentation
+from selmatch_ext.precision import precision_scope
 from selmatch_ext.seeds import generator
 from selmatch_ext.settings import Matching
 from selmatch_ext.unroll.sgd import unrolled_sgd
@@ -34,22 +35,27 @@ def matching_loss(
     lr: Tensor,
     settings: Matching,
     generator: torch.Generator,
-    epochs: tuple[int, int] | None = None,
+    epochs: tuple[int, int],
 ) -> Tensor:
     """‖θ̂_N − θ*_{t+M}‖² / ‖θ*_t − θ*_{t+M}‖² for a random expert and start epoch t (equation 2 of the paper).
 
     images: (n, C, H, W) and labels: (n,) int64 or (n, K) probabilities, the whole synthetic set; lr: 0-d. epochs: the
-    range that t is drawn from, its end excluded (default: from min_start_epoch to max_start_epoch).
-    Differentiable in all three. Draws from `generator` (CPU): the expert, t, the batches, one DSA operation a step."""
+    range that t is drawn from, its end excluded.
+    Differentiable in images, labels and lr. Draws from `generator` (CPU): the expert, t, the batches, one DSA operation
+    a step."""
     expert = int(torch.randint(store.count, (), generator=generator))
-    first, end = epochs or (settings.min_start_epoch, settings.max_start_epoch)
-    epoch = int(torch.randint(first, end, (), generator=generator))
+    epoch = int(torch.randint(*epochs, (), generator=generator))
     start = store.row(expert, epoch).to(images)
     target = store.row(expert, epoch + settings.expert_epochs).to(images)
     batches = chunks(len(images), settings.batch_syn, settings.inner_steps, generator)
     augmentations = None
     if settings.strategy != "none":
-        augmentations = [_draw(len(b), images, settings.strategy, generator) for b in batches]
+        augmentations = [
+            sample_augmentation(
+                len(b), *images.shape[-2:], strategy=settings.strategy, generator=generator, device=images.device
+            )
+            for b in batches
+        ]
     student = unrolled_sgd(
         model,
         start,
@@ -67,11 +73,6 @@ def matching_loss(
     return trajectory_distance(student, start, target)
 
 
-def _draw(batch: int, images: Tensor, strategy: str, generator: torch.Generator) -> Augmentation:
-    p = sample_augmentation(batch, *images.shape[-2:], strategy=strategy, generator=generator)
-    return Augmentation(*(t.to(images.device) for t in p))
-
-
 def start_epochs(settings: Matching, iteration: int) -> tuple[int, int]:
     """The range of start epochs in an iteration, its end excluded: with first_max_start_epoch it grows in equal steps
     from there to max_start_epoch over the run (sequential generation; DATM, arXiv 2310.05773, section 3.3)."""
@@ -82,7 +83,9 @@ def start_epochs(settings: Matching, iteration: int) -> tuple[int, int]:
 
 
 def check_experts(store: ExpertStore, model: torch.nn.Module, settings: Matching) -> None:
-    """ValueError when there are no trajectories, they are not of `model`, or too short for the start epochs and M."""
+    """ValueError when there are no trajectories, they are not of `model`, or too short for the start epochs and M, and
+    when a count among the settings is below 1."""
+    check_counts(settings, "inner_steps", "expert_epochs", "max_start_epoch", "batch_syn")
     if store.count == 0:
         raise ValueError(f"no expert trajectories in {store.folder}; train some with `selmatch experts`")
     if store.parameters != parameter_count(model):
@@ -90,8 +93,6 @@ def check_experts(store: ExpertStore, model: torch.nn.Module, settings: Matching
             f"the experts in {store.folder} have {store.parameters} parameters, {type(model).__name__} has "
             f"{parameter_count(model)}"
         )
-    if settings.max_start_epoch < 1:
-        raise ValueError(f"max_start_epoch must be at least 1, got {settings.max_start_epoch}")
     if not 0 <= settings.min_start_epoch < settings.max_start_epoch:
         raise ValueError(
             f"min_start_epoch must be at least 0 and below max_start_epoch {settings.max_start_epoch}, got "
@@ -116,7 +117,7 @@ def expert_logits(task: Task, images: Tensor) -> Tensor:
     which trajectories keep no statistics, takes them from 16 real images per class."""
     model = task.network(task.experts.model, "student")
     flat.load(model, task.experts.row(0, task.experts.epochs))
-    freeze_statistics(model, task.real(task.sample_each(16, generator(task.seed, "statistics"))))
-    model.eval()
-    with torch.no_grad():
+    model.eval()  # first: no dropout in the statistics either
+    with torch.no_grad(), precision_scope("float32", task.device):
+        freeze_statistics(model, task.real(task.sample_each(16, generator(task.seed, "statistics"))))
         return torch.cat([model(x.to(task.device, task.dtype)) for x in images.split(256)])

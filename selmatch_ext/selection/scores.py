@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -25,7 +26,8 @@ def load_scores(path: str | os.PathLike, data: ImageData) -> Tensor:
     """
     path = Path(path)
     labels = data.train.labels
-    scores, stored_labels = _read(path)
+    content = _read(path)
+    scores, stored_labels = content["scores"], content.get("labels")
     if scores.dtype.kind not in "fiu" or scores.shape != (len(labels),):
         raise ValueError(
             f"{path}: scores have dtype {scores.dtype} and shape {scores.shape}; "
@@ -38,6 +40,13 @@ def load_scores(path: str | os.PathLike, data: ImageData) -> Tensor:
     if stored_labels is not None:
         _check_same_labels(path, stored_labels, labels)
     return scores
+
+
+def describe(path: str | os.PathLike) -> tuple[int, dict]:
+    """The number of scores in a file, and how they were made where they were computed here (else {}). Raises as
+    `load_scores` does for a file of another kind."""
+    content = _read(Path(path))
+    return content["scores"].size, json.loads(str(content["how"])) if "how" in content else {}
 
 
 def difficulty(scores: Tensor, kind: str) -> Tensor:
@@ -80,18 +89,19 @@ def el2n(probabilities: Tensor, labels: Tensor) -> Tensor:
     return (probabilities - onehot).norm(dim=2).mean(0).float()
 
 
-def _read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """`scores`, and `labels` and `how` where the file has them."""
     if not path.is_file():
         raise FileNotFoundError(f"score file {path} does not exist")
     try:
         content = np.load(path, allow_pickle=False)
         if isinstance(content, np.ndarray):
-            return content, None
+            return {"scores": content}
         with content:
-            arrays = {name: content[name] for name in content.files if name in ("scores", "labels")}
+            arrays = {name: content[name] for name in content.files if name in ("scores", "labels", "how")}
             if "scores" not in arrays:
                 raise ValueError(f"it holds {', '.join(content.files) or 'nothing'}, and no 'scores'")
-            return arrays["scores"], arrays.get("labels")
+            return arrays
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no score file (.npy, or .npz with scores[, labels]): {error}") from error
 

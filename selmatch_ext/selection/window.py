@@ -55,16 +55,20 @@ def split(indices: Tensor, ipc: int, alpha: float) -> Tensor:
     return distilled.repeat(len(indices) // ipc)
 
 
-def beta_grid(class_size: int, ipc: int, step: float = 0.1) -> list[float]:
-    """The values of beta that a window search tries: 0, step, 2 step, …, and 1 - ipc / class_size, the last that fits.
+def beta_grid(
+    class_size: int, ipc: int, step: float = 0.1, beta_unit: Literal["class", "ipc"] = "class"
+) -> list[float]:
+    """The values of beta that a window search tries: 0, step, 2 step, …, and the last that fits: 1 - ipc / class_size,
+    or with beta_unit "ipc" class_size / ipc - 1.
 
     class_size: images in the smallest class.
     """
     if not 0 < ipc <= class_size:
         raise ValueError(f"ipc is {ipc}; allowed is 1 to {class_size}, the size of the smallest class")
-    if not 0 < step <= 1:
-        raise ValueError(f"step is {step}; allowed is above 0, up to 1")
-    last = 1 - ipc / class_size
+    last = 1 - ipc / class_size if beta_unit == "class" else class_size / ipc - 1
+    largest = max(1, last)
+    if not 0 < step <= largest:
+        raise ValueError(f"step is {step}; allowed is above 0, up to {largest:g}")
     inner = [round(i * step, 10) for i in range(int(last / step) + 1)]
     return [beta for beta in inner if beta < last - 1e-9] + [last]
 
