@@ -59,6 +59,7 @@ def train(
     if settings.batch < 1:
         raise ValueError(f"training.batch must be at least 1, got {settings.batch}")
     device = labels.device
+    backward = "tf32" if settings.precision == "tf32" else "float32"  # bfloat16 follows the forward pass
     network = None
     optimiser = torch.optim.SGD(
         model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
@@ -75,7 +76,8 @@ def train(
                     x = augment(take(indices), p)
                     network = fast(model, x, settings.precision) if network is None else network
                     loss = F.cross_entropy(network(x), labels[indices])
-                    optimiser.zero_grad()
+                optimiser.zero_grad()
+                with precision_scope(backward, device):
                     loss.backward()
                 optimiser.step()
         if not math.isfinite(loss.item()):
