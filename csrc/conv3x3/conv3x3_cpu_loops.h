@@ -1,10 +1,10 @@
 // The loops of the 3 x 3 convolution. conv3x3_cpu_loops.cpp includes this once for each set of vector instructions, in
-// a namespace of its own, so there is no include guard; SELMATCH_CONV_LANES is the bytes of a vector.
+// a namespace of its own, so there is no include guard; SELMATCH_LANES is the bytes of a vector.
 
 template <typename T>
 struct Conv3x3Loops {
-  typedef T Lanes __attribute__((vector_size(SELMATCH_CONV_LANES)));
-  static constexpr int kLanes = SELMATCH_CONV_LANES / sizeof(T);
+  typedef T Lanes __attribute__((vector_size(SELMATCH_LANES)));
+  static constexpr int kLanes = SELMATCH_LANES / sizeof(T);
   static constexpr int kRows = 8, kColumns = 2 * kLanes;  // of the block of a matrix product that stays in registers
   static constexpr int kTiles = 32;                       // done together: their transforms stay in the second cache
 
@@ -43,8 +43,7 @@ struct Conv3x3Loops {
     }
   }
 
-  // --- transforms
-  // --------------------------------------------------------------------------------------------------------------
+  // --- transforms ----------------------------------------------------------------------------------------------------
 
   // (B^T d B): of 4 values in place, applied to rows and then to columns.
   static SELMATCH_HD void input4(Lanes& a, Lanes& b, Lanes& c, Lanes& d) {
@@ -182,8 +181,7 @@ struct Conv3x3Loops {
     }
   }
 
-  // --- the convolution
-  // -----------------------------------------------------------------------------------------------------------
+  // --- the convolution -----------------------------------------------------------------------------------------------
 
   struct Forward {
     const Conv3x3Call<T>& call;
@@ -225,8 +223,7 @@ struct Conv3x3Loops {
     }
   };
 
-  // --- the gradient of the weights
-  // ------------------------------------------------------------------------------------------------
+  // --- the gradient of the weights -----------------------------------------------------------------------------------
 
   struct Gradient {
     static constexpr int64_t kShares = 4;  // sums of their own, added in order: the same bits for any number of threads
