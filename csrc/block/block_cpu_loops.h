@@ -251,8 +251,9 @@ struct BlockLoops {
   }
 
   // How much of each pixel's activation goes into the output; of equal maxima the first takes all.
+  // What is lower becomes 0 and not only its weight, or -inf would spoil the others of its cell; NaN does, as in torch.
   template <typename V, int kPixels>
-  void pool_weights(const BlockCurve<V>* curves, V* weights) const {
+  void pool_weights(BlockCurve<V>* curves, BlockPoint<V>* point, V* weights) const {
     const V zero = {}, one = zero + T(1);
     if (call.pool != kBlockMaxPool || kPixels == 1) {
       for (int k = 0; k < kPixels; ++k) {
@@ -269,6 +270,11 @@ struct BlockLoops {
       for (int before = 0; before < k; ++before) {
         weights[before] = higher ? zero : weights[before];
       }
+    }
+    for (int k = 0; k < kPixels; ++k) {
+      const auto lower = curves[k].value < best;
+      curves[k] = {lower ? zero : curves[k].value, lower ? zero : curves[k].first, lower ? zero : curves[k].second};
+      point[k].nt = lower ? zero : point[k].nt;
     }
   }
 
@@ -395,7 +401,7 @@ struct BlockLoops {
       for (int k = 0; k < kPixels; ++k) {
         curve[k] = loops.activation(point[k].n);
       }
-      loops.template pool_weights<V, kPixels>(curve, weight);
+      loops.template pool_weights<V, kPixels>(curve, point, weight);
       for (int k = 0; k < kPixels; ++k) {
         value += weight[k] * curve[k].value;
         if (kDual) {
@@ -454,7 +460,7 @@ struct BlockLoops {
       for (int k = 0; k < kPixels; ++k) {
         curve[k] = loops.activation(point[k].n);
       }
-      loops.template pool_weights<V, kPixels>(curve, weight);
+      loops.template pool_weights<V, kPixels>(curve, point, weight);
       const V down = loops.template load_out<V>(g, nullptr, cell, c);
       const V down_t = kDual ? loops.template load_out<V>(gt, gt_more, cell, c) : V{};
       for (int k = 0; k < kPixels; ++k) {
