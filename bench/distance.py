@@ -10,7 +10,7 @@ import json
 
 import torch
 
-from bench.timing import alternate, keep_memory, threads
+from bench.timing import alternate, keep_memory, machine, threads
 from selmatch_ext import trajectory_distance
 
 PARAMETERS = 10_000_000
@@ -50,13 +50,22 @@ def run(device: str = "cpu") -> dict:
                 label = f"{name}, {str(dtype).removeprefix('torch.')}"
                 cases[label] = {**seconds, "speedup": seconds["eager"] / seconds["fused"]}
     slowest = min(case["speedup"] for case in cases.values())
-    return {"device": device, "threads": THREADS, "parameters": PARAMETERS, "cases": cases, "least_speedup": slowest}
+    return {
+        "machine": machine(),
+        "device": device,
+        "threads": THREADS,
+        "parameters": PARAMETERS,
+        "cases": cases,
+        "least_speedup": slowest,
+    }
 
 
 def show(result: dict) -> str:
     """The figures as a table."""
+    state = ", ".join(f"{key} {value}" for key, value in result["machine"].items() if value)
     lines = [
         f"trajectory distance, forward + backward, {result['parameters']:,} parameters, {result['threads']} threads",
+        f"on {result['device']} ({state})",
         f"{'':<24}{'fused':>10}{'eager':>10}{'faster':>9}",
     ]
     for name, case in result["cases"].items():

@@ -1,21 +1,13 @@
 // CPU loops compiled for several sets of vector instructions in one library, chosen when it runs: a wheel has to work,
-// and to be fast, on machines it was not built on. A file puts its loops into a header without include guard, and
-// includes that three times, each time in a namespace of its own:
+// and to be fast, on machines it was not built on. A file puts its loops into a header without include guard, has that
+// included once for each level, each time in a namespace of its own,
 //
-//   namespace baseline {
-//   #include "op/op_cpu_loops.h"
-//   }
-//   #ifdef SELMATCH_X86_LEVELS
-//   SELMATCH_TARGET_AVX2_BEGIN
-//   namespace avx2 { ... }
-//   SELMATCH_TARGET_END
-//   SELMATCH_TARGET_AVX512_BEGIN
-//   namespace avx512 { ... }
-//   SELMATCH_TARGET_END
-//   #endif
+//   #define SELMATCH_LOOPS "op/op_cpu_loops.h"
+//   #include "cpu_each_level.h"
 //
-// and calls the one that cpu_level() names. Standard headers must be included before: what they define inline would be
-// compiled for the level too, and the linker might pick that one for everybody.
+// and calls SELMATCH_AT_LEVEL(function(arguments)), that of the best level here. Standard headers must be included
+// before: what they define inline would be compiled for the level too, and the linker might pick that one for
+// everybody.
 #pragma once
 
 #include <cstdlib>
@@ -66,5 +58,18 @@ inline Level cpu_level() {
   static const Level level = find_level();
   return level;
 }
+
+inline const char* level_name(Level level) {
+  return level == Level::kAvx512 ? "avx512" : level == Level::kAvx2 ? "avx2" : "baseline";
+}
+
+#ifdef SELMATCH_X86_LEVELS
+#define SELMATCH_AT_LEVEL(...)                         \
+  (cpu_level() == Level::kAvx512 ? avx512::__VA_ARGS__ \
+   : cpu_level() == Level::kAvx2 ? avx2::__VA_ARGS__   \
+                                 : baseline::__VA_ARGS__)
+#else
+#define SELMATCH_AT_LEVEL(...) baseline::__VA_ARGS__
+#endif
 
 }  // namespace selmatch

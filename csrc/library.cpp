@@ -1,6 +1,5 @@
 // The operators' schemas, and the Python module, whose one function says what was built. Each operator is registered
 // for its devices beside its implementation, in <op>/<op>_cpu.cpp and <op>/<op>_cuda.cpp.
-#include <ATen/Version.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
@@ -8,6 +7,8 @@
 
 #include <string>
 #include <vector>
+
+#include "cpu_levels.h"
 
 TORCH_LIBRARY(selmatch_ext, m) {
   // mode: 0 the affine map, 1 its linear part, 2 the transpose of the linear part
@@ -75,7 +76,7 @@ pybind11::dict build_info() {
   info["cuda"] = pybind11::none();
   info["archs"] = split("");
 #endif
-  info["cpu_capability"] = at::get_cpu_capability();
+  info["cpu_capability"] = selmatch::level_name(selmatch::cpu_level());
   return info;
 }
 
@@ -85,5 +86,5 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "build_info", &build_info,
       "What this extension was built with: version, torch, cuda (None without), archs; and cpu_capability, the vector\n"
-      "instructions in use on this machine.");
+      "instructions that the CPU loops use: baseline, avx2 or avx512.");
 }

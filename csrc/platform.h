@@ -1,13 +1,12 @@
 // The one seam between nvcc and the host compiler. Kernels (.cu) are written against this file alone:
 //   - under nvcc it is CUDA;
-//   - under the host compiler with SELMATCH_EMULATE it is emulator/emulator.h, which runs the same source on the CPU
-//   with
+//   - under the host compiler with SELMATCH_EMULATE it is emulator/emulator.h, which runs the same source on the CPU,
 //     one OS thread per CUDA thread of a block;
 //   - under the host compiler without it only the macros and the 16-bit floats are here, for the CPU loops.
 //
 // What a kernel may use: threadIdx.x, blockIdx.x, blockDim.x, gridDim.x (one dimension; blockDim.x a multiple of 32),
-// dynamic_shared<T>(), SELMATCH_SHARED arrays, __syncthreads(), __syncwarp(), warp_shuffle_down(), warp_shuffle_xor()
-// (by whole warps), block_sum(), widen(), narrow(). A launcher uses launch(), kBlockThreads, shared_memory_limit().
+// dynamic_shared<T>(), SELMATCH_SHARED arrays, __syncthreads(), warp_shuffle_xor() (by whole warps), block_sum(),
+// widen(), narrow(). A launcher uses launch(), kBlockThreads, shared_memory_limit().
 #pragma once
 
 #include <cstddef>
@@ -47,8 +46,7 @@
 
 namespace selmatch {
 
-// --- 16-bit floats: stored in 16 bits, computed with in float
-// ---------------------------------------------------------
+// --- 16-bit floats: stored in 16 bits, computed with in float --------------------------------------------------------
 
 #if defined(__CUDACC__)
 
@@ -115,8 +113,7 @@ SELMATCH_HD void narrow(float x, float* out) { *out = x; }
 SELMATCH_HD void narrow(double x, float* out) { *out = static_cast<float>(x); }
 SELMATCH_HD void narrow(double x, double* out) { *out = x; }
 
-// --- launching, shared memory and warps
-// -------------------------------------------------------------------------------
+// --- launching, shared memory and warps ------------------------------------------------------------------------------
 
 #if defined(__CUDACC__)
 
@@ -124,6 +121,7 @@ constexpr int kBlockThreads = 256;
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
+    cudaGetLastError();  // else the next call that looks would find this error again
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
   }
 }
@@ -156,11 +154,6 @@ template <typename T>
 SELMATCH_DEVICE T* dynamic_shared() {
   extern __shared__ __align__(16) unsigned char selmatch_dynamic_shared[];
   return reinterpret_cast<T*>(selmatch_dynamic_shared);
-}
-
-template <typename T>
-SELMATCH_DEVICE T warp_shuffle_down(T value, int delta) {
-  return __shfl_down_sync(0xffffffffu, value, delta);
 }
 
 template <typename T>

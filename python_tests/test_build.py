@@ -30,7 +30,16 @@ def test_build_info():
     assert info["version"] == sm.__version__
     assert torch.__version__.startswith(info["torch"])
     assert (info["cuda"] is None) == (info["archs"] == [])
-    assert info["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert info["cpu_capability"] in ("baseline", "avx2", "avx512")
+
+
+def test_vector_instructions_that_are_asked_for():
+    program = "import selmatch_ext as sm; print(sm.build_info()['cpu_capability'])"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "SELMATCH_CPU": "baseline"}
+    result = subprocess.run(
+        [sys.executable, "-c", program], check=True, env=environment, capture_output=True, text=True
+    )
+    assert result.stdout == "baseline\n"
 
 
 def test_version_of_the_installed_package():

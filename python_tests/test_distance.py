@@ -196,7 +196,7 @@ X = torch.zeros(3)
         ((X, X.double(), X), TypeError, r"start\[0\] is Double, student\[0\] is Float"),
         ((X.half(), X.half(), X.half()), TypeError, "student must be float32 or float64, got Half"),
         ((X.long(), X.long(), X.long()), TypeError, "student must be float32 or float64, got Long"),
-        (([X, X], [X], [X]), ValueError, "student has 2 tensors, start 1 and target 1"),
+        (([X, X], [X], [X]), ValueError, "student has 2 tensors, start 1"),
         (([], [], []), ValueError, "student has no tensors"),
         (([X, X], [X, X], [X, X.double()]), TypeError, r"target\[1\] is Double"),
         ((X, [X, 3.0], X), TypeError, "start must be a tensor or a list or tuple of tensors, got list"),

@@ -9,43 +9,12 @@
 namespace selmatch {
 namespace {
 
-#define SELMATCH_BLOCK_LANES 16
-namespace baseline {
-#include "block/block_cpu_loops.h"
-}
-
-#ifdef SELMATCH_X86_LEVELS
-
-SELMATCH_TARGET_AVX2_BEGIN
-#undef SELMATCH_BLOCK_LANES
-#define SELMATCH_BLOCK_LANES 32
-namespace avx2 {
-#include "block/block_cpu_loops.h"
-}
-SELMATCH_TARGET_END
-
-SELMATCH_TARGET_AVX512_BEGIN
-#undef SELMATCH_BLOCK_LANES
-#define SELMATCH_BLOCK_LANES 64
-namespace avx512 {
-#include "block/block_cpu_loops.h"
-}
-SELMATCH_TARGET_END
-
-#endif  // SELMATCH_X86_LEVELS
+#define SELMATCH_LOOPS "block/block_cpu_loops.h"
+#include "cpu_each_level.h"
 
 template <typename S, typename T>
 void run(const BlockCall& call, int pass, CpuParallel parallel) {
-  const Level level = cpu_level();
-#ifdef SELMATCH_X86_LEVELS
-  if (level == Level::kAvx512) {
-    return avx512::run<S, T>(call, pass, parallel);
-  }
-  if (level == Level::kAvx2) {
-    return avx2::run<S, T>(call, pass, parallel);
-  }
-#endif
-  baseline::run<S, T>(call, pass, parallel);
+  SELMATCH_AT_LEVEL(run<S, T>(call, pass, parallel));
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // The CPU loops of a block. block_cpu_loops.cpp includes this once for each set of vector instructions, in a namespace
-// of its own, so there is no include guard; SELMATCH_BLOCK_LANES is the bytes of a vector: 16, 32 (AVX2) or 64
+// of its own, so there is no include guard; SELMATCH_LANES is the bytes of a vector: 16, 32 (AVX2) or 64
 // (AVX-512).
 //
 // Every loop walks pixel by pixel through all channels, which is the order of memory. Pixels are taken by the cell: the
@@ -8,8 +8,8 @@
 
 template <typename T>
 struct BlockVectors {
-  static constexpr int kLanes = SELMATCH_BLOCK_LANES / sizeof(T);
-  typedef T lanes __attribute__((vector_size(SELMATCH_BLOCK_LANES)));
+  static constexpr int kLanes = SELMATCH_LANES / sizeof(T);
+  typedef T lanes __attribute__((vector_size(SELMATCH_LANES)));
   typedef uint32_t words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
   typedef uint16_t halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 };
@@ -59,7 +59,7 @@ SELMATCH_HD double exp_of(double x) { return std::exp(x); }
 // exp(x) = 2^k exp(x - k log 2), the second factor by its Taylor series: within 2 units in the last place.
 SELMATCH_HD BlockVectors<float>::lanes exp_of(BlockVectors<float>::lanes x) {
   using V = BlockVectors<float>::lanes;
-  typedef int32_t ints __attribute__((vector_size(SELMATCH_BLOCK_LANES)));
+  typedef int32_t ints __attribute__((vector_size(SELMATCH_LANES)));
   const V low = V{} - 87.0f, high = V{} + 88.0f;
   x = x < low ? low : x;
   x = x > high ? high : x;
@@ -114,8 +114,7 @@ struct BlockLoops {
         pixels(static_cast<int64_t>(height) * width),
         outs(static_cast<int64_t>(out_height) * out_width) {}
 
-  // --- one image's part of the call
-  // --------------------------------------------------------------------------------------------
+  // --- one image's part of the call ----------------------------------------------------------------------------------
 
   const S* in(const void* tensor, int64_t n) const {
     return tensor == nullptr ? nullptr : static_cast<const S*>(tensor) + n * pixels * channels;
@@ -130,8 +129,7 @@ struct BlockLoops {
   T* means(int64_t n) const { return static_cast<T*>(call.means) + row(n) * kBlockMeans * channels; }
   T* sums(int64_t n) const { return static_cast<T*>(call.sums) + n * 4 * channels; }
 
-  // --- walking
-  // -----------------------------------------------------------------------------------------------------------------
+  // --- walking -------------------------------------------------------------------------------------------------------
 
   // Calls kernel.at<V, pixels of the cell>(cell, c) for all channels c.
   template <int kPixels, typename Kernel>
@@ -161,7 +159,7 @@ struct BlockLoops {
         visit<4>(kernel, {{p, p + 1, p + width, p + width + 1}, static_cast<int64_t>(i) * out_width + j});
       }
     }
-    if (all) {
+    if (all && (i == out_height || width % 2 != 0)) {
       for (int64_t p = first; p < first + 2 * width && p < pixels; ++p) {
         if (i == out_height || p % width >= 2 * out_width) {
           visit<1>(kernel, {{p}, -1});
@@ -185,8 +183,7 @@ struct BlockLoops {
     }
   }
 
-  // --- what every kernel loads
-  // ---------------------------------------------------------------------------------------------------
+  // --- what every kernel loads ---------------------------------------------------------------------------------------
 
   // Of one cell: a value for each pixel, from a tensor like z that may be the sum of two.
   template <typename V, int kPixels>
@@ -254,8 +251,9 @@ struct BlockLoops {
   }
 
   // How much of each pixel's activation goes into the output; of equal maxima the first takes all.
+  // What is lower becomes 0 and not only its weight, or -inf would spoil the others of its cell; NaN does, as in torch.
   template <typename V, int kPixels>
-  void pool_weights(const BlockCurve<V>* curves, V* weights) const {
+  void pool_weights(BlockCurve<V>* curves, BlockPoint<V>* point, V* weights) const {
     const V zero = {}, one = zero + T(1);
     if (call.pool != kBlockMaxPool || kPixels == 1) {
       for (int k = 0; k < kPixels; ++k) {
@@ -273,10 +271,14 @@ struct BlockLoops {
         weights[before] = higher ? zero : weights[before];
       }
     }
+    for (int k = 0; k < kPixels; ++k) {
+      const auto lower = curves[k].value < best;
+      curves[k] = {lower ? zero : curves[k].value, lower ? zero : curves[k].first, lower ? zero : curves[k].second};
+      point[k].nt = lower ? zero : point[k].nt;
+    }
   }
 
-  // --- moments of z and of its tangent
-  // --------------------------------------------------------------------------------------------
+  // --- moments of z and of its tangent -------------------------------------------------------------------------------
 
   // Sums of d = z - first pixel, d^2, zt and d zt: the first pixel is close enough to the mean for nothing to cancel.
   template <bool kDual>
@@ -379,8 +381,7 @@ struct BlockLoops {
     std::fill_n(to + channels, channels, T(1));
   }
 
-  // --- forward
-  // -----------------------------------------------------------------------------------------------------------------
+  // --- forward -------------------------------------------------------------------------------------------------------
 
   template <bool kDual>
   struct Forward {
@@ -400,7 +401,7 @@ struct BlockLoops {
       for (int k = 0; k < kPixels; ++k) {
         curve[k] = loops.activation(point[k].n);
       }
-      loops.template pool_weights<V, kPixels>(curve, weight);
+      loops.template pool_weights<V, kPixels>(curve, point, weight);
       for (int k = 0; k < kPixels; ++k) {
         value += weight[k] * curve[k].value;
         if (kDual) {
@@ -426,8 +427,7 @@ struct BlockLoops {
     visit_outputs(kernel);
   }
 
-  // --- backward
-  // ----------------------------------------------------------------------------------------------------------------
+  // --- backward ------------------------------------------------------------------------------------------------------
 
   // What the backward pass knows at one pixel: a and at.
   template <typename V>
@@ -460,7 +460,7 @@ struct BlockLoops {
       for (int k = 0; k < kPixels; ++k) {
         curve[k] = loops.activation(point[k].n);
       }
-      loops.template pool_weights<V, kPixels>(curve, weight);
+      loops.template pool_weights<V, kPixels>(curve, point, weight);
       const V down = loops.template load_out<V>(g, nullptr, cell, c);
       const V down_t = kDual ? loops.template load_out<V>(gt, gt_more, cell, c) : V{};
       for (int k = 0; k < kPixels; ++k) {
@@ -584,8 +584,7 @@ struct BlockLoops {
     visit_all(kernel);
   }
 
-  // --- gradients of gamma and beta
-  // -----------------------------------------------------------------------------------------------
+  // --- gradients of gamma and beta -----------------------------------------------------------------------------------
 
   // For each channel: the images' sums, in order.
   template <bool kDual>
@@ -638,8 +637,7 @@ struct BlockLoops {
   }
 };
 
-// --- one pass
-// ------------------------------------------------------------------------------------------------------------------
+// --- one pass --------------------------------------------------------------------------------------------------------
 
 template <typename S, typename T, typename Activation, bool kDual>
 struct BlockRun {

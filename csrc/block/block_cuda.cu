@@ -130,8 +130,7 @@ SELMATCH_DEVICE int64_t stats_row(const BlockCall& call, int64_t image) {
   return call.norm == kBlockSampleNorm ? image : 0;
 }
 
-// --- a thread's view of its slab
-// ------------------------------------------------------------------------------------------------
+// --- a thread's view of its slab -------------------------------------------------------------------------------------
 
 // Numbers of a channel in shared memory: BlockStat, then these, then BlockMean.
 constexpr int kGamma = kBlockStats, kBeta = kGamma + 1, kGammaT = kGamma + 2, kBetaT = kGamma + 3;
@@ -323,7 +322,8 @@ struct BlockSlab {
   }
 
   // How much of each pixel's activation goes into the output; of equal maxima the first takes all.
-  SELMATCH_DEVICE void pool_weights(const BlockCurve<T>* curve, T* weight) const {
+  // What is lower becomes 0 and not only its weight, or -inf would spoil the others of its cell; NaN does, as in torch.
+  SELMATCH_DEVICE void pool_weights(BlockCurve<T>* curve, BlockPoint<T>* point, T* weight) const {
 #pragma unroll
     for (int k = 0; k < kPixels; ++k) {
       weight[k] = V::kPooled ? T(0.25) : T(1);
@@ -339,19 +339,23 @@ struct BlockSlab {
 #pragma unroll
       for (int k = 0; k < kPixels; ++k) {
         weight[k] = k == first ? T(1) : T(0);
+        if (curve[k].value < best) {
+          curve[k] = {};
+          point[k].nt = 0;
+        }
       }
     }
   }
 
   // a and at of a cell; a pixel or an output that is not there has read a cotangent of 0.
-  SELMATCH_DEVICE void slopes(const Cell& cell, int j, const BlockPoint<T>* point, Slopes* result) const {
+  SELMATCH_DEVICE void slopes(const Cell& cell, int j, BlockPoint<T>* point, Slopes* result) const {
     BlockCurve<T> curve[kPixels];
     T weight[kPixels];
 #pragma unroll
     for (int k = 0; k < kPixels; ++k) {
       curve[k] = activation(point[k].n);
     }
-    pool_weights(curve, weight);
+    pool_weights(curve, point, weight);
 #pragma unroll
     for (int k = 0; k < kPixels; ++k) {
       const int out = V::kPooled ? 0 : k;
@@ -364,8 +368,7 @@ struct BlockSlab {
   }
 };
 
-// --- a block's work on its slab
-// -------------------------------------------------------------------------------------------------
+// --- a block's work on its slab --------------------------------------------------------------------------------------
 
 // Shared memory: what threads keep | scratch | constants | totals.
 template <typename V>
@@ -480,6 +483,9 @@ struct BlockWork {
 
   SELMATCH_DEVICE T* stats() const {
     return static_cast<T*>(call.stats) + stats_row(call, image) * call.stats_count * call.channels + first;
+  }
+  SELMATCH_DEVICE const T* means() const {
+    return static_cast<const T*>(call.means) + stats_row(call, image) * kBlockMeans * call.channels + first;
   }
   SELMATCH_DEVICE T* sums() const { return static_cast<T*>(call.sums) + image * 4 * call.channels + first; }
 
@@ -632,11 +638,12 @@ struct BlockWork {
     });
   }
 
-  SELMATCH_DEVICE void load_stats() const {
+  // Constants row to row + kCount - 1, from (kCount, channels); zeros where `from` is null.
+  SELMATCH_DEVICE void load_constants(int row, const T* from) const {
     each_channel([&](int i, int c) {
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        constants[k * columns + i] = stats()[k * call.channels + c];
+        constants[(row + k) * columns + i] = from == nullptr ? T(0) : from[k * call.channels + c];
       }
     });
   }
@@ -667,7 +674,7 @@ struct BlockWork {
         for (int k = 0; k < kPixels; ++k) {
           curve[k] = slab.activation(point[k].n);
         }
-        slab.pool_weights(curve, weight);
+        slab.pool_weights(curve, point, weight);
 #pragma unroll
         for (int k = 0; k < kPixels; ++k) {
           const int out = V::kPooled ? 0 : k;
@@ -706,7 +713,7 @@ struct BlockWork {
     } else if (call.norm == kBlockNoNorm) {
       make_plain_stats();
     } else {
-      load_stats();
+      load_constants(kBlockMean, stats());
     }
     __syncthreads();
     apply_forward();
@@ -777,16 +784,6 @@ struct BlockWork {
     });
   }
 
-  SELMATCH_DEVICE void load_means() const {
-    const T* from = static_cast<const T*>(call.means) + stats_row(call, image) * kBlockMeans * call.channels + first;
-    each_channel([&](int i, int c) {
-#pragma unroll
-      for (int k = 0; k < kCount; ++k) {
-        constants[(kMeans + k) * columns + i] = call.norm == kBlockNoNorm ? T(0) : from[k * call.channels + c];
-      }
-    });
-  }
-
   SELMATCH_DEVICE void apply_backward() const {
     each_cell_backwards([&](int turn, const Place& at) {
       Cell cell = second_read(turn, at);
@@ -828,7 +825,7 @@ struct BlockWork {
 
   SELMATCH_DEVICE void backward() const {
     load_parameters();
-    load_stats();
+    load_constants(kBlockMean, stats());
     if (plan.sums) {
       __syncthreads();
       sum_cotangents();
@@ -838,7 +835,7 @@ struct BlockWork {
       }
       make_means();
     } else {
-      load_means();
+      load_constants(kMeans, call.norm == kBlockNoNorm ? nullptr : means());
     }
     __syncthreads();
     apply_backward();
@@ -857,8 +854,7 @@ SELMATCH_KERNEL SELMATCH_LAUNCH_BOUNDS(V::threads(true), V::resident(true))
   BlockWork<V, true>(call, plan).backward();
 }
 
-// --- between the sweeps, and after them
-// -----------------------------------------------------------------------------------------
+// --- between the sweeps, and after them ------------------------------------------------------------------------------
 
 // What one block merges: kMergeColumns channels over the batch, each by itself, or the channels of one image's group.
 struct MergeTask {
@@ -900,22 +896,28 @@ struct MergeTask {
   }
 };
 
+// The four sums of one image and channel; without tangents the last two are 0.
+template <typename T>
+SELMATCH_DEVICE BlockSums read_sums(const BlockCall& call, int64_t image, int c) {
+  const int64_t channels = call.channels;
+  const bool dual = call.stats_count == kBlockStats;
+  const T* from = static_cast<const T*>(call.sums) + image * 4 * channels + c;
+  return {{from[0], from[channels], dual ? from[2 * channels] : T(0), dual ? from[3 * channels] : T(0)}};
+}
+
 template <typename T>
 SELMATCH_KERNEL SELMATCH_LAUNCH_BOUNDS(kMergeThreads, 1) stats_kernel(BlockCall call) {
   SELMATCH_SHARED BlockMoments parts[kMergeThreads];
   const MergeTask task(call, call.norm == kBlockBatchNorm);
-  const int64_t channels = call.channels;
-  const bool dual = call.stats_count == kBlockStats;
   const auto read = [&](int64_t n, int c) -> BlockMoments {
-    const T* from = static_cast<const T*>(call.sums) + n * 4 * channels + c;
-    return {static_cast<double>(call.height) * call.width, from[0], from[channels], dual ? from[2 * channels] : T(0),
-            dual ? from[3 * channels] : T(0)};
+    const BlockSums of = read_sums<T>(call, n, c);
+    return {static_cast<double>(call.height) * call.width, of.sum[0], of.sum[1], of.sum[2], of.sum[3]};
   };
   const auto write = [&](int c, const BlockMoments& all) {
     T values[kBlockStats];
     moments_to_stats(all, call.eps, values);
     for (int k = 0; k < call.stats_count; ++k) {
-      static_cast<T*>(call.stats)[(task.row * call.stats_count + k) * channels + c] = values[k];
+      static_cast<T*>(call.stats)[(task.row * call.stats_count + k) * call.channels + c] = values[k];
     }
   };
   task.run(call.channels, parts, read, write);
@@ -926,12 +928,9 @@ template <typename T>
 SELMATCH_KERNEL SELMATCH_LAUNCH_BOUNDS(kMergeThreads, 1) sums_kernel(BlockCall call, bool over_batch) {
   SELMATCH_SHARED BlockSums parts[kMergeThreads];
   const MergeTask task(call, over_batch);
-  const int64_t channels = call.channels;
   const bool dual = call.stats_count == kBlockStats;
   const auto read = [&](int64_t n, int c) -> BlockSums {
-    const T* from = static_cast<const T*>(call.sums) + n * 4 * channels + c;
-    const BlockSums of = {
-        {from[0], from[channels], dual ? from[2 * channels] : T(0), dual ? from[3 * channels] : T(0)}};
+    const BlockSums of = read_sums<T>(call, n, c);
     return over_batch ? of : weighted<T>(call, c, of);
   };
   const auto write = [&](int c, const BlockSums& all) {
@@ -943,7 +942,8 @@ SELMATCH_KERNEL SELMATCH_LAUNCH_BOUNDS(kMergeThreads, 1) sums_kernel(BlockCall c
       const double count = static_cast<double>(call.height) * call.width * static_cast<double>(task.items);
       const BlockSums q = over_batch ? weighted<T>(call, c, all) : all;
       for (int k = 0; k < kBlockMeans; ++k) {
-        static_cast<T*>(call.means)[(task.row * kBlockMeans + k) * channels + c] = static_cast<T>(q.sum[k] / count);
+        static_cast<T*>(call.means)[(task.row * kBlockMeans + k) * call.channels + c] =
+            static_cast<T>(q.sum[k] / count);
       }
     }
   };
@@ -1008,8 +1008,7 @@ SELMATCH_KERNEL SELMATCH_LAUNCH_BOUNDS(kBlockThreads, 2) pixel_gradients_kernel(
   }
 }
 
-// --- launching
-// ------------------------------------------------------------------------------------------------------------------
+// --- launching -------------------------------------------------------------------------------------------------------
 
 int round_up(int value, int to) { return (value + to - 1) / to * to; }
 

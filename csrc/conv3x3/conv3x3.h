@@ -26,7 +26,7 @@ struct Conv3x3Call {
 
 template <typename T>
 struct Conv3x3GradientCall {
-  int64_t batch;
+  int64_t batch;  // at least 1
   int height, width;
   int channels, outputs;
   const T* x;  // (batch, height, width, channels)

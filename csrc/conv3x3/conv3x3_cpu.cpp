@@ -69,6 +69,9 @@ at::Tensor conv3x3_weight_gradient_cpu(const at::Tensor& x, const at::Tensor& g)
   const at::Tensor images = x.contiguous(at::MemoryFormat::ChannelsLast);
   const at::Tensor gradient = g.contiguous(at::MemoryFormat::ChannelsLast);
   at::Tensor weight = at::empty({g.size(1), x.size(1), 3, 3}, x.options());
+  if (x.numel() == 0) {
+    return weight.zero_();
+  }
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "conv3x3_weight_gradient", [&] {
     const Conv3x3GradientCall<scalar_t> call = {x.size(0),
                                                 static_cast<int>(x.size(2)),

@@ -8,43 +8,12 @@
 namespace selmatch {
 namespace {
 
-#define SELMATCH_CONV_LANES 16
-namespace baseline {
-#include "conv3x3/conv3x3_cpu_loops.h"
-}
-
-#ifdef SELMATCH_X86_LEVELS
-
-SELMATCH_TARGET_AVX2_BEGIN
-#undef SELMATCH_CONV_LANES
-#define SELMATCH_CONV_LANES 32
-namespace avx2 {
-#include "conv3x3/conv3x3_cpu_loops.h"
-}
-SELMATCH_TARGET_END
-
-SELMATCH_TARGET_AVX512_BEGIN
-#undef SELMATCH_CONV_LANES
-#define SELMATCH_CONV_LANES 64
-namespace avx512 {
-#include "conv3x3/conv3x3_cpu_loops.h"
-}
-SELMATCH_TARGET_END
-
-#endif  // SELMATCH_X86_LEVELS
+#define SELMATCH_LOOPS "conv3x3/conv3x3_cpu_loops.h"
+#include "cpu_each_level.h"
 
 template <typename Call>
 void dispatch(const Call& call, CpuParallel parallel) {
-  const Level level = cpu_level();
-#ifdef SELMATCH_X86_LEVELS
-  if (level == Level::kAvx512) {
-    return avx512::run(call, parallel);
-  }
-  if (level == Level::kAvx2) {
-    return avx2::run(call, parallel);
-  }
-#endif
-  baseline::run(call, parallel);
+  SELMATCH_AT_LEVEL(run(call, parallel));
 }
 
 }  // namespace

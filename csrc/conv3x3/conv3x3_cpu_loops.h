@@ -1,12 +1,13 @@
 // The loops of the 3 x 3 convolution. conv3x3_cpu_loops.cpp includes this once for each set of vector instructions, in
-// a namespace of its own, so there is no include guard; SELMATCH_CONV_LANES is the bytes of a vector.
+// a namespace of its own, so there is no include guard; SELMATCH_LANES is the bytes of a vector.
 
 template <typename T>
 struct Conv3x3Loops {
-  typedef T Lanes __attribute__((vector_size(SELMATCH_CONV_LANES)));
-  static constexpr int kLanes = SELMATCH_CONV_LANES / sizeof(T);
-  static constexpr int kRows = 8, kColumns = 2 * kLanes;  // of the block of a matrix product that stays in registers
-  static constexpr int kTiles = 32;                       // done together: their transforms stay in the second cache
+  typedef T Lanes __attribute__((vector_size(SELMATCH_LANES)));
+  static constexpr int kLanes = SELMATCH_LANES / sizeof(T);
+  // Of the block of a matrix product that stays in registers, of which AVX-512 has 32 and the others have 16.
+  static constexpr int kRows = SELMATCH_LANES == 64 ? 8 : 4, kColumns = 2 * kLanes;
+  static constexpr int kTiles = 32;  // done together: their transforms stay in the second cache
 
   // Numbers from one of a transform's 16 parts to the next: a cache line more than it holds, since parts a power of two
   // apart would compete for the same lines of the first cache.
@@ -43,13 +44,17 @@ struct Conv3x3Loops {
     }
   }
 
-  // --- transforms
-  // --------------------------------------------------------------------------------------------------------------
+  // --- transforms ----------------------------------------------------------------------------------------------------
 
   // (B^T d B): of 4 values in place, applied to rows and then to columns.
   static SELMATCH_HD void input4(Lanes& a, Lanes& b, Lanes& c, Lanes& d) {
     const Lanes first = a - c, second = b + c, third = c - b, fourth = b - d;
     a = first, b = second, c = third, d = fourth;
+  }
+
+  template <typename Call>
+  static int64_t tiles(const Call& call) {
+    return call.batch * ((call.height + 1) / 2) * ((call.width + 1) / 2);
   }
 
   // Tile `tile` of all images: its image, and the first row and column of its results.
@@ -182,8 +187,7 @@ struct Conv3x3Loops {
     }
   }
 
-  // --- the convolution
-  // -----------------------------------------------------------------------------------------------------------
+  // --- the convolution -----------------------------------------------------------------------------------------------
 
   struct Forward {
     const Conv3x3Call<T>& call;
@@ -193,13 +197,11 @@ struct Conv3x3Loops {
 
     void transform_weights(int64_t begin, int64_t end) { transform_weight(call, begin, end, weights); }
 
-    int64_t tiles() const { return call.batch * ((call.height + 1) / 2) * ((call.width + 1) / 2); }
-
     void blocks(int64_t begin, int64_t end) {
       Memory<T> v{16 * part(call.channels), T(0)};
       Memory<T> m{16 * part(call.outputs)};
       for (int64_t block = begin; block < end; ++block) {
-        const int64_t first = block * kTiles, last = std::min(first + kTiles, tiles());
+        const int64_t first = block * kTiles, last = std::min(first + kTiles, tiles(call));
         transform_input(call.x, first, last, call.height, call.width, call.channels, zeros, v);
         const int64_t rows = (last - first + kRows - 1) / kRows * kRows;
         for (int k = 0; k < 16; ++k) {
@@ -221,44 +223,47 @@ struct Conv3x3Loops {
 
     void run() {
       over<&Forward::transform_weights>(*this, parallel, call.outputs);
-      over<&Forward::blocks>(*this, parallel, (tiles() + kTiles - 1) / kTiles);
+      over<&Forward::blocks>(*this, parallel, (tiles(call) + kTiles - 1) / kTiles);
     }
   };
 
-  // --- the gradient of the weights
-  // ------------------------------------------------------------------------------------------------
+  // --- the gradient of the weights -----------------------------------------------------------------------------------
 
   struct Gradient {
-    static constexpr int64_t kShares = 4;  // sums of their own, added in order: the same bits for any number of threads
     const Conv3x3GradientCall<T>& call;
     const CpuParallel parallel;
     const int64_t size = static_cast<int64_t>(call.channels) * call.outputs;
-    Memory<T> sums{kShares * 16 * size, T(0)};
+    const int64_t blocks = (tiles(call) + kTiles - 1) / kTiles;
+    // Sums of their own, added in order: the same bits for any number of threads. Of several blocks each, since a share
+    // writes and reads the sums of all pairs of channels once more.
+    const int64_t count = std::clamp<int64_t>(blocks / 4, 1, 16);
+    Memory<T> sums{count * 16 * size};
     Memory<T> zeros{std::max(call.channels, call.outputs), T(0)};
-
-    int64_t tiles() const { return call.batch * ((call.height + 1) / 2) * ((call.width + 1) / 2); }
 
     void shares(int64_t begin, int64_t end) {
       Memory<T> v{16 * part(call.channels)};
       Memory<T> m{16 * part(call.outputs)};
-      const int64_t blocks = (tiles() + kTiles - 1) / kTiles;
       for (int64_t share = begin; share < end; ++share) {
-        for (int64_t block = blocks * share / kShares; block < blocks * (share + 1) / kShares; ++block) {
-          const int64_t first = block * kTiles, last = std::min(first + kTiles, tiles());
+        const int64_t head = blocks * share / count, tail = blocks * (share + 1) / count;
+        for (int64_t block = head; block < tail; ++block) {
+          const int64_t first = block * kTiles, last = std::min(first + kTiles, tiles(call));
           transform_input(call.x, first, last, call.height, call.width, call.channels, zeros, v);
           transform_gradient(call, first, last, zeros, m);
           for (int k = 0; k < 16; ++k) {
-            products(v + k * part(call.channels), m + k * part(call.outputs), last - first,
-                     sums + (share * 16 + k) * size);
+            const T *left = v + k * part(call.channels), *right = m + k * part(call.outputs);
+            T* sum = sums + (share * 16 + k) * size;
+            block == head ? products<false>(left, right, last - first, sum)
+                          : products<true>(left, right, last - first, sum);
           }
         }
       }
     }
 
+    template <bool kAdd>
     void products(const T* v, const T* m, int64_t depth, T* sum) const {
       for (int column = 0; column < call.outputs; column += kColumns) {
         for (int c = 0; c < call.channels; c += kRows) {
-          multiply<true>(v + c, 1, call.channels, m + column, call.outputs, depth,
+          multiply<kAdd>(v + c, 1, call.channels, m + column, call.outputs, depth,
                          sum + static_cast<int64_t>(c) * call.outputs + column, call.outputs);
         }
       }
@@ -269,7 +274,7 @@ struct Conv3x3Loops {
       for (int64_t c = begin; c < end; ++c) {
         for (int64_t k = 0; k < call.outputs; ++k) {
           T u[16] = {};
-          for (int64_t share = 0; share < kShares; ++share) {
+          for (int64_t share = 0; share < count; ++share) {
             for (int j = 0; j < 16; ++j) {
               u[j] += sums[(share * 16 + j) * size + c * call.outputs + k];
             }
@@ -289,7 +294,7 @@ struct Conv3x3Loops {
     }
 
     void run() {
-      over<&Gradient::shares>(*this, parallel, kShares);
+      over<&Gradient::shares>(*this, parallel, count);
       over<&Gradient::finish>(*this, parallel, call.channels);
     }
   };

@@ -1,17 +1,17 @@
 // The normalised distance of matching training trajectories,
 //   value = N / D,  N = sum (student - target)^2,  D = sum (start - target)^2   (METHODS.md section 2),
-// over a list of tensors ("pieces") that lie anywhere in memory. Sums are taken in double, chunk by chunk; the chunks
-// are the same whatever the number of threads and are added in order, so the same input gives the same bits.
+// over a list of tensors ("pieces") that lie anywhere in memory. Sums are taken in double, row by row; the rows are the
+// same whatever the number of threads and are added in order, so the same input gives the same bits.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "platform.h"
+#include "pieces.h"
 
 namespace selmatch {
 
-constexpr int64_t kDistanceChunk = 8192;  // elements
+constexpr int64_t kDistanceChunk = 8192;  // elements of a row
 
 // One tensor of each list, as flat memory; a gradient that is not wanted is null.
 template <typename T>
@@ -23,6 +23,9 @@ struct DistancePiece {
   T* start_grad;
   T* target_grad;
   int64_t size;
+
+  SELMATCH_HD int64_t rows() const { return (size + kDistanceChunk - 1) / kDistanceChunk; }
+  SELMATCH_HD int64_t length() const { return kDistanceChunk; }
 };
 
 struct DistanceSums {
@@ -73,18 +76,11 @@ SELMATCH_HD void distance_gradient_at(const DistancePiece<T>& piece, int64_t i, 
   }
 }
 
-inline int64_t distance_chunks(int64_t size) { return (size + kDistanceChunk - 1) / kDistanceChunk; }
+// On the CPU, of `size` elements (distance_cpu_loops.cpp).
+DistanceSums distance_sums(const float* student, const float* start, const float* target, int64_t size);
+DistanceSums distance_sums(const double* student, const double* start, const double* target, int64_t size);
 
-template <typename T>
-int64_t distance_chunks(const std::vector<DistancePiece<T>>& pieces) {
-  int64_t chunks = 0;
-  for (const DistancePiece<T>& piece : pieces) {
-    chunks += distance_chunks(piece.size);
-  }
-  return chunks;
-}
-
-// On the GPU; pointers are the device's. partials: 2 * distance_chunks(pieces) doubles of scratch memory; value: 1,
+// On the GPU; pointers are the device's. partials: 2 * count_rows(pieces) doubles of scratch memory; value: 1,
 // sums: 2. Defined for float and double in distance_cuda.cu.
 template <typename T>
 void distance_cuda(const std::vector<DistancePiece<T>>& pieces, double* partials, T* value, double* sums, void* stream);

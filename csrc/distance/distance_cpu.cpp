@@ -11,37 +11,19 @@
 namespace selmatch {
 namespace {
 
-struct Chunk {
-  size_t piece;
-  int64_t begin;
-  int64_t end;
-};
-
-template <typename T>
-std::vector<Chunk> cut(const std::vector<DistancePiece<T>>& pieces) {
-  std::vector<Chunk> chunks;
-  chunks.reserve(distance_chunks(pieces));
-  for (size_t piece = 0; piece < pieces.size(); ++piece) {
-    for (int64_t begin = 0; begin < pieces[piece].size; begin += kDistanceChunk) {
-      chunks.push_back({piece, begin, std::min(begin + kDistanceChunk, pieces[piece].size)});
-    }
-  }
-  return chunks;
-}
-
 constexpr int64_t kStreamedBytes = 16 << 20;  // of a gradient that goes past the caches
-constexpr int64_t kGrain = 4;                 // chunks that are worth a thread
+constexpr int64_t kGrain = 4;                 // rows that are worth a thread
 
 template <typename T>
-DistanceSums sum_chunks(const std::vector<DistancePiece<T>>& pieces) {
-  const std::vector<Chunk> chunks = cut(pieces);
-  std::vector<DistanceSums> partials(chunks.size());
-  at::parallel_for(0, static_cast<int64_t>(chunks.size()), kGrain, [&](int64_t first, int64_t last) {
+DistanceSums sum_rows(const std::vector<DistancePiece<T>>& pieces) {
+  const std::vector<Part> rows = cut(pieces);
+  std::vector<DistanceSums> partials(rows.size());
+  at::parallel_for(0, static_cast<int64_t>(rows.size()), kGrain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      const DistancePiece<T>& piece = pieces[chunks[i].piece];
-      const int64_t begin = chunks[i].begin;
+      const DistancePiece<T>& piece = pieces[rows[i].piece];
+      const int64_t begin = rows[i].begin;
       partials[i] =
-          distance_sums(piece.student + begin, piece.start + begin, piece.target + begin, chunks[i].end - begin);
+          distance_sums(piece.student + begin, piece.start + begin, piece.target + begin, rows[i].end - begin);
     }
   });
   DistanceSums total = {0, 0};
@@ -59,7 +41,7 @@ std::tuple<at::Tensor, at::Tensor> trajectory_distance_cpu(at::TensorList studen
   at::Tensor value = at::empty({}, student[0].options());
   at::Tensor sums = at::empty({2}, student[0].options().dtype(at::kDouble));
   AT_DISPATCH_FLOATING_TYPES(student[0].scalar_type(), "trajectory_distance", [&] {
-    const DistanceSums total = sum_chunks(tensors.pieces<scalar_t>());
+    const DistanceSums total = sum_rows(tensors.pieces<scalar_t>());
     sums.mutable_data_ptr<double>()[0] = total.numerator;
     sums.mutable_data_ptr<double>()[1] = total.denominator;
     *value.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(total.numerator / total.denominator);
@@ -80,12 +62,12 @@ std::vector<at::Tensor> trajectory_distance_backward_cpu(const at::Tensor& grad,
     const double* total = sums.const_data_ptr<double>();
     const auto weights = distance_weights<scalar_t>(*grad.const_data_ptr<scalar_t>(), total[0], total[1]);
     const auto pieces = tensors.pieces<scalar_t>();
-    const std::vector<Chunk> chunks = cut(pieces);
+    const std::vector<Part> rows = cut(pieces);
     const int64_t elements = std::accumulate(tensors.sizes.begin(), tensors.sizes.end(), int64_t{0});
     const bool streamed = elements * static_cast<int64_t>(sizeof(scalar_t)) > kStreamedBytes;
-    at::parallel_for(0, static_cast<int64_t>(chunks.size()), kGrain, [&](int64_t first, int64_t last) {
+    at::parallel_for(0, static_cast<int64_t>(rows.size()), kGrain, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        distance_gradient(pieces[chunks[i].piece], chunks[i].begin, chunks[i].end, weights, streamed);
+        distance_gradient(pieces[rows[i].piece], rows[i].begin, rows[i].end, weights, streamed);
       }
     });
   });

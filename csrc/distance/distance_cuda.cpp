@@ -20,7 +20,7 @@ std::tuple<at::Tensor, at::Tensor> trajectory_distance_cuda(at::TensorList stude
   at::Tensor sums = at::empty({2}, student[0].options().dtype(at::kDouble));
   AT_DISPATCH_FLOATING_TYPES(student[0].scalar_type(), "trajectory_distance", [&] {
     const auto pieces = tensors.pieces<scalar_t>();
-    at::Tensor partials = at::empty({distance_chunks(pieces), 2}, sums.options());
+    at::Tensor partials = at::empty({count_rows(pieces), 2}, sums.options());
     distance_cuda(pieces, partials.mutable_data_ptr<double>(), value.mutable_data_ptr<scalar_t>(),
                   sums.mutable_data_ptr<double>(), stream);
   });

@@ -6,30 +6,12 @@
 #include <vector>
 
 #include "distance/distance.h"
+#include "pieces_torch.h"
 
 namespace selmatch {
 
 inline void distance_check(at::TensorList student, at::TensorList start, at::TensorList target) {
-  TORCH_CHECK_VALUE(!student.empty(), "trajectory_distance: student has no tensors");
-  TORCH_CHECK_VALUE(student.size() == start.size() && student.size() == target.size(),
-                    "trajectory_distance: student has ", student.size(), " tensors, start ", start.size(),
-                    " and target ", target.size());
-  const at::ScalarType dtype = student[0].scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble,
-                   "trajectory_distance: student must be float32 or float64, got ", dtype);
-  const char* names[] = {"student", "start", "target"};
-  const at::TensorList lists[] = {student, start, target};
-  for (int list = 0; list < 3; ++list) {
-    for (size_t i = 0; i < student.size(); ++i) {
-      const at::Tensor& tensor = lists[list][i];
-      TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, "trajectory_distance: ", names[list], "[", i, "] is ",
-                       tensor.scalar_type(), ", student[0] is ", dtype);
-      TORCH_CHECK_VALUE(tensor.device() == student[0].device(), "trajectory_distance: ", names[list], "[", i,
-                        "] is on ", tensor.device(), ", student[0] on ", student[0].device());
-      TORCH_CHECK_VALUE(tensor.sizes() == student[i].sizes(), "trajectory_distance: ", names[list], "[", i,
-                        "] has shape ", tensor.sizes(), ", student[", i, "] ", student[i].sizes());
-    }
-  }
+  check_lists("trajectory_distance", {{"student", student}, {"start", start}, {"target", target}});
 }
 
 // The three lists, all in the memory order of their gradients, and the gradients that are wanted.

@@ -58,44 +58,13 @@ bool dsa_is_planar(const DsaCall& call, const int64_t* strides) {
   return strides[3] == 1 && strides[2] == call.width && strides[1] == static_cast<int64_t>(call.height) * call.width;
 }
 
-#define SELMATCH_DSA_LANES 16
-namespace baseline {
-#include "dsa/dsa_cpu_loops.h"
-}
-
-#ifdef SELMATCH_X86_LEVELS
-
-SELMATCH_TARGET_AVX2_BEGIN
-#undef SELMATCH_DSA_LANES
-#define SELMATCH_DSA_LANES 32
-namespace avx2 {
-#include "dsa/dsa_cpu_loops.h"
-}
-SELMATCH_TARGET_END
-
-SELMATCH_TARGET_AVX512_BEGIN
-#undef SELMATCH_DSA_LANES
-#define SELMATCH_DSA_LANES 64
-namespace avx512 {
-#include "dsa/dsa_cpu_loops.h"
-}
-SELMATCH_TARGET_END
-
-#endif  // SELMATCH_X86_LEVELS
+#define SELMATCH_LOOPS "dsa/dsa_cpu_loops.h"
+#include "cpu_each_level.h"
 
 template <typename S, typename T>
 void run(const DsaCall& call, int64_t begin, int64_t end) {
-  const Level level = cpu_level();
   DsaScratch<T> scratch(call);
-#ifdef SELMATCH_X86_LEVELS
-  if (level == Level::kAvx512) {
-    return avx512::run_range<S, T>(call, scratch, begin, end);
-  }
-  if (level == Level::kAvx2) {
-    return avx2::run_range<S, T>(call, scratch, begin, end);
-  }
-#endif
-  baseline::run_range<S, T>(call, scratch, begin, end);
+  SELMATCH_AT_LEVEL(run_range<S, T>(call, scratch, begin, end));
 }
 
 }  // namespace

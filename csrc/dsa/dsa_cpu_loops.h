@@ -1,11 +1,11 @@
 // The CPU loops of DSA. dsa_cpu_loops.cpp includes this once for each set of vector instructions, in a namespace of its
-// own, so there is no include guard; SELMATCH_DSA_LANES is the bytes of a vector: 16, 32 (AVX2) or 64 (AVX-512). An
+// own, so there is no include guard; SELMATCH_LANES is the bytes of a vector: 16, 32 (AVX2) or 64 (AVX-512). An
 // image is C planes of H x W, small enough to stay in the first caches from operation to operation.
 
 template <typename T>
 struct Vectors {
-  typedef T lanes __attribute__((vector_size(SELMATCH_DSA_LANES), aligned(sizeof(T))));
-  typedef int bits __attribute__((vector_size(SELMATCH_DSA_LANES), aligned(sizeof(T)), may_alias));
+  typedef T lanes __attribute__((vector_size(SELMATCH_LANES), aligned(sizeof(T))));
+  typedef int bits __attribute__((vector_size(SELMATCH_LANES), aligned(sizeof(T)), may_alias));
   typedef T pixel __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T))));  // 4 channels of one pixel
 };
 
@@ -13,7 +13,7 @@ template <typename T>
 struct Loops {
   using Lanes = typename Vectors<T>::lanes;
   using Pixel = typename Vectors<T>::pixel;
-  static constexpr int kLanes = SELMATCH_DSA_LANES / sizeof(T);
+  static constexpr int kLanes = SELMATCH_LANES / sizeof(T);
 
   const DsaCall& call;
   DsaScratch<T>& scratch;
@@ -31,8 +31,7 @@ struct Loops {
   static const Lanes& lanes(const T* p) { return *reinterpret_cast<const Lanes*>(p); }
   static Lanes& lanes(T* p) { return *reinterpret_cast<Lanes*>(p); }
 
-  // --- in and out
-  // -----------------------------------------------------------------------------------------------------
+  // --- in and out ----------------------------------------------------------------------------------------------------
 
   template <typename S>
   void load(const S* x, T* dst) const {
@@ -62,8 +61,7 @@ struct Loops {
     }
   }
 
-  // --- colour
-  // ---------------------------------------------------------------------------------------------------------
+  // --- colour --------------------------------------------------------------------------------------------------------
 
   // Fills scratch.sums with each pixel's sum over the channels, and returns the sum of them all.
   T channel_sums(const T* src) const {
@@ -113,8 +111,7 @@ struct Loops {
     }
   }
 
-  // --- moves
-  // ----------------------------------------------------------------------------------------------------------
+  // --- moves ---------------------------------------------------------------------------------------------------------
 
   static void copy(const T* src, T* dst, int64_t count) { std::memcpy(dst, src, count * sizeof(T)); }
 
@@ -190,8 +187,7 @@ struct Loops {
     }
   }
 
-  // --- affine, separable (rotation and shear 0): a band matrix along the rows and one along the columns
-  // -----------------
+  // --- affine, separable (rotation and shear 0): a band matrix along the rows and one along the columns --------------
 
   // Result q is the sum of weight * in[index] over used[q] taps. Sampling takes two neighbours; one off the line weighs
   // nothing.
@@ -269,7 +265,7 @@ struct Loops {
     }
   }
 
-#if SELMATCH_DSA_LANES == 64
+#if SELMATCH_LANES == 64
   // 16 results in a row come out of a window of 32 pixels, by one permutation a tap; false where that is too narrow.
   static bool make_windows(DsaTaps<float>* taps, int size) {
     int* __restrict window = taps->window, * __restrict index = taps->index;
@@ -326,7 +322,7 @@ struct Loops {
 
   template <int kCount>
   static void blend_columns_as_fits(DsaTaps<T>* taps, const T* src, int rows, int size, T* dst) {
-#if SELMATCH_DSA_LANES == 64
+#if SELMATCH_LANES == 64
     if constexpr (sizeof(T) == sizeof(float)) {
       if (make_windows(taps, size)) {
         return permute_columns<kCount>(*taps, src, rows, size, dst);
@@ -393,8 +389,7 @@ struct Loops {
     return true;
   }
 
-  // --- affine, any: 4 channels of a pixel side by side, in a grid with a border of zeros
-  // --------------------------------
+  // --- affine, any: 4 channels of a pixel side by side, in a grid with a border of zeros -----------------------------
 
   int grid_width() const { return width + 3; }
 
@@ -425,7 +420,7 @@ struct Loops {
     const T *a = src, *b = src + (count > 1 ? plane : 0), *c = src + (count > 2 ? 2 * plane : 0),
             *d = src + (count > 3 ? 3 * plane : 0);
     int j = 0;
-#if SELMATCH_DSA_LANES == 64
+#if SELMATCH_LANES == 64
     if constexpr (sizeof(T) == sizeof(float)) {
       for (; j + 16 <= width; j += 16) {
         pack16(a + j, b + j, c + j, d + j, reinterpret_cast<float*>(out + j));
@@ -440,7 +435,7 @@ struct Loops {
   void unpack_row(const Pixel* in, int count, T* dst) const {
     const T* __restrict from = reinterpret_cast<const T*>(in);
     int begin = 0;
-#if SELMATCH_DSA_LANES == 64
+#if SELMATCH_LANES == 64
     if constexpr (sizeof(T) == sizeof(float)) {
       for (; begin + 16 <= width; begin += 16) {
         unpack16(from + 4 * begin, count, plane, dst + begin);
@@ -455,7 +450,7 @@ struct Loops {
     }
   }
 
-#if SELMATCH_DSA_LANES == 64
+#if SELMATCH_LANES == 64
   // 16 pixels: transposes of 4 x 4 in each quarter of a vector. After them, quarter q of vector k is pixel 4 q + k.
   // (Masks of ones, since without a mask GCC 12 warns about its own header.)
   static void pack16(const float* a, const float* b, const float* c, const float* d, float* out) {
@@ -564,8 +559,7 @@ struct Loops {
     }
   }
 
-  // --- one image
-  // ------------------------------------------------------------------------------------------------------
+  // --- one image -----------------------------------------------------------------------------------------------------
 
   void apply(const DsaStep<T>& step, const T* src, T* dst) const {
     switch (step.op) {

@@ -12,6 +12,9 @@ namespace {
 constexpr int64_t kWorkspaceBlocks = 1024;  // blocks that share the workspace, each taking image after image
 constexpr int kChunk = 4;                   // channels that one thread carries through a transposed sampling
 
+// Images that a block works in: the one that an operation reads, and the one that it writes unless it is the last.
+SELMATCH_HD int image_buffers(const DsaCall& call) { return call.length > 1 ? 2 : 1; }
+
 // Where an operation in the middle of a chain writes: planes side by side.
 template <typename T>
 struct Planes {
@@ -184,12 +187,12 @@ SELMATCH_DEVICE DsaStep<T> next_step(const DsaCall& call, int64_t image, int64_t
   return step;
 }
 
-// S: what is stored, T: what is computed with. Without a workspace the two buffers are in shared memory.
+// S: what is stored, T: what is computed with. Without a workspace the buffers are in shared memory.
 template <typename S, typename T>
 SELMATCH_KERNEL dsa_kernel(DsaCall call, T* workspace) {
   const int channels = call.channels, height = call.height, width = call.width, plane = height * width;
   const int64_t elements = static_cast<int64_t>(channels) * plane;
-  T* src = workspace ? workspace + blockIdx.x * 2 * elements : dynamic_shared<T>();
+  T* src = workspace ? workspace + blockIdx.x * image_buffers(call) * elements : dynamic_shared<T>();
   T* dst = src + elements;
   SELMATCH_SHARED DsaStep<T> step;  // resolved by the first thread
   SELMATCH_SHARED bool last;
@@ -233,7 +236,7 @@ void run(const DsaCall& call, void* workspace, void* stream) {
   const int64_t plane = static_cast<int64_t>(call.height) * call.width;
   const int threads = static_cast<int>(std::min<int64_t>((plane + 31) / 32 * 32, kBlockThreads));
   const int64_t blocks = std::min<int64_t>(call.batch, workspace ? kWorkspaceBlocks : INT32_MAX);
-  const size_t shared = workspace ? 0 : elements * sizeof(T) * (call.length > 1 ? 2 : 1);
+  const size_t shared = workspace ? 0 : elements * sizeof(T) * image_buffers(call);
   launch(&dsa_kernel<S, T>, blocks, threads, shared, stream, call, static_cast<T*>(workspace));
 }
 
@@ -243,10 +246,10 @@ size_t dsa_cuda_workspace(const DsaCall& call) {
   const size_t item = call.type == DsaType::kDouble ? sizeof(double) : sizeof(float);
   const size_t image = static_cast<size_t>(call.channels) * call.height * call.width * item;
   constexpr size_t kOwn = 1024;  // shared memory that the kernel itself has
-  if (image * (call.length > 1 ? 2 : 1) + kOwn <= shared_memory_limit()) {
+  if (image * image_buffers(call) + kOwn <= shared_memory_limit()) {
     return 0;
   }
-  return 2 * image * static_cast<size_t>(std::min<int64_t>(call.batch, kWorkspaceBlocks));
+  return image * image_buffers(call) * static_cast<size_t>(std::min<int64_t>(call.batch, kWorkspaceBlocks));
 }
 
 void dsa_cuda(const DsaCall& call, void* workspace, void* stream) {

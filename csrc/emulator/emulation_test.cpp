@@ -31,8 +31,7 @@ void expect(bool good, const std::string& what) {
   }
 }
 
-// --- the emulator itself
-// ----------------------------------------------------------------------------------------------
+// --- the emulator itself ---------------------------------------------------------------------------------------------
 
 void reverse_kernel(const int* in, int* out, bool with_barrier) {
   int* shared = dynamic_shared<int>();
@@ -54,10 +53,8 @@ void unwritten_kernel(float* out) { out[threadIdx.x] = dynamic_shared<float>()[t
 void sum_kernel(double* out) {
   const double total = block_sum(static_cast<double>(threadIdx.x) + 1);
   const double again = block_sum(2 * total);
-  const double below = warp_shuffle_down(static_cast<double>(threadIdx.x), 1);
-  out[3 * threadIdx.x] = total;
-  out[3 * threadIdx.x + 1] = again;
-  out[3 * threadIdx.x + 2] = below;
+  out[2 * threadIdx.x] = total;
+  out[2 * threadIdx.x + 1] = again;
 }
 
 void reverse(bool with_barrier) {
@@ -90,19 +87,17 @@ void test_emulator() {
   expect(std::all_of(unwritten.begin(), unwritten.end(), [](float v) { return std::isnan(v); }),
          "shared memory starts as NaN");
   constexpr int kThreads = 96;
-  std::vector<double> sums(3 * kThreads);
+  std::vector<double> sums(2 * kThreads);
   launch(&sum_kernel, 1, kThreads, 0, nullptr, sums.data());
   for (int i = 0; i < kThreads; ++i) {
     const double total = kThreads * (kThreads + 1) / 2;
-    expect(sums[3 * i] == total && sums[3 * i + 1] == 2 * kThreads * total, "block_sum");
-    expect(sums[3 * i + 2] == (i % 32 == 31 ? i : i + 1), "warp_shuffle_down");
+    expect(sums[2 * i] == total && sums[2 * i + 1] == 2 * kThreads * total, "block_sum");
   }
   expect(launch_refuses(1, 33, 0), "a part of a warp is refused");
   expect(launch_refuses(1, 32, shared_memory_limit() + 1), "too much shared memory is refused");
 }
 
-// --- 16-bit floats
-// ----------------------------------------------------------------------------------------------------
+// --- 16-bit floats ---------------------------------------------------------------------------------------------------
 
 void test_narrow_floats() {
   bool halves = true, bfloats = true;
@@ -128,8 +123,7 @@ void test_narrow_floats() {
   }
 }
 
-// --- trajectory distance
-// ----------------------------------------------------------------------------------------------
+// --- trajectory distance ---------------------------------------------------------------------------------------------
 
 template <typename T>
 struct Lists {
@@ -161,7 +155,7 @@ void test_distance(const std::string& name, const std::vector<int64_t>& sizes, i
   const std::string what = "distance " + name + ", gradients " + std::to_string(wanted);
   std::mt19937 random(7), same(7);
   Lists<T> gpu(sizes, wanted, &random), cpu(sizes, wanted, &same);
-  std::vector<double> partials(2 * distance_chunks(gpu.pieces), std::nan(""));
+  std::vector<double> partials(2 * count_rows(gpu.pieces), std::nan(""));
   T value = 0;
   double sums[2] = {};
   distance_cuda(gpu.pieces, partials.data(), &value, sums, nullptr);
@@ -209,8 +203,7 @@ void test_distances(bool quick) {
   }
 }
 
-// --- gradient distance
-// ------------------------------------------------------------------------------------------------
+// --- gradient distance -----------------------------------------------------------------------------------------------
 
 struct Layer {
   int64_t rows, length, size;
@@ -247,16 +240,15 @@ void test_gradient_distance(const std::string& name, const std::vector<Layer>& l
       "gradient distance " + name + ", metric " + std::to_string(metric) + ", gradients " + std::to_string(wanted);
   std::mt19937 random(5), same(5);
   Gradients<T> gpu(layers, wanted, &random), cpu(layers, wanted, &same);
-  const int64_t count = gradient_rows(gpu.pieces);
+  const int64_t count = count_rows(gpu.pieces);
   std::vector<double> sums(3 * (count + 1), std::nan(""));
   T value = 0;
   gradient_distance_cuda(gpu.pieces, metric, sums.data(), &value, nullptr);
   std::vector<GradientSums> rows;
-  for (const GradientPiece<T>& piece : cpu.pieces) {
-    for (int64_t row = 0; row < piece.rows; ++row) {
-      const int64_t begin = row * piece.length, end = std::min(begin + piece.length, piece.size);
-      rows.push_back(gradient_sums(metric, piece.syn + begin, piece.real + begin, end - begin));
-    }
+  const std::vector<Part> parts = cut(cpu.pieces);
+  for (const Part& part : parts) {
+    const GradientPiece<T>& piece = cpu.pieces[part.piece];
+    rows.push_back(gradient_sums(metric, piece.syn + part.begin, piece.real + part.begin, part.end - part.begin));
   }
   rows.push_back({});
   const double expected = gradient_total(metric, rows.data(), count, &rows[count]);
@@ -272,13 +264,9 @@ void test_gradient_distance(const std::string& name, const std::vector<Layer>& l
   expect(good, what + ": sums");
   const T grad = static_cast<T>(1.5);
   gradient_distance_gradient_cuda(gpu.pieces, metric, &grad, sums.data(), nullptr);
-  size_t row_index = 0;
-  for (const GradientPiece<T>& piece : cpu.pieces) {
-    for (int64_t row = 0; row < piece.rows; ++row, ++row_index) {
-      const auto weights = gradient_weights<T>(metric, grad, rows[metric == kLayerwise ? row_index : count]);
-      const int64_t begin = row * piece.length;
-      gradient_distance_gradient(piece, metric, begin, std::min(begin + piece.length, piece.size), weights);
-    }
+  for (int64_t i = 0; i < count; ++i) {
+    const auto weights = gradient_weights<T>(metric, grad, rows[metric == kLayerwise ? i : count]);
+    gradient_distance_gradient(cpu.pieces[parts[i].piece], metric, parts[i].begin, parts[i].end, weights);
   }
   good = true;
   for (size_t i = 0; i < gpu.memory.size(); ++i) {
@@ -307,8 +295,7 @@ void test_gradient_distances(bool quick) {
   }
 }
 
-// --- DSA
-// --------------------------------------------------------------------------------------------------------------
+// --- DSA -------------------------------------------------------------------------------------------------------------
 
 struct Shape {
   int64_t batch;
@@ -493,8 +480,7 @@ void test_dsa_in_workspace(bool quick) {
   emulator::shared_limit() = usual;
 }
 
-// --- block
-// ------------------------------------------------------------------------------------------------------------
+// --- block -----------------------------------------------------------------------------------------------------------
 
 struct BlockKind {
   const char* name;

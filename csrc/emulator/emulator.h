@@ -1,8 +1,8 @@
 // Runs CUDA kernels on the CPU, for tests: one OS thread per CUDA thread of a block, blocks one after another. Since
 // shared memory is memory that real threads share, ThreadSanitizer sees a missing barrier as the data race that it is.
-// Shared memory is filled with NaN bytes before each block, so nothing can lean on what an earlier block left there;
-// and threads of one block that wait at different barriers stop the program instead of hanging or going on. Included
-// through platform.h.
+// Dynamic shared memory is filled with NaN bytes before each block, so nothing can lean on what an earlier block left
+// there (SELMATCH_SHARED variables do keep it); and where some threads of a block end while others wait in
+// __syncthreads(), the program stops instead of hanging or going on. Included through platform.h.
 #pragma once
 
 #include <condition_variable>
@@ -32,7 +32,7 @@ namespace emulator {
 
 constexpr unsigned kWarp = 32;
 
-enum class Place { kSyncthreads, kSyncwarp, kShuffle, kBlockEnd };
+enum class Place { kSyncthreads, kShuffle, kBlockEnd };
 
 class Barrier {
  public:
@@ -153,17 +153,10 @@ void launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t share
 }
 
 inline void __syncthreads() { emulator::current->block_barrier.wait(emulator::Place::kSyncthreads); }
-inline void __syncwarp() { emulator::current->warps[threadIdx.x / emulator::kWarp].wait(emulator::Place::kSyncwarp); }
 
 template <typename T>
 T* dynamic_shared() {
   return reinterpret_cast<T*>(emulator::current->shared.data());
-}
-
-template <typename T>
-T warp_shuffle_down(T value, int delta) {
-  const unsigned lane = threadIdx.x % emulator::kWarp;
-  return emulator::exchange(value, lane + delta < emulator::kWarp ? lane + delta : lane);
 }
 
 template <typename T>

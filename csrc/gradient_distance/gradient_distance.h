@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "platform.h"
+#include "pieces.h"
 
 namespace selmatch {
 
@@ -27,9 +27,11 @@ struct GradientPiece {
   const T* real;
   T* syn_grad;
   T* real_grad;
-  int64_t rows;
-  int64_t length;  // of a row
-  int64_t size;    // of the piece: its last row may be shorter
+  int64_t row_count, row_length;
+  int64_t size;  // of the piece: its last row may be shorter
+
+  SELMATCH_HD int64_t rows() const { return row_count; }
+  SELMATCH_HD int64_t length() const { return row_length; }
 };
 
 // mse: dot holds sum (a - b)^2, the others nothing.
@@ -93,16 +95,11 @@ SELMATCH_HD void gradient_distance_gradient_at(const GradientPiece<T>& piece, in
   }
 }
 
-template <typename T>
-int64_t gradient_rows(const std::vector<GradientPiece<T>>& pieces) {
-  int64_t rows = 0;
-  for (const GradientPiece<T>& piece : pieces) {
-    rows += piece.rows;
-  }
-  return rows;
-}
+// On the CPU, of `size` elements (gradient_distance_cpu_loops.cpp).
+GradientSums gradient_sums(int metric, const float* syn, const float* real, int64_t size);
+GradientSums gradient_sums(int metric, const double* syn, const double* real, int64_t size);
 
-// On the GPU; pointers are the device's. row_sums: (gradient_rows(pieces) + 1, 3) doubles, the last row the sum of the
+// On the GPU; pointers are the device's. row_sums: (count_rows(pieces) + 1, 3) doubles, the last row the sum of the
 // others; value: 1. Defined for float and double in gradient_distance_cuda.cu.
 template <typename T>
 void gradient_distance_cuda(const std::vector<GradientPiece<T>>& pieces, int metric, double* row_sums, T* value,

@@ -10,28 +10,9 @@
 namespace selmatch {
 namespace {
 
-struct Row {
-  size_t piece;
-  int64_t begin;
-  int64_t end;
-};
-
-template <typename T>
-std::vector<Row> cut(const std::vector<GradientPiece<T>>& pieces) {
-  std::vector<Row> rows;
-  rows.reserve(gradient_rows(pieces));
-  for (size_t piece = 0; piece < pieces.size(); ++piece) {
-    for (int64_t row = 0; row < pieces[piece].rows; ++row) {
-      const int64_t begin = row * pieces[piece].length;
-      rows.push_back({piece, begin, std::min(begin + pieces[piece].length, pieces[piece].size)});
-    }
-  }
-  return rows;
-}
-
 // Rows that are worth a thread.
 template <typename T>
-int64_t grain(const std::vector<GradientPiece<T>>& pieces, const std::vector<Row>& rows) {
+int64_t grain(const std::vector<GradientPiece<T>>& pieces, const std::vector<Part>& rows) {
   int64_t elements = 0;
   for (const GradientPiece<T>& piece : pieces) {
     elements += piece.size;
@@ -44,12 +25,13 @@ std::tuple<at::Tensor, at::Tensor> gradient_distance_cpu(at::TensorList syn, at:
   gradient_distance_check(syn, real, metric);
   const GradientTensors tensors(syn, real, metric, false, false);
   at::Tensor value = at::empty({}, syn[0].options());
-  at::Tensor sums = at::empty({tensors.rows() + 1, 3}, syn[0].options().dtype(at::kDouble));
-  auto* row_sums = reinterpret_cast<GradientSums*>(sums.mutable_data_ptr<double>());
+  at::Tensor sums;
   AT_DISPATCH_FLOATING_TYPES(syn[0].scalar_type(), "gradient_distance", [&] {
     const auto pieces = tensors.pieces<scalar_t>();
-    const std::vector<Row> rows = cut(pieces);
+    const std::vector<Part> rows = cut(pieces);
     const int64_t count = static_cast<int64_t>(rows.size());
+    sums = at::empty({count + 1, 3}, syn[0].options().dtype(at::kDouble));
+    auto* row_sums = reinterpret_cast<GradientSums*>(sums.mutable_data_ptr<double>());
     at::parallel_for(0, count, grain(pieces, rows), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const GradientPiece<scalar_t>& piece = pieces[rows[i].piece];
@@ -75,7 +57,7 @@ std::vector<at::Tensor> gradient_distance_backward_cpu(const at::Tensor& grad, c
   AT_DISPATCH_FLOATING_TYPES(syn[0].scalar_type(), "gradient_distance_backward", [&] {
     const double upper = *grad.const_data_ptr<scalar_t>();
     const auto pieces = tensors.pieces<scalar_t>();
-    const std::vector<Row> rows = cut(pieces);
+    const std::vector<Part> rows = cut(pieces);
     const int64_t count = static_cast<int64_t>(rows.size());
     at::parallel_for(0, count, grain(pieces, rows), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {

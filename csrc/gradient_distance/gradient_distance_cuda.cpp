@@ -16,9 +16,11 @@ std::tuple<at::Tensor, at::Tensor> gradient_distance_on_cuda(at::TensorList syn,
   void* stream = c10::cuda::getCurrentCUDAStream().stream();
   const GradientTensors tensors(syn, real, metric, false, false);
   at::Tensor value = at::empty({}, syn[0].options());
-  at::Tensor sums = at::empty({tensors.rows() + 1, 3}, syn[0].options().dtype(at::kDouble));
+  at::Tensor sums;
   AT_DISPATCH_FLOATING_TYPES(syn[0].scalar_type(), "gradient_distance", [&] {
-    gradient_distance_cuda(tensors.pieces<scalar_t>(), static_cast<int>(metric), sums.mutable_data_ptr<double>(),
+    const auto pieces = tensors.pieces<scalar_t>();
+    sums = at::empty({count_rows(pieces) + 1, 3}, syn[0].options().dtype(at::kDouble));
+    gradient_distance_cuda(pieces, static_cast<int>(metric), sums.mutable_data_ptr<double>(),
                            value.mutable_data_ptr<scalar_t>(), stream);
   });
   return {value, sums};

@@ -1,57 +1,12 @@
 // The gradient distance on the GPU: one block adds up one row, one more block adds the rows in order (no atomics, so
-// the same bits every time); the gradient is one pass. A list travels as a table in the kernel's arguments, so no
-// memory is copied and one launch serves up to kTableSize tensors.
+// the same bits every time); the gradient is one pass.
 #include "gradient_distance/gradient_distance.h"
 
 namespace selmatch {
 namespace {
 
-constexpr int kTableSize = 60;  // a kernel's arguments have 4 KB
-
 template <typename T>
-struct GradientTable {
-  GradientPiece<T> pieces[kTableSize];
-  int32_t first_row[kTableSize + 1];
-  int32_t count;
-};
-
-static_assert(sizeof(GradientTable<double>) + 64 <= 4096, "the table must fit a kernel's arguments");
-
-// Calls launch_part(table, rows before it) for as many tables as the pieces need.
-template <typename T, typename Launch>
-void for_each_table(const std::vector<GradientPiece<T>>& pieces, Launch launch_part) {
-  int64_t before = 0;
-  for (size_t begin = 0; begin < pieces.size(); begin += kTableSize) {
-    GradientTable<T> table = {};
-    table.count = static_cast<int32_t>(pieces.size() - begin < kTableSize ? pieces.size() - begin : kTableSize);
-    for (int i = 0; i < table.count; ++i) {
-      table.pieces[i] = pieces[begin + i];
-      table.first_row[i + 1] = table.first_row[i] + static_cast<int32_t>(pieces[begin + i].rows);
-    }
-    launch_part(table, before);
-    before += table.first_row[table.count];
-  }
-}
-
-// The row that this block works on.
-struct Range {
-  int piece;
-  int64_t begin;
-  int64_t end;
-};
-
-template <typename T>
-SELMATCH_DEVICE Range block_row(const GradientTable<T>& table) {
-  const int row = static_cast<int>(blockIdx.x);
-  int index = 0;
-  while (table.first_row[index + 1] <= row) {
-    ++index;
-  }
-  const GradientPiece<T>& piece = table.pieces[index];
-  const int64_t begin = (row - table.first_row[index]) * piece.length;
-  const int64_t rest = piece.size - begin;
-  return {index, begin, begin + (rest < piece.length ? rest : piece.length)};
-}
+using GradientTable = PieceTable<GradientPiece<T>>;
 
 SELMATCH_DEVICE GradientSums block_sums(GradientSums mine) {
   return {block_sum(mine.dot), block_sum(mine.syn), block_sum(mine.real)};
@@ -60,10 +15,10 @@ SELMATCH_DEVICE GradientSums block_sums(GradientSums mine) {
 // row_sums: (rows, 3)
 template <typename T>
 SELMATCH_KERNEL gradient_row_kernel(const GradientTable<T> table, int metric, double* row_sums) {
-  const Range range = block_row(table);
-  const GradientPiece<T>& piece = table.pieces[range.piece];
+  const Part part = block_part(table);
+  const GradientPiece<T>& piece = table.pieces[part.piece];
   GradientSums sums = {0, 0, 0};
-  for (int64_t i = range.begin + threadIdx.x; i < range.end; i += blockDim.x) {
+  for (int64_t i = part.begin + threadIdx.x; i < part.end; i += blockDim.x) {
     add_gradient_sums(metric, piece.syn[i], piece.real[i], &sums);
   }
   sums = block_sums(sums);
@@ -100,11 +55,11 @@ SELMATCH_KERNEL gradient_total_kernel(int metric, double* row_sums, int64_t rows
 template <typename T>
 SELMATCH_KERNEL gradient_gradient_kernel(const GradientTable<T> table, int metric, const T* grad,
                                          const double* row_sums, const double* total) {
-  const Range range = block_row(table);
+  const Part part = block_part(table);
   const double* sums = metric == kLayerwise ? row_sums + 3 * blockIdx.x : total;
   const GradientWeights<T> weights = gradient_weights<T>(metric, *grad, {sums[0], sums[1], sums[2]});
-  const GradientPiece<T> piece = table.pieces[range.piece];
-  for (int64_t i = range.begin + threadIdx.x; i < range.end; i += blockDim.x) {
+  const GradientPiece<T> piece = table.pieces[part.piece];
+  for (int64_t i = part.begin + threadIdx.x; i < part.end; i += blockDim.x) {
     gradient_distance_gradient_at(piece, metric, i, weights);
   }
 }
@@ -114,19 +69,18 @@ SELMATCH_KERNEL gradient_gradient_kernel(const GradientTable<T> table, int metri
 template <typename T>
 void gradient_distance_cuda(const std::vector<GradientPiece<T>>& pieces, int metric, double* row_sums, T* value,
                             void* stream) {
-  for_each_table<T>(pieces, [&](const GradientTable<T>& table, int64_t before) {
-    launch(gradient_row_kernel<T>, table.first_row[table.count], kBlockThreads, 0, stream, table, metric,
-           row_sums + 3 * before);
+  for_each_table(pieces, [&](const GradientTable<T>& table, int64_t before) {
+    launch(gradient_row_kernel<T>, table.rows(), kBlockThreads, 0, stream, table, metric, row_sums + 3 * before);
   });
-  launch(gradient_total_kernel<T>, 1, kBlockThreads, 0, stream, metric, row_sums, gradient_rows(pieces), value);
+  launch(gradient_total_kernel<T>, 1, kBlockThreads, 0, stream, metric, row_sums, count_rows(pieces), value);
 }
 
 template <typename T>
 void gradient_distance_gradient_cuda(const std::vector<GradientPiece<T>>& pieces, int metric, const T* grad,
                                      const double* row_sums, void* stream) {
-  const double* total = row_sums + 3 * gradient_rows(pieces);
-  for_each_table<T>(pieces, [&](const GradientTable<T>& table, int64_t before) {
-    launch(gradient_gradient_kernel<T>, table.first_row[table.count], kBlockThreads, 0, stream, table, metric, grad,
+  const double* total = row_sums + 3 * count_rows(pieces);
+  for_each_table(pieces, [&](const GradientTable<T>& table, int64_t before) {
+    launch(gradient_gradient_kernel<T>, table.rows(), kBlockThreads, 0, stream, table, metric, grad,
            row_sums + 3 * before, total);
   });
 }

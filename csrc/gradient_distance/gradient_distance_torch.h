@@ -7,31 +7,14 @@
 #include <vector>
 
 #include "gradient_distance/gradient_distance.h"
+#include "pieces_torch.h"
 
 namespace selmatch {
 
 inline void gradient_distance_check(at::TensorList syn, at::TensorList real, int64_t metric) {
   TORCH_CHECK_VALUE(metric >= 0 && metric < kGradientMetrics, "gradient_distance: metric must be 0, 1 or 2, got ",
                     metric);
-  TORCH_CHECK_VALUE(!syn.empty(), "gradient_distance: syn has no tensors");
-  TORCH_CHECK_VALUE(syn.size() == real.size(), "gradient_distance: syn has ", syn.size(), " tensors, real ",
-                    real.size());
-  const at::ScalarType dtype = syn[0].scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble,
-                   "gradient_distance: syn must be float32 or float64, got ", dtype);
-  const char* names[] = {"syn", "real"};
-  const at::TensorList lists[] = {syn, real};
-  for (int list = 0; list < 2; ++list) {
-    for (size_t i = 0; i < syn.size(); ++i) {
-      const at::Tensor& tensor = lists[list][i];
-      TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, "gradient_distance: ", names[list], "[", i, "] is ",
-                       tensor.scalar_type(), ", syn[0] is ", dtype);
-      TORCH_CHECK_VALUE(tensor.device() == syn[0].device(), "gradient_distance: ", names[list], "[", i, "] is on ",
-                        tensor.device(), ", syn[0] on ", syn[0].device());
-      TORCH_CHECK_VALUE(tensor.sizes() == syn[i].sizes(), "gradient_distance: ", names[list], "[", i, "] has shape ",
-                        tensor.sizes(), ", syn[", i, "] ", syn[i].sizes());
-    }
-  }
+  check_lists("gradient_distance", {{"syn", syn}, {"real", real}});
 }
 
 // Both lists as contiguous memory, so that a layer's rows are, and the gradients that are wanted.
@@ -77,25 +60,15 @@ struct GradientTensors {
       }
       piece.size = inputs[i].numel();
       if (metric == kLayerwise) {
-        piece.rows = inputs[i].size(0);
-        piece.length = piece.rows > 0 ? piece.size / piece.rows : 0;
+        piece.row_count = inputs[i].size(0);
+        piece.row_length = piece.row_count > 0 ? piece.size / piece.row_count : 0;
       } else {
-        piece.rows = (piece.size + kGradientChunk - 1) / kGradientChunk;
-        piece.length = kGradientChunk;
+        piece.row_count = (piece.size + kGradientChunk - 1) / kGradientChunk;
+        piece.row_length = kGradientChunk;
       }
       result.push_back(piece);
     }
     return result;
-  }
-
-  int64_t rows() const {
-    int64_t total = 0;
-    for (size_t i = 0; i < inputs.size() / 2; ++i) {
-      if (counts(inputs[i])) {
-        total += metric == kLayerwise ? inputs[i].size(0) : (inputs[i].numel() + kGradientChunk - 1) / kGradientChunk;
-      }
-    }
-    return total;
   }
 
  private:

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from selmatch_ext import _C  # noqa: F401  (loads the operators)
 
-METRICS = ("layerwise", "mse", "cos")  # their codes in csrc/gradient_distance/gradient_distance.h
+# As in csrc/gradient_distance/gradient_distance.h.
+METRICS = ("layerwise", "mse", "cos")
+GRADIENT_CHUNK = 8192  # elements in a row of mse and cos
 
 
 def gradient_distance(
@@ -35,19 +37,19 @@ def gradient_distance(
             raise TypeError(f"{name} must be a list or tuple of tensors, got {type(tensors).__name__}")
     if not syn:
         raise ValueError("syn has no tensors")
-    for name, tensors in (("syn", syn), ("real", real)):
-        for tensor in tensors:
-            if tensor.device != syn[0].device:
-                raise ValueError(f"{name} has a tensor on {tensor.device}, syn[0] is on {syn[0].device}")
     return torch.ops.selmatch_ext.gradient_distance(list(syn), list(real), METRICS.index(metric))[0]
 
 
 @torch.library.register_fake("selmatch_ext::gradient_distance")
 def _(syn, real, metric):
+    for name, tensors in (("syn", syn), ("real", real)):
+        for tensor in tensors:
+            if tensor.device != syn[0].device:
+                raise ValueError(f"{name} has a tensor on {tensor.device}, syn[0] is on {syn[0].device}")
     if METRICS[metric] == "layerwise":
         rows = sum(t.shape[0] for t in syn if t.dim() > 1)
     else:
-        rows = sum((t.numel() + 8191) // 8192 for t in syn)
+        rows = sum((t.numel() + GRADIENT_CHUNK - 1) // GRADIENT_CHUNK for t in syn)
     return syn[0].new_empty(()), syn[0].new_empty((rows + 1, 3), dtype=torch.float64)
 
 
