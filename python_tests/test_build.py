@@ -17,9 +17,10 @@ import selmatch_ext as sm
 ROOT = pathlib.Path(__file__).parent.parent
 DIFFERENTIABLE = [
     *("dsa", "trajectory_distance", "trajectory_distance_backward"),
-    *("gradient_distance", "gradient_distance_backward", "block_forward", "conv3x3"),
+    *("gradient_distance", "gradient_distance_backward", "block_forward", "block_backward"),
+    *("conv3x3", "conv3x3_weight_gradient"),
 ]
-CONSTANT = ["block_backward", "block_dual_forward", "block_dual_backward", "conv3x3_weight_gradient"]
+CONSTANT = ["block_dual_forward", "block_dual_backward"]
 CPU_ONLY = ["conv3x3", "conv3x3_weight_gradient"]
 OPERATORS = DIFFERENTIABLE + CONSTANT
 

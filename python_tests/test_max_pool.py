@@ -1,4 +1,5 @@
-"""Values in a block's max pooling that are not finite: they go where torch's pooling sends them."""
+"""Values in a block's max pooling that are not finite, on the CPU: they go where torch's pooling sends them. (On a GPU the
+gradient of a cell that holds one is NaN.)"""
 
 import math
 

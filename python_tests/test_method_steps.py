@@ -135,18 +135,6 @@ def test_networks_get_no_gradients(digits, tmp_path, monkeypatch, kind):
     assert built and all(p.grad is None for net in built for p in net.parameters())
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [(DC, "batch_real"), (DC, "batch_train"), (DM, "batch_real")]
-    + [
-        (DD, name) for name in ("steps", "images_per_class_per_step", "epochs", "networks", "batch_real", "halve_every")
-    ],
-)
-def test_counts_below_one_are_refused(digits, kind, name):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        kind(task(digits), replace(kind.settings_type(model=MODEL), **{name: 0}))
-
-
 def test_a_diverging_inner_training_leaves_the_last_good_state(digits, tmp_path):
     settings = DCSettings(model=MODEL, outer_loop=9, inner_loop=9, batch_real=4, lr_network=1e30)
     with pytest.raises(

@@ -199,15 +199,6 @@ def test_dropout_draws_new_masks_in_each_batch_and_epoch():
     assert len(set(masks)) == len(masks) == 6
 
 
-def test_counts_below_one_are_refused(digits):
-    labels = digits.train.labels
-    with pytest.raises(ValueError, match="training.batch must be at least 1, got 0"):
-        train(torch.nn.Flatten(), labels.__getitem__, labels, Training(batch=0), nothing, generator(0))
-    for settings in (Scores("el2n", MODEL, runs=0), Scores("el2n", MODEL, training=Training(epochs=0))):
-        with pytest.raises(ValueError, match=r"scores\.\S+ must be at least 1, got 0"):
-            compute_scores(digits, settings, 0, CPU)
-
-
 def test_precision_is_only_what_was_asked_for():
     a = torch.randn(4, 4)
     with precision_scope("float32", CPU):

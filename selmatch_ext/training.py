@@ -55,9 +55,7 @@ def train(
 
     labels: (n,) int64, or (n, K) float probabilities, on the model's device. Order and augmentation are drawn from
     `generator` (CPU), dropout from a stream of it. after_epoch(epoch) is called after each, counted from 1.
-    Raises FloatingPointError when an epoch ends with a loss that is not finite, ValueError for a batch below 1."""
-    if settings.batch < 1:
-        raise ValueError(f"training.batch must be at least 1, got {settings.batch}")
+    Raises FloatingPointError when an epoch ends with a loss that is not finite."""
     device = labels.device
     backward = "tf32" if settings.precision == "tf32" else "float32"  # bfloat16 follows the forward pass
     network = None

@@ -322,8 +322,7 @@ struct BlockSlab {
   }
 
   // How much of each pixel's activation goes into the output; of equal maxima the first takes all.
-  // What is lower becomes 0 and not only its weight, or -inf would spoil the others of its cell; NaN does, as in torch.
-  SELMATCH_DEVICE void pool_weights(BlockCurve<T>* curve, BlockPoint<T>* point, T* weight) const {
+  SELMATCH_DEVICE void pool_weights(const BlockCurve<T>* curve, T* weight) const {
 #pragma unroll
     for (int k = 0; k < kPixels; ++k) {
       weight[k] = V::kPooled ? T(0.25) : T(1);
@@ -339,23 +338,19 @@ struct BlockSlab {
 #pragma unroll
       for (int k = 0; k < kPixels; ++k) {
         weight[k] = k == first ? T(1) : T(0);
-        if (curve[k].value < best) {
-          curve[k] = {};
-          point[k].nt = 0;
-        }
       }
     }
   }
 
   // a and at of a cell; a pixel or an output that is not there has read a cotangent of 0.
-  SELMATCH_DEVICE void slopes(const Cell& cell, int j, BlockPoint<T>* point, Slopes* result) const {
+  SELMATCH_DEVICE void slopes(const Cell& cell, int j, const BlockPoint<T>* point, Slopes* result) const {
     BlockCurve<T> curve[kPixels];
     T weight[kPixels];
 #pragma unroll
     for (int k = 0; k < kPixels; ++k) {
       curve[k] = activation(point[k].n);
     }
-    pool_weights(curve, point, weight);
+    pool_weights(curve, weight);
 #pragma unroll
     for (int k = 0; k < kPixels; ++k) {
       const int out = V::kPooled ? 0 : k;
@@ -674,12 +669,14 @@ struct BlockWork {
         for (int k = 0; k < kPixels; ++k) {
           curve[k] = slab.activation(point[k].n);
         }
-        slab.pool_weights(curve, point, weight);
+        slab.pool_weights(curve, weight);
 #pragma unroll
         for (int k = 0; k < kPixels; ++k) {
           const int out = V::kPooled ? 0 : k;
-          value[out] += weight[k] * curve[k].value;
-          tangent[out] += weight[k] * curve[k].first * point[k].nt;
+          if (weight[k] != T(0)) {  // or an infinite value that is not the largest would make a NaN
+            value[out] += weight[k] * curve[k].value;
+            tangent[out] += weight[k] * curve[k].first * point[k].nt;
+          }
         }
 #pragma unroll
         for (int k = 0; k < V::kOuts; ++k) {  // over what was read and is no longer needed

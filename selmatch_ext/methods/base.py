@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,13 +57,6 @@ class Task:
         return sample_augmentation(
             batch, *size, strategy=strategy, siamese=siamese, generator=generator, device=self.device
         )
-
-
-def check_counts(settings: Any, *names: str) -> None:
-    """ValueError naming the first of these settings that is not at least 1."""
-    for name in names:
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
 
 
 class Method:

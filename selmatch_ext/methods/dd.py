@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from selmatch_ext.data.distilled import DistilledSet, Schedule
-from selmatch_ext.methods.base import Method, Task, check_counts
+from selmatch_ext.methods.base import Method, Task
 from selmatch_ext.models import flat
 from selmatch_ext.models.initial import xavier
 from selmatch_ext.seeds import generator as stream
@@ -23,7 +23,7 @@ class DD(Method):
     ℓ of θ_N on a batch of real images, averaged over initialisations. Learned: the images and `raw`.
 
     Raises ValueError where the starting set does not have steps times images_per_class_per_step images of each class,
-    for counts and rates that are not positive, and for experts that are missing, too few, of another network, or not of
+    for rates that are not positive, and for experts that are missing, too few, of another network, or not of
     the data set that the objective wants."""
 
     name = "dd"
@@ -32,7 +32,6 @@ class DD(Method):
     def __init__(self, task: Task, settings: DDSettings):
         super().__init__(task)
         self.settings = s = settings
-        check_counts(s, "steps", "images_per_class_per_step", "epochs", "networks", "batch_real", "halve_every")
         if not s.lr_init > 0:
             raise ValueError(f"lr_init must be above 0, got {s.lr_init}")
         self.model = task.network(s.model, "network")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from selmatch_ext.methods.base import Method, Task, check_counts
+from selmatch_ext.methods.base import Method, Task
 from selmatch_ext.models import embed
 from selmatch_ext.models.statistics import batchnorms
 from selmatch_ext.ops.dsa import augment
@@ -25,7 +25,6 @@ class DM(Method):
 
     def __init__(self, task: Task, settings: DMSettings):
         super().__init__(task)
-        check_counts(settings, "batch_real")
         self.settings, self.iterations = settings, settings.iterations
         rows = [self.of_class(c) for c in range(task.data.classes)]
         self.classes = {c: row for c, row in enumerate(rows) if len(row)}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from selmatch_ext.methods.base import Method, Task, check_counts
+from selmatch_ext.methods.base import Method, Task
 from selmatch_ext.models import flat
 from selmatch_ext.models.statistics import batchnorms, freeze_statistics
 from selmatch_ext.ops.dsa import augment
@@ -44,7 +44,6 @@ class DC(Method):
 
     def __init__(self, task: Task, settings: DCSettings):
         super().__init__(task)
-        check_counts(settings, "batch_real", "batch_train")
         self.settings = settings
         self.classes = [self.of_class(c) for c in range(task.data.classes)]
         self.outer, inner = loops(max(map(len, self.classes)), settings)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from selmatch_ext.data.trajectories import ExpertStore
-from selmatch_ext.methods.base import Task, check_counts
+from selmatch_ext.methods.base import Task
 from selmatch_ext.models import flat
 from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.models.statistics import freeze_statistics
@@ -83,9 +83,7 @@ def start_epochs(settings: Matching, iteration: int) -> tuple[int, int]:
 
 
 def check_experts(store: ExpertStore, model: torch.nn.Module, settings: Matching) -> None:
-    """ValueError when there are no trajectories, they are not of `model`, or too short for the start epochs and M, and
-    when a count among the settings is below 1."""
-    check_counts(settings, "inner_steps", "expert_epochs", "max_start_epoch", "batch_syn")
+    """ValueError when there are no trajectories, they are not of `model`, or too short for the start epochs and M."""
     if store.count == 0:
         raise ValueError(f"no expert trajectories in {store.folder}; train some with `selmatch experts`")
     if store.parameters != parameter_count(model):
