@@ -1,5 +1,4 @@
-"""Values in a block's max pooling that are not finite, on the CPU: they go where torch's pooling sends them. (On a GPU the
-gradient of a cell that holds one is NaN.)"""
+"""Values in a block's max pooling that are not finite, on the CPU: they go where torch's pooling sends them."""
 
 import math
 

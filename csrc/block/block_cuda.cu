@@ -479,9 +479,6 @@ struct BlockWork {
   SELMATCH_DEVICE T* stats() const {
     return static_cast<T*>(call.stats) + stats_row(call, image) * call.stats_count * call.channels + first;
   }
-  SELMATCH_DEVICE const T* means() const {
-    return static_cast<const T*>(call.means) + stats_row(call, image) * kBlockMeans * call.channels + first;
-  }
   SELMATCH_DEVICE T* sums() const { return static_cast<T*>(call.sums) + image * 4 * call.channels + first; }
 
   // --- sweeps
@@ -633,12 +630,11 @@ struct BlockWork {
     });
   }
 
-  // Constants row to row + kCount - 1, from (kCount, channels); zeros where `from` is null.
-  SELMATCH_DEVICE void load_constants(int row, const T* from) const {
+  SELMATCH_DEVICE void load_stats() const {
     each_channel([&](int i, int c) {
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        constants[(row + k) * columns + i] = from == nullptr ? T(0) : from[k * call.channels + c];
+        constants[k * columns + i] = stats()[k * call.channels + c];
       }
     });
   }
@@ -710,7 +706,7 @@ struct BlockWork {
     } else if (call.norm == kBlockNoNorm) {
       make_plain_stats();
     } else {
-      load_constants(kBlockMean, stats());
+      load_stats();
     }
     __syncthreads();
     apply_forward();
@@ -781,6 +777,16 @@ struct BlockWork {
     });
   }
 
+  SELMATCH_DEVICE void load_means() const {
+    const T* from = static_cast<const T*>(call.means) + stats_row(call, image) * kBlockMeans * call.channels + first;
+    each_channel([&](int i, int c) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        constants[(kMeans + k) * columns + i] = call.norm == kBlockNoNorm ? T(0) : from[k * call.channels + c];
+      }
+    });
+  }
+
   SELMATCH_DEVICE void apply_backward() const {
     each_cell_backwards([&](int turn, const Place& at) {
       Cell cell = second_read(turn, at);
@@ -822,7 +828,7 @@ struct BlockWork {
 
   SELMATCH_DEVICE void backward() const {
     load_parameters();
-    load_constants(kBlockMean, stats());
+    load_stats();
     if (plan.sums) {
       __syncthreads();
       sum_cotangents();
@@ -832,7 +838,7 @@ struct BlockWork {
       }
       make_means();
     } else {
-      load_constants(kMeans, call.norm == kBlockNoNorm ? nullptr : means());
+      load_means();
     }
     __syncthreads();
     apply_backward();
