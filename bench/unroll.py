@@ -242,7 +242,7 @@ def plot(result: dict, path: str) -> None:
     for name, peaks in result["peak_mb"].items():
         axes.plot([int(n) for n in peaks], peaks.values(), marker="o", label=name)
     axes.set(xlabel="inner steps", ylabel="peak memory, MB", yscale="log", title="one matching step, ConvNet width 128")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
