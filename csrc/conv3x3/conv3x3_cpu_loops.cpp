@@ -1,6 +1,7 @@
 // Compiles the loops of conv3x3_cpu_loops.h for several sets of vector instructions and picks one when it runs.
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "conv3x3/conv3x3.h"
 #include "cpu_levels.h"

@@ -7,11 +7,12 @@ struct Conv3x3Loops {
   static constexpr int kLanes = SELMATCH_LANES / sizeof(T);
   // Of the block of a matrix product that stays in registers, of which AVX-512 has 32 and the others have 16.
   static constexpr int kRows = SELMATCH_LANES == 64 ? 8 : 4, kColumns = 2 * kLanes;
-  static constexpr int kTiles = 32;  // done together: their transforms stay in the second cache
+  // Done together, their transforms stay in the second cache. A row of the gradient's has a quarter of the parts.
+  static constexpr int kTiles = 32, kGradientTiles = 64;
 
   // Numbers from one of a transform's 16 parts to the next: a cache line more than it holds, since parts a power of two
   // apart would compete for the same lines of the first cache.
-  static int64_t part(int channels) { return int64_t{kTiles} * channels + 64 / sizeof(T); }
+  static int64_t part(int channels, int tiles = kTiles) { return int64_t{tiles} * channels + 64 / sizeof(T); }
 
   static SELMATCH_HD Lanes load(const T* p) {
     Lanes value;
@@ -26,18 +27,21 @@ struct Conv3x3Loops {
   static void multiply(const T* a, int64_t row_stride, int64_t depth_stride, const T* b, int64_t b_stride,
                        int64_t depth, T* out, int64_t out_stride) {
     Lanes left[kRows], right[kRows];
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       left[r] = kAdd ? load(out + r * out_stride) : Lanes{};
       right[r] = kAdd ? load(out + r * out_stride + kLanes) : Lanes{};
     }
     for (int64_t d = 0; d < depth; ++d, a += depth_stride, b += b_stride) {
       const Lanes b_left = load(b), b_right = load(b + kLanes);
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const T value = a[r * row_stride];
         left[r] += value * b_left;
         right[r] += value * b_right;
       }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       store(left[r], out + r * out_stride);
       store(right[r], out + r * out_stride + kLanes);
@@ -75,14 +79,14 @@ struct Conv3x3Loops {
   }
 
   // V = B^T d B of tiles begin to end - 1 into to: 16 parts of (kTiles, channels).
-  static void transform_input(const T* x, int64_t begin, int64_t end, int height, int width, int channels,
-                              const T* zeros, T* to) {
+  static void transform_input(const Conv3x3Call<T>& call, int64_t begin, int64_t end, const T* zeros, T* to) {
+    const int height = call.height, width = call.width, channels = call.channels;
     const int64_t size = static_cast<int64_t>(height) * width * channels, step = part(channels);
     for (int64_t tile = begin; tile < end; ++tile, to += channels) {
       const Place at = place(tile, height, width);
-      const T* from[16];
+      const T *image = call.x + at.image * size, *from[16];
       for (int k = 0; k < 16; ++k) {
-        from[k] = pixel(x + at.image * size, at.row - 1 + k / 4, at.column - 1 + k % 4, height, width, channels, zeros);
+        from[k] = pixel(image, at.row - 1 + k / 4, at.column - 1 + k % 4, height, width, channels, zeros);
       }
       for (int c = 0; c < channels; c += kLanes) {
         Lanes d[16];
@@ -135,52 +139,34 @@ struct Conv3x3Loops {
     }
   }
 
-  // A g A^T of tiles begin to end - 1 into to: 16 parts of (kTiles, outputs).
-  static void transform_gradient(const Conv3x3GradientCall<T>& call, int64_t begin, int64_t end, const T* zeros,
-                                 T* to) {
-    const int outputs = call.outputs, height = call.height, width = call.width;
-    const int64_t size = static_cast<int64_t>(height) * width * outputs, step = part(outputs);
-    for (int64_t tile = begin; tile < end; ++tile, to += outputs) {
-      const Place at = place(tile, height, width);
-      const T* from[4];
-      for (int k = 0; k < 4; ++k) {
-        from[k] = pixel(call.g + at.image * size, at.row + k / 2, at.column + k % 2, height, width, outputs, zeros);
-      }
-      for (int c = 0; c < outputs; c += kLanes) {
-        Lanes rows[4][2];
-        for (int k = 0; k < 2; ++k) {
-          const Lanes upper = load(from[k] + c), lower = load(from[2 + k] + c);
-          rows[0][k] = upper, rows[1][k] = upper + lower, rows[2][k] = upper - lower, rows[3][k] = -lower;
-        }
-        for (int r = 0; r < 4; ++r) {
-          T* p = to + 4 * r * step + c;
-          store(rows[r][0], p);
-          store(rows[r][0] + rows[r][1], p + step);
-          store(rows[r][0] - rows[r][1], p + 2 * step);
-          store(-rows[r][1], p + 3 * step);
-        }
-      }
-    }
+  // (a, b, c) to G (a, b, c)
+  static SELMATCH_HD void weight4(Lanes a, Lanes b, Lanes c, Lanes* to) {
+    const Lanes even = (a + c) / 2, odd = b / 2;
+    to[0] = a, to[1] = even + odd, to[2] = even - odd, to[3] = c;
   }
 
-  // U = G w G^T of output columns begin to end - 1, as panels: (16, outputs / kColumns, channels, kColumns).
+  // U = G w G^T of channels begin to end - 1, as panels: (16, outputs / kColumns, channels, kColumns).
   static void transform_weight(const Conv3x3Call<T>& call, int64_t begin, int64_t end, T* to) {
-    for (int64_t k = begin; k < end; ++k) {
-      T* column = to + k / kColumns * call.channels * kColumns + k % kColumns;
-      for (int c = 0; c < call.channels; ++c) {
-        const T* w = call.weight + (call.transposed ? c * call.outputs + k : k * call.channels + c) * 9;
-        T half[4][3];
-        for (int j = 0; j < 3; ++j) {
-          T a = w[j], b = w[3 + j], d = w[6 + j];
-          if (call.transposed) {  // turned by 180 degrees
-            a = w[8 - j], b = w[5 - j], d = w[2 - j];
+    const int64_t size = static_cast<int64_t>(call.channels) * call.outputs;
+    for (int64_t c = begin; c < end; ++c) {
+      for (int64_t first = 0; first < call.outputs; first += kLanes) {
+        T w[9][kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const int64_t k = first + lane;
+          const T* from = call.weight + (call.transposed ? c * call.outputs + k : k * call.channels + c) * 9;
+          for (int j = 0; j < 9; ++j) {
+            w[call.transposed ? 8 - j : j][lane] = from[j];  // the transpose's are turned by 180 degrees
           }
-          half[0][j] = a, half[1][j] = (a + b + d) / 2, half[2][j] = (a - b + d) / 2, half[3][j] = d;
         }
+        Lanes half[3][4], u[4];
+        for (int j = 0; j < 3; ++j) {
+          weight4(load(w[j]), load(w[3 + j]), load(w[6 + j]), half[j]);
+        }
+        T* panel = to + first / kColumns * call.channels * kColumns + c * kColumns + first % kColumns;
         for (int i = 0; i < 4; ++i) {
-          const T *h = half[i], u[4] = {h[0], (h[0] + h[1] + h[2]) / 2, (h[0] - h[1] + h[2]) / 2, h[2]};
+          weight4(half[0][i], half[1][i], half[2][i], u);
           for (int j = 0; j < 4; ++j) {
-            column[(4 * i + j) * static_cast<int64_t>(call.channels) * call.outputs + c * kColumns] = u[j];
+            store(u[j], panel + (4 * i + j) * size);
           }
         }
       }
@@ -202,7 +188,7 @@ struct Conv3x3Loops {
       Memory<T> m{16 * part(call.outputs)};
       for (int64_t block = begin; block < end; ++block) {
         const int64_t first = block * kTiles, last = std::min(first + kTiles, tiles(call));
-        transform_input(call.x, first, last, call.height, call.width, call.channels, zeros, v);
+        transform_input(call, first, last, zeros, v);
         const int64_t rows = (last - first + kRows - 1) / kRows * kRows;
         for (int k = 0; k < 16; ++k) {
           products(v + k * part(call.channels), rows, weights + k * static_cast<int64_t>(call.channels) * call.outputs,
@@ -222,36 +208,40 @@ struct Conv3x3Loops {
     }
 
     void run() {
-      over<&Forward::transform_weights>(*this, parallel, call.outputs);
+      over<&Forward::transform_weights>(*this, parallel, call.channels);
       over<&Forward::blocks>(*this, parallel, (tiles(call) + kTiles - 1) / kTiles);
     }
   };
 
   // --- the gradient of the weights -----------------------------------------------------------------------------------
 
+  // A piece of work is one of the four rows of the transforms, for all channels and `side` outputs, over a share of the
+  // tiles: its sums stay in the second cache while these tiles are added to them.
   struct Gradient {
     const Conv3x3GradientCall<T>& call;
     const CpuParallel parallel;
-    const int64_t size = static_cast<int64_t>(call.channels) * call.outputs;
-    const int64_t blocks = (tiles(call) + kTiles - 1) / kTiles;
-    // Sums of their own, added in order: the same bits for any number of threads. Of several blocks each, since a share
-    // writes and reads the sums of all pairs of channels once more.
-    const int64_t count = std::clamp<int64_t>(blocks / 4, 1, 16);
-    Memory<T> sums{count * 16 * size};
-    Memory<T> zeros{std::max(call.channels, call.outputs), T(0)};
+    const int channels = call.channels, side = std::gcd(call.outputs, 128), across = call.outputs / side;
+    const int64_t blocks = (tiles(call) + kGradientTiles - 1) / kGradientTiles;
+    // Shares are added in order: the same bits for any number of threads.
+    const int64_t shares = std::clamp<int64_t>(blocks / 4, 1, std::max(4 / across, 1));
+    const int64_t square = static_cast<int64_t>(channels) * side;
+    Memory<T> sums{shares * across * 16 * square};  // (shares, across, 16, channels, side)
+    Memory<T> zeros{std::max(channels, side), T(0)};
 
-    void shares(int64_t begin, int64_t end) {
-      Memory<T> v{16 * part(call.channels)};
-      Memory<T> m{16 * part(call.outputs)};
-      for (int64_t share = begin; share < end; ++share) {
-        const int64_t head = blocks * share / count, tail = blocks * (share + 1) / count;
+    void pieces(int64_t begin, int64_t end) {
+      Memory<T> v{4 * part(channels, kGradientTiles)};
+      Memory<T> m{4 * part(side, kGradientTiles)};
+      for (int64_t piece = begin; piece < end; ++piece) {
+        const int row = static_cast<int>(piece % 4);
+        const int64_t share = piece / 4 / across, output = piece / 4 % across * side;
+        const int64_t head = blocks * share / shares, tail = blocks * (share + 1) / shares;
         for (int64_t block = head; block < tail; ++block) {
-          const int64_t first = block * kTiles, last = std::min(first + kTiles, tiles(call));
-          transform_input(call.x, first, last, call.height, call.width, call.channels, zeros, v);
-          transform_gradient(call, first, last, zeros, m);
-          for (int k = 0; k < 16; ++k) {
-            const T *left = v + k * part(call.channels), *right = m + k * part(call.outputs);
-            T* sum = sums + (share * 16 + k) * size;
+          const int64_t first = block * kGradientTiles, last = std::min(first + kGradientTiles, tiles(call));
+          input_row(row, first, last, v);
+          gradient_row(row, output, first, last, m);
+          for (int k = 0; k < 4; ++k) {
+            const T *left = v + k * part(channels, kGradientTiles), *right = m + k * part(side, kGradientTiles);
+            T* sum = sums + (4 * piece + k) * square;
             block == head ? products<false>(left, right, last - first, sum)
                           : products<true>(left, right, last - first, sum);
           }
@@ -259,12 +249,60 @@ struct Conv3x3Loops {
       }
     }
 
+    // Row `row` of B^T d B into to: 4 parts of (tiles, channels).
+    void input_row(int row, int64_t begin, int64_t end, T* to) const {
+      constexpr int kAbove[] = {0, 1, 2, 1}, kBelow[] = {2, 2, 1, 3};
+      const int height = call.height, width = call.width;
+      const int64_t size = static_cast<int64_t>(height) * width * channels, step = part(channels, kGradientTiles);
+      const T sign = row == 1 ? 1 : -1;
+      for (int64_t tile = begin; tile < end; ++tile, to += channels) {
+        const Place at = place(tile, height, width);
+        const T *image = call.x + at.image * size, *above[4], *below[4];
+        for (int k = 0; k < 4; ++k) {
+          above[k] = pixel(image, at.row - 1 + kAbove[row], at.column - 1 + k, height, width, channels, zeros);
+          below[k] = pixel(image, at.row - 1 + kBelow[row], at.column - 1 + k, height, width, channels, zeros);
+        }
+        for (int c = 0; c < channels; c += kLanes) {
+          Lanes d[4];
+          for (int k = 0; k < 4; ++k) {
+            d[k] = load(above[k] + c) + sign * load(below[k] + c);
+          }
+          input4(d[0], d[1], d[2], d[3]);
+          for (int k = 0; k < 4; ++k) {
+            store(d[k], to + k * step + c);
+          }
+        }
+      }
+    }
+
+    // Row `row` of A g A^T into to, from output `output` on: 4 parts of (tiles, side).
+    void gradient_row(int row, int64_t output, int64_t begin, int64_t end, T* to) const {
+      constexpr T kAbove[] = {1, 1, 1, 0}, kBelow[] = {0, 1, -1, -1};
+      const int height = call.height, width = call.width, outputs = call.outputs;
+      const int64_t size = static_cast<int64_t>(height) * width * outputs, step = part(side, kGradientTiles);
+      for (int64_t tile = begin; tile < end; ++tile, to += side) {
+        const Place at = place(tile, height, width);
+        const T *image = call.g + at.image * size + output, *from[4];
+        for (int k = 0; k < 4; ++k) {
+          from[k] = pixel(image, at.row + k / 2, at.column + k % 2, height, width, outputs, zeros);
+        }
+        for (int c = 0; c < side; c += kLanes) {
+          const Lanes left = kAbove[row] * load(from[0] + c) + kBelow[row] * load(from[2] + c);
+          const Lanes right = kAbove[row] * load(from[1] + c) + kBelow[row] * load(from[3] + c);
+          store(left, to + c);
+          store(left + right, to + step + c);
+          store(left - right, to + 2 * step + c);
+          store(-right, to + 3 * step + c);
+        }
+      }
+    }
+
     template <bool kAdd>
     void products(const T* v, const T* m, int64_t depth, T* sum) const {
-      for (int column = 0; column < call.outputs; column += kColumns) {
-        for (int c = 0; c < call.channels; c += kRows) {
-          multiply<kAdd>(v + c, 1, call.channels, m + column, call.outputs, depth,
-                         sum + static_cast<int64_t>(c) * call.outputs + column, call.outputs);
+      for (int column = 0; column < side; column += kColumns) {
+        for (int c = 0; c < channels; c += kRows) {
+          multiply<kAdd>(v + c, 1, channels, m + column, side, depth, sum + static_cast<int64_t>(c) * side + column,
+                         side);
         }
       }
     }
@@ -272,30 +310,40 @@ struct Conv3x3Loops {
     // G^T [.] G of channels begin to end - 1
     void finish(int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
-        for (int64_t k = 0; k < call.outputs; ++k) {
-          T u[16] = {};
-          for (int64_t share = 0; share < count; ++share) {
+        for (int64_t output = 0; output < call.outputs; output += kLanes) {
+          Lanes u[16] = {};
+          for (int64_t share = 0; share < shares; ++share) {
+            const T* sum = sums + (share * across + output / side) * 16 * square + c * side + output % side;
             for (int j = 0; j < 16; ++j) {
-              u[j] += sums[(share * 16 + j) * size + c * call.outputs + k];
+              u[j] += load(sum + j * square);
             }
           }
-          T half[3][4];
-          for (int j = 0; j < 4; ++j) {
-            const T even = (u[4 + j] + u[8 + j]) / 2, odd = (u[4 + j] - u[8 + j]) / 2;
-            half[0][j] = u[j] + even, half[1][j] = odd, half[2][j] = even + u[12 + j];
-          }
-          T* w = call.weight + (k * call.channels + c) * 9;
-          for (int i = 0; i < 3; ++i) {
-            const T even = (half[i][1] + half[i][2]) / 2, odd = (half[i][1] - half[i][2]) / 2;
-            w[3 * i] = half[i][0] + even, w[3 * i + 1] = odd, w[3 * i + 2] = even + half[i][3];
-          }
+          store_weight(u, call.weight + (output * channels + c) * 9);
+        }
+      }
+    }
+
+    // Of kLanes outputs, channels * 9 numbers apart.
+    void store_weight(const Lanes* u, T* w) const {
+      Lanes half[3][4], result[9];
+      for (int j = 0; j < 4; ++j) {
+        const Lanes even = (u[4 + j] + u[8 + j]) / 2, odd = (u[4 + j] - u[8 + j]) / 2;
+        half[0][j] = u[j] + even, half[1][j] = odd, half[2][j] = even + u[12 + j];
+      }
+      for (int i = 0; i < 3; ++i) {
+        const Lanes even = (half[i][1] + half[i][2]) / 2, odd = (half[i][1] - half[i][2]) / 2;
+        result[3 * i] = half[i][0] + even, result[3 * i + 1] = odd, result[3 * i + 2] = even + half[i][3];
+      }
+      for (int lane = 0; lane < kLanes; ++lane, w += static_cast<int64_t>(channels) * 9) {
+        for (int i = 0; i < 9; ++i) {
+          w[i] = result[i][lane];
         }
       }
     }
 
     void run() {
-      over<&Gradient::shares>(*this, parallel, count);
-      over<&Gradient::finish>(*this, parallel, call.channels);
+      over<&Gradient::pieces>(*this, parallel, shares * across * 4);
+      over<&Gradient::finish>(*this, parallel, channels);
     }
   };
 
