@@ -187,7 +187,7 @@ struct BlockLoops {
 
   // Of one cell: a value for each pixel, from a tensor like z that may be the sum of two.
   template <typename V, int kPixels>
-  void load_cell(const S* tensor, const S* more, const BlockCell& cell, int c, V* values) const {
+  SELMATCH_HD void load_cell(const S* tensor, const S* more, const BlockCell& cell, int c, V* values) const {
     for (int k = 0; k < kPixels; ++k) {
       values[k] = load<V>(tensor + cell.pixel[k] * channels + c);
     }
@@ -199,7 +199,7 @@ struct BlockLoops {
   }
 
   template <typename V>
-  V load_out(const S* tensor, const S* more, const BlockCell& cell, int c) const {
+  SELMATCH_HD V load_out(const S* tensor, const S* more, const BlockCell& cell, int c) const {
     if (cell.out < 0) {
       return V{};
     }
@@ -208,7 +208,7 @@ struct BlockLoops {
   }
 
   template <typename V, bool kDual>
-  BlockParameters<V> load_parameters(int64_t offset) const {
+  SELMATCH_HD BlockParameters<V> load_parameters(int64_t offset) const {
     const T *gamma = static_cast<const T*>(call.gamma), *beta = static_cast<const T*>(call.beta);
     BlockParameters<V> p = {load<V>(gamma + offset), load<V>(beta + offset)};
     if (kDual) {
@@ -219,7 +219,7 @@ struct BlockLoops {
   }
 
   template <typename V, bool kDual>
-  BlockChannel<V> load_channel(const T* stats, int c) const {
+  SELMATCH_HD BlockChannel<V> load_channel(const T* stats, int c) const {
     BlockChannel<V> s = {load<V>(stats + c), load<V>(stats + channels + c)};
     if (kDual) {
       s.mean_t = load<V>(stats + 2 * channels + c);
@@ -230,7 +230,7 @@ struct BlockLoops {
 
   // The normalised pixels of a cell; parameters[k] is pixel k's.
   template <typename V, int kPixels, bool kDual>
-  void points(const BlockChannel<V>& channel, const S* z, const S* zt, const S* zt_more, const BlockCell& cell, int c,
+  SELMATCH_HD void points(const BlockChannel<V>& channel, const S* z, const S* zt, const S* zt_more, const BlockCell& cell, int c,
               BlockParameters<V>* parameters, BlockPoint<V>* result) const {
     V value[kPixels], tangent[kPixels];
     load_cell<V, kPixels>(z, nullptr, cell, c, value);
@@ -253,7 +253,7 @@ struct BlockLoops {
   // How much of each pixel's activation goes into the output; of equal maxima the first takes all.
   // What is lower becomes 0 and not only its weight, or -inf would spoil the others of its cell; NaN does, as in torch.
   template <typename V, int kPixels>
-  void pool_weights(BlockCurve<V>* curves, BlockPoint<V>* point, V* weights) const {
+  SELMATCH_HD void pool_weights(BlockCurve<V>* curves, BlockPoint<V>* point, V* weights) const {
     const V zero = {}, one = zero + T(1);
     if (call.pool != kBlockMaxPool || kPixels == 1) {
       for (int k = 0; k < kPixels; ++k) {
@@ -288,7 +288,7 @@ struct BlockLoops {
     T* total;  // (4, channels)
 
     template <typename V, int kPixels>
-    void at(const BlockCell& cell, int c) {
+    SELMATCH_HD void at(const BlockCell& cell, int c) {
       const int stride = loops.channels;
       V value[kPixels], tangent[kPixels];
       loops.template load_cell<V, kPixels>(z, nullptr, cell, c, value);
@@ -316,7 +316,7 @@ struct BlockLoops {
   };
 
   template <typename V>
-  static void add(T* p, V value) {
+  static SELMATCH_HD void add(T* p, V value) {
     store(load<V>(p) + value, p);
   }
 
@@ -391,7 +391,7 @@ struct BlockLoops {
     S *y, *yt;
 
     template <typename V, int kPixels>
-    void at(const BlockCell& cell, int c) {
+    SELMATCH_HD void at(const BlockCell& cell, int c) {
       BlockParameters<V> parameters[kPixels];
       BlockPoint<V> point[kPixels];
       BlockCurve<V> curve[kPixels];
@@ -452,7 +452,7 @@ struct BlockLoops {
           stats(l.stats(n)) {}
 
     template <typename V, int kPixels>
-    void read(const BlockChannel<V>& channel, const BlockCell& cell, int c, BlockParameters<V>* parameters,
+    SELMATCH_HD void read(const BlockChannel<V>& channel, const BlockCell& cell, int c, BlockParameters<V>* parameters,
               BlockPoint<V>* point, Slopes<V>* slopes) const {
       BlockCurve<V> curve[kPixels];
       V weight[kPixels];
@@ -478,7 +478,7 @@ struct BlockLoops {
     T* total;  // (4, channels)
 
     template <typename V, int kPixels>
-    void at(const BlockCell& cell, int c) {
+    SELMATCH_HD void at(const BlockCell& cell, int c) {
       const BlockLoops& loops = reader.loops;
       BlockParameters<V> p[kPixels];
       BlockPoint<V> point[kPixels];
@@ -553,7 +553,7 @@ struct BlockLoops {
     S *gz, *gzt;
 
     template <typename V, int kPixels>
-    void at(const BlockCell& cell, int c) {
+    SELMATCH_HD void at(const BlockCell& cell, int c) {
       const BlockLoops& loops = reader.loops;
       const int stride = loops.channels;
       BlockParameters<V> p[kPixels];
@@ -609,7 +609,7 @@ struct BlockLoops {
     T *gamma, *beta;
 
     template <typename V, int kPixels>
-    void at(const BlockCell& cell, int c) {
+    SELMATCH_HD void at(const BlockCell& cell, int c) {
       const BlockLoops& loops = reader.loops;
       BlockParameters<V> p[kPixels];
       BlockPoint<V> point[kPixels];
