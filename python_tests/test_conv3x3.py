@@ -78,6 +78,8 @@ def test_operators_are_registered_completely():
     arguments = (x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), False)
     torch.library.opcheck(torch.ops.selmatch_ext.conv3x3.default, arguments)
     torch.library.opcheck(torch.ops.selmatch_ext.conv3x3.default, (g, weight, None, True))
+    few = weight[:, :3].detach().requires_grad_()
+    torch.library.opcheck(torch.ops.selmatch_ext.conv3x3.default, (g.requires_grad_(), few, None, True))
     torch.library.opcheck(torch.ops.selmatch_ext.conv3x3_weight_gradient.default, (x, g.requires_grad_()))
 
 
@@ -89,6 +91,7 @@ def test_second_derivatives(needed):
     assert gradgradcheck(conv3x3, inputs, fast_mode=True)
     g.requires_grad_("x" in needed)
     assert gradgradcheck(conv3x3_input_gradient, (g, weight), fast_mode=True)
+    assert gradgradcheck(conv3x3_input_gradient, (g, weight[:, :3]), fast_mode=True)
     for function in (torch.autograd.gradcheck, gradgradcheck):
         x.requires_grad_("w" in needed)
         assert function(conv3x3_weight_gradient, (x, g), fast_mode=True)
@@ -107,11 +110,24 @@ def test_second_derivatives_equal_those_of_the_direct_convolution():
 
 
 def test_what_suits():
-    x, weight, _, _ = tensors(1, 32, 64, 4, 4, torch.float32)
-    assert conv3x3_suits(x, weight)
-    assert not conv3x3_suits(x.double(), weight.double())
-    assert not conv3x3_suits(x[:, :3], weight[:, :3])
-    assert not conv3x3_suits(x, weight[..., :2])
+    _, weight, _, _ = tensors(1, 32, 64, 4, 4, torch.float32)
+    assert conv3x3_suits(weight)
+    assert not conv3x3_suits(weight.double())
+    assert not conv3x3_suits(weight[..., :2])
+    assert not conv3x3_suits(weight[:, :3]) and conv3x3_suits(weight[:, :3], input_gradient=True)
+    assert not conv3x3_suits(weight[:, :5], input_gradient=True)
+
+
+# 35 pixels are no multiple of what is done together, 144 more than that
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(3, 3, 64, 5, 7), (9, 4, 32, 9, 16), (2, 1, 32, 3, 1)], ids=str)
+def test_gradient_of_an_input_of_few_channels(shape, dtype):
+    x, weight, _, g = tensors(*shape, dtype)
+    expected = F.conv_transpose2d(g.double(), weight.double(), padding=1)
+    found = conv3x3_input_gradient(g, weight)
+    assert found.shape == x.shape and found.dtype == dtype
+    assert (found.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+    assert conv3x3_input_gradient(g[:0], weight).shape == (0, *x.shape[1:])
 
 
 def test_bad_input_and_empty_batch():

@@ -18,8 +18,9 @@ void check(const char* name, const at::Tensor& tensor, const at::Tensor& x) {
                    x.scalar_type());
 }
 
-void check_multiple(int64_t channels, int64_t outputs) {
-  TORCH_CHECK_VALUE(channels % kConv3x3Multiple == 0 && outputs % kConv3x3Multiple == 0,
+void check_channels(int64_t channels, int64_t outputs, bool few) {
+  const auto fits = [](int64_t count) { return count > 0 && count % kConv3x3Multiple == 0; };
+  TORCH_CHECK_VALUE(fits(channels) && (fits(outputs) || (few && outputs > 0 && outputs <= kConv3x3Few)),
                     "conv3x3: numbers of channels must be multiples of ", kConv3x3Multiple, ", got ", channels, " and ",
                     outputs);
 }
@@ -35,7 +36,7 @@ at::Tensor conv3x3_cpu(const at::Tensor& x, const at::Tensor& weight, const std:
   check("x", x, x);
   check("weight", weight, x);
   const int64_t channels = x.size(1), outputs = weight.size(transposed ? 1 : 0);
-  check_multiple(channels, outputs);
+  check_channels(channels, outputs, transposed);
   TORCH_CHECK_VALUE(weight.size(transposed ? 0 : 1) == channels && weight.size(2) == 3 && weight.size(3) == 3,
                     "conv3x3: weight of shape ", weight.sizes(), " does not fit x of shape ", x.sizes());
   TORCH_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->size(0) == outputs && bias->dtype() == x.dtype()),
@@ -65,7 +66,7 @@ at::Tensor conv3x3_weight_gradient_cpu(const at::Tensor& x, const at::Tensor& g)
   check("g", g, x);
   TORCH_CHECK_VALUE(g.size(0) == x.size(0) && g.size(2) == x.size(2) && g.size(3) == x.size(3), "conv3x3: g of shape ",
                     g.sizes(), " does not fit x of shape ", x.sizes());
-  check_multiple(x.size(1), g.size(1));
+  check_channels(x.size(1), g.size(1), false);
   const at::Tensor images = x.contiguous(at::MemoryFormat::ChannelsLast);
   const at::Tensor gradient = g.contiguous(at::MemoryFormat::ChannelsLast);
   at::Tensor weight = at::empty({g.size(1), x.size(1), 3, 3}, x.options());

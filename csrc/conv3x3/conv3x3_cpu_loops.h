@@ -354,8 +354,13 @@ struct Conv3x3Loops {
   }
 };
 
+#include "conv3x3/conv3x3_few_cpu_loops.h"
+
 template <typename T>
 void run(const Conv3x3Call<T>& call, CpuParallel parallel) {
+  if (call.outputs <= kConv3x3Few) {
+    return Conv3x3FewLoops<T>{call, parallel}.run();
+  }
   typename Conv3x3Loops<T>::Forward{call, parallel}.run();
 }
 

@@ -3,18 +3,20 @@ products where the direct sum takes 36."""
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from selmatch_ext import _C  # noqa: F401  (loads the operators)
 
-MULTIPLE = 32  # of channels
+MULTIPLE, FEW = 32, 4  # of channels; the second: the input may have as few, for its gradient
 
 
-def conv3x3_suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether a convolution of x with weight (K, C, 3, 3), stride 1 and padding 1, or its transpose, is one for
-    `conv3x3` and faster by it: float32 on the CPU, channels in multiples of 32."""
+def conv3x3_suits(weight: Tensor, input_gradient: bool = False) -> bool:
+    """Whether a convolution with weight (K, C, 3, 3), stride 1 and padding 1 is one for `conv3x3` and its gradients, or
+    for `conv3x3_input_gradient` alone, and faster by it: float32 on the CPU, channels in multiples of 32."""
     outputs, channels, *size = weight.shape
-    fits = size == [3, 3] and channels % MULTIPLE == 0 and outputs % MULTIPLE == 0
-    return fits and x.dtype == torch.float32 and x.device.type == "cpu"
+    fits = channels % MULTIPLE == 0 or (input_gradient and channels <= FEW)
+    fits = size == [3, 3] and outputs % MULTIPLE == 0 and fits
+    return fits and weight.dtype == torch.float32 and weight.device.type == "cpu"
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,7 +29,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def conv3x3_input_gradient(g: Tensor, weight: Tensor) -> Tensor:
-    """The gradient (B, C, H, W) of x from that of the result, g (B, K, H, W)."""
+    """The gradient (B, C, H, W) of x from that of the result, g (B, K, H, W). C may also be 1 to 4."""
     return torch.ops.selmatch_ext.conv3x3(g, weight, None, True)
 
 
@@ -55,9 +57,12 @@ def _save(ctx, inputs, output):
 def _backward(ctx, g):
     x, weight = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    gx = torch.ops.selmatch_ext.conv3x3(g, weight, None, not ctx.transposed) if need_x else None
-    pair = (g, x) if ctx.transposed else (x, g)
-    gw = conv3x3_weight_gradient(*pair) if need_weight else None
+    if ctx.transposed and g.shape[1] <= FEW:  # torch's convolutions are as fast there
+        gx = F.conv2d(g, weight, padding=1) if need_x else None
+        gw = torch.nn.grad.conv2d_weight(g, weight.shape, x, padding=1) if need_weight else None
+    else:
+        gx = torch.ops.selmatch_ext.conv3x3(g, weight, None, not ctx.transposed) if need_x else None
+        gw = conv3x3_weight_gradient(*((g, x) if ctx.transposed else (x, g))) if need_weight else None
     return gx, gw, g.sum((0, 2, 3)) if need_bias else None, None
 
 

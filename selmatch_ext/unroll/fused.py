@@ -20,7 +20,7 @@ class FusedStepper:
     def __init__(self, model: PrivateModel, steps: list[Step], plan: Plan):
         self.model, self.steps, self.plan = model, steps, plan
         self.shapes = dict(zip(model.names, model.shapes, strict=True))
-        self.filters = {step.rule.weight for step in steps if isinstance(step.rule, Conv)}
+        self.convolutions = [step.rule for step in steps if isinstance(step.rule, Conv)]
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor, wanted: Wanted | None, keep: bool):
         p = self._named(theta)
@@ -60,8 +60,11 @@ class FusedStepper:
 
     def _named(self, vector: Tensor) -> Parameters:
         named = dict(zip(self.model.names, self.model.split(vector), strict=True))
-        for name in self.filters:
-            named[name] = self._images(named[name]).contiguous(memory_format=torch.channels_last)
+        for rule in self.convolutions:
+            weight = self._images(named[rule.weight])
+            if not rule.by_conv3x3(weight):
+                weight = weight.contiguous(memory_format=torch.channels_last)
+            named[rule.weight] = weight
         return named
 
     def _flat(self, gradients: Parameters, like: Tensor) -> Tensor:

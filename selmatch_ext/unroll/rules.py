@@ -72,7 +72,7 @@ class Dual:
 
 @dataclass(frozen=True)
 class Conv:
-    """Convolution. Its weights come in the dtype of the images, in channels-last memory (`FusedStepper` sees to that).
+    """Convolution. Its weights come in the dtype of the images, in the memory that is best (`FusedStepper` sees to it).
 
     cancelled: the bias is followed by a norm that takes every channel's mean away, so its gradient is exactly zero."""
 
@@ -129,18 +129,18 @@ class Conv:
     def _settings(self) -> tuple:
         return self.stride, self.padding, self.dilation, False, (0, 0), self.groups
 
-    def _by_conv3x3(self, x: Tensor, weight: Tensor) -> bool:
+    def by_conv3x3(self, weight: Tensor, input_gradient: bool = False) -> bool:
         usual = self._settings() == ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
-        return usual and conv3x3_suits(x, weight)
+        return usual and conv3x3_suits(weight, input_gradient)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self._by_conv3x3(x, weight):
+        if self.by_conv3x3(weight):
             return conv3x3(x, weight, bias)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def _weight_gradient(self, p: Parameters, x: Tensor, g: Tensor) -> Tensor:
         weight = p[self.weight]
-        if self._by_conv3x3(x, weight):
+        if self.by_conv3x3(weight):
             return conv3x3_weight_gradient(x, g)
         mask = (False, True, False)
         return torch.ops.aten.convolution_backward(g, x, weight, None, *self._settings(), mask)[1]
@@ -151,7 +151,7 @@ class Conv:
 
     def _input_gradient(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         """The transposed convolution of g, like x (whose batch may be another)."""
-        if self._by_conv3x3(g, weight):
+        if self.by_conv3x3(weight, input_gradient=True):
             return conv3x3_input_gradient(g, weight)
         few = self.groups == 1 and x.shape[1] <= 4 and g.device.type == "cpu" and g.dtype != torch.bfloat16
         if few:  # torch's own is several times slower where so few channels come out
