@@ -59,6 +59,7 @@ import sys; sys.path.insert(0, {here!r})
 import torch, test_conv3x3
 for dtype in test_conv3x3.TOLERANCE:
     test_conv3x3.check((3, 32, 64, 5, 7), dtype)
+    test_conv3x3.test_gradient_of_an_input_of_few_channels((3, 3, 64, 5, 7), dtype)
 """
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "SELMATCH_CPU": level}, check=True)
 
