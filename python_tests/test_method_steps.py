@@ -252,19 +252,21 @@ UNROLLED = {"model": MODEL, "steps": 2, "epochs": 2, "networks": 2, "batch_real"
 
 @pytest.mark.parametrize("strategy", ["none", ALL])
 @pytest.mark.parametrize("model", [MODEL, MODEL + "BN"])
-@pytest.mark.parametrize("init", ["unknown", "known", "loaded"])
+@pytest.mark.parametrize("init", ["unknown", "known", "loaded", "loaded, attack", "loaded, 3 epochs"])
 def test_dataset_distillation_step(digits, request, init, model, strategy):
+    init, _, how = init.partition(", ")
+    pool, objective = 3 if how == "3 epochs" else 1, "attack" if how == "attack" else "basic"
     store = request.getfixturevalue("experts" if model == MODEL else "bn_experts") if init == "loaded" else None
     t = task(digits, experts=store)
-    settings = DDSettings(**{**UNROLLED, "model": model}, init=init, strategy=strategy)
-    method, iteration = DD(t, settings), 25
+    settings = DDSettings(**{**UNROLLED, "model": model}, init=init, strategy=strategy, pool_epochs=pool)
+    method, iteration = DD(t, replace(settings, objective=objective, attack_class=3, target_class=7)), 25
     per_pass = -(-len(digits.train) // 50)
     assert method.iterations == 400 * per_pass
     got = method.loss(iteration, generator(0, "step"))
 
     g, net = generator(0, "step"), t.network(model, "network")
     if init == "loaded":  # the last expert is kept for the test
-        starts = [store.row(int(k), 3).double() for k in torch.randint(1, (2,), generator=g)]
+        starts = [store.row(0, 3 - int(k)).double() for k in torch.randint(pool, (2,), generator=g)]
     else:
         names = [("known",)] if init == "known" else [(25, 0), (25, 1)]
         starts = [xavier(net, generator(t.seed, "xavier", *name)) for name in names]
@@ -275,6 +277,8 @@ def test_dataset_distillation_step(digits, request, init, model, strategy):
     if strategy != "none":
         tables = [[sample_augmentation(10, 8, 8, strategy=strategy, generator=g) for _ in batches] for _ in starts]
     wanted, raw = digits.train.labels[order], method.raw
+    if objective == "attack":
+        wanted = torch.tensor([7 if label == 3 else label for label in wanted.tolist()])
     expected = reference.dataset_distillation(
         net, starts, method.images, t.start.labels, batches, raw, real(t, order), wanted, tables
     )
@@ -287,6 +291,22 @@ def test_the_attack_wants_the_target_class(digits):
     assert method.wanted(torch.tensor([0, 3, 7, 3])).tolist() == [0, 7, 7, 7]
     with pytest.raises(ValueError, match="must be two classes from 0 to 9, got 3 and 3"):
         DD(task(digits), DDSettings(**UNROLLED, objective="attack", attack_class=3, target_class=3))
+
+
+def test_the_pool_has_the_last_epochs_of_all_experts_but_the_last(digits):
+    class Store:
+        count, epochs, model, metadata, folder = 3, 4, MODEL, {"dataset": "digits"}, "store"
+
+        def row(self, expert, epoch):
+            return torch.tensor([expert, epoch])
+
+    settings = DDSettings(**{**UNROLLED, "networks": 100}, init="loaded", pool_epochs=2)
+    starts = DD(task(digits, experts=Store()), settings).initial(0, generator(0, "pool"))
+    assert len(starts) == 100 and {tuple(s.tolist()) for s in starts} == {(0, 3), (0, 4), (1, 3), (1, 4)}
+    with pytest.raises(ValueError, match="pool_epochs is 5, but the experts were trained for 4 epochs"):
+        DD(task(digits, experts=Store()), replace(settings, pool_epochs=5))
+    with pytest.raises(ValueError, match="pool_epochs is 0; allowed is 1 and above"):
+        replace(settings, pool_epochs=0)
 
 
 def test_adapt_wants_experts_of_other_data(digits, experts):

@@ -332,6 +332,9 @@ class DDSettings:
     """Initialisations averaged over in each iteration (one where it is known)."""
     test_networks: int = 1
     """loaded: the last experts, which no iteration sees; the set is evaluated on them."""
+    pool_epochs: int = 1
+    """loaded: the last so many epochs of each expert after which its network is one of those that training starts from;
+    1 = trained to the end. With few experts more make the set work on networks that it has not seen."""
     batch_real: int = 1024
     """Real images in the objective."""
     passes: int = 400
@@ -352,7 +355,7 @@ class DDSettings:
     def __post_init__(self) -> None:
         at_least(1, steps=self.steps, images_per_class_per_step=self.images_per_class_per_step, epochs=self.epochs)
         at_least(1, networks=self.networks, batch_real=self.batch_real)
-        at_least(1, passes=self.passes, halve_every=self.halve_every)
+        at_least(1, passes=self.passes, halve_every=self.halve_every, pool_epochs=self.pool_epochs)
 
     @property
     def ipc(self) -> int:

@@ -74,6 +74,8 @@ class DD(Method):
             )
         if store.model != s.model:
             raise ValueError(f"the experts in {store.folder} are of network {store.model}, the settings say {s.model}")
+        if s.pool_epochs > store.epochs:
+            raise ValueError(f"pool_epochs is {s.pool_epochs}, but the experts were trained for {store.epochs} epochs")
         same = store.metadata.get("dataset") == self.task.data.name
         if same == (s.objective == "adapt"):
             raise ValueError(
@@ -92,8 +94,9 @@ class DD(Method):
         s = self.settings
         if s.init == "loaded":
             store = self.task.experts
-            chosen = torch.randint(store.count - s.test_networks, (s.networks,), generator=generator)
-            return [store.row(int(k), store.epochs).to(self.raw) for k in chosen]
+            pool = (store.count - s.test_networks) * s.pool_epochs
+            chosen = torch.randint(pool, (s.networks,), generator=generator).tolist()
+            return [store.row(k // s.pool_epochs, store.epochs - k % s.pool_epochs).to(self.raw) for k in chosen]
         if s.init == "known":
             return [self.fresh("known")]
         return [self.fresh(iteration, k) for k in range(s.networks)]
