@@ -1,8 +1,13 @@
 // What CPU loops need of their surroundings: memory, and threads. No ATen here.
 #pragma once
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <new>
 
 namespace selmatch {
@@ -22,6 +27,22 @@ class Memory {
   static constexpr std::align_val_t kAlign{64};
   T* data_;
 };
+
+// 16 bytes past the caches, where a line that is to be overwritten would first be read; `to` must be aligned to them.
+// Whole lines, one after another, or it is slow; stream_end() after the last.
+inline void stream(const void* from, void* to) {
+#ifdef __SSE2__
+  _mm_stream_si128(static_cast<__m128i*>(to), _mm_loadu_si128(static_cast<const __m128i*>(from)));
+#else
+  std::memcpy(to, from, 16);
+#endif
+}
+
+inline void stream_end() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
 
 // Somebody else's threads: parallel(context, count, body) calls body(context, begin, end) for ranges of 0..count.
 using CpuBody = void (*)(void* context, int64_t begin, int64_t end);

@@ -1,5 +1,6 @@
 """DSA: every operation and its derivatives against the oracle, the random streams, and what bad input is told."""
 
+import math
 import os
 import subprocess
 import sys
@@ -206,6 +207,24 @@ def test_strides(name, device):
     assert result.data_ptr() != channels_last.data_ptr()
     row = x[:1, :1, :1].expand(4, 3, 10, 12)
     assert torch.equal(sm.augment(row, table), sm.augment(row.contiguous(), table))
+
+
+@pytest.mark.parametrize("shape", [(800, 3, 32, 32), (3000, 3, 17, 15)], ids=["whole lines", "parts of lines"])
+def test_batches_that_go_past_the_caches(shape, device):
+    """Large results are written another way than small ones, on the CPU."""
+    table = sm.sample_augmentation(*shape[:1], *shape[2:], ALL, per_sample=True, generator=generator(0), device=device)
+    memory = normal((math.prod(shape) + 1,), dtype=torch.float32, device=device)
+    for x in (memory[:-1].view(shape), memory[1:].view(shape), memory[:1].expand(shape)):
+        for mode in (dsa.FORWARD, dsa.TRANSPOSE):
+            parts = zip(*(tensor.split(100) for tensor in (x, *table)), strict=True)
+            expected = torch.cat([operator(*part, mode) for part in parts])
+            assert torch.equal(operator(x, *table, mode), expected)
+
+
+def test_forward_mode_is_refused():
+    x, table = torch.ones(2, 3, 8, 8), sm.sample_augmentation(2, 8, 8, generator=generator(0))
+    with pytest.raises(RuntimeError, match="functorch"):  # and not taken for a constant
+        torch.func.jvp(lambda x: sm.augment(x, table), (x,), (x,))
 
 
 def test_gradients_that_are_expanded_or_channels_last(device):

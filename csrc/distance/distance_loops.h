@@ -1,30 +1,25 @@
 // The CPU's loops over a part of a piece. They need nothing of torch, so the kernel emulation test uses them as well.
 #pragma once
 
-#ifdef __SSE2__
-#include <emmintrin.h>
-#endif
-
+#include "cpu_work.h"
 #include "distance/distance.h"
 
 namespace selmatch {
 
-// student_grad = weight (student - target), past the caches, where a line that is to be overwritten would first
-// be read. The gradient is a fresh tensor and `begin` the beginning of a row, so that both are aligned.
+// student_grad = weight (student - target), past the caches. The gradient is a fresh tensor and `begin` the beginning
+// of a row, so that both are aligned.
 template <typename T>
 void stream_student_gradient(const DistancePiece<T>& piece, int64_t begin, int64_t end, T weight) {
-  int64_t i = begin;
-#ifdef __SSE2__
   typedef T Lanes __attribute__((vector_size(16), aligned(sizeof(T))));
   constexpr int kLanes = 16 / sizeof(T);
+  int64_t i = begin;
   for (; i + kLanes <= end; i += kLanes) {
     const Lanes student = *reinterpret_cast<const Lanes*>(piece.student + i);
     const Lanes target = *reinterpret_cast<const Lanes*>(piece.target + i);
     const Lanes gradient = weight * (student - target);
-    _mm_stream_si128(reinterpret_cast<__m128i*>(piece.student_grad + i), reinterpret_cast<__m128i>(gradient));
+    stream(&gradient, piece.student_grad + i);
   }
-  _mm_sfence();
-#endif
+  stream_end();
   for (; i < end; ++i) {
     piece.student_grad[i] = weight * (piece.student[i] - piece.target[i]);
   }

@@ -25,6 +25,7 @@ struct DsaCall {
   bool wide_params;    // double
   int64_t rows;        // batch, or 1: shared by all images
   int64_t length;
+  bool streamed;  // CPU: y goes past the caches; it begins on one of their lines
 };
 
 // Images begin to end - 1 on the calling thread (dsa_cpu_loops.cpp).

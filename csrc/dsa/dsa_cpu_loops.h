@@ -61,6 +61,17 @@ struct Loops {
     }
   }
 
+  // The image y past the caches, and `next`, the image that comes after src's, into them meanwhile. Whole lines.
+  void store_streamed(const T* src, T* y, const T* next) const {
+    constexpr int kLine = 64 / sizeof(T);
+    for (int64_t p = 0, end = channels * plane; p < end; p += kLine) {
+      __builtin_prefetch(next + p);
+      for (int64_t k = p; k < p + kLine; k += 16 / sizeof(T)) {
+        stream(src + k, y + k);
+      }
+    }
+  }
+
   // --- colour --------------------------------------------------------------------------------------------------------
 
   // Fills scratch.sums with each pixel's sum over the channels, and returns the sum of them all.
@@ -97,16 +108,16 @@ struct Loops {
 
   void color(const DsaStep<T>& step, const T* src, T* dst) const {
     const T constant = step.f[2] * channel_sums(src) + step.f[3];
-    T* sums = scratch.sums;
-    for (int64_t p = 0; p < plane; ++p) {
-      sums[p] = step.f[1] * sums[p] + constant;
-    }
-    const T gain = step.f[0];
+    const T *sums = scratch.sums, gain = step.f[0], share = step.f[1];
     for (int c = 0; c < channels; ++c) {
+      int64_t p = 0;
       const T* from = src + c * plane;
       T* to = dst + c * plane;
-      for (int64_t p = 0; p < plane; ++p) {
-        to[p] = gain * from[p] + sums[p];
+      for (; p + kLanes <= plane; p += kLanes) {
+        lanes(to + p) = gain * lanes(from + p) + (share * lanes(sums + p) + constant);
+      }
+      for (; p < plane; ++p) {
+        to[p] = gain * from[p] + (share * sums[p] + constant);
       }
     }
   }
@@ -125,29 +136,6 @@ struct Loops {
     for (; p < count; ++p) {
       dst[p] = 0;
       asm volatile("" ::: "memory");
-    }
-  }
-
-  // A shift moves a plane as one stretch of memory; what wraps around at the rows' ends is cleared after.
-  void shift(const DsaStep<T>& step, const T* src, T* dst) const {
-    const int down = step.i[0], right = step.i[1];
-    const int row0 = down < 0 ? -down : 0, row1 = down > 0 ? height - down : height;
-    const int left = right < 0 ? -right : 0, end = right > 0 ? width - right : width;
-    const bool empty = row0 >= row1 || left >= end;
-    for (int c = 0; c < channels; ++c) {
-      T* to = dst + c * plane;
-      if (empty) {
-        clear(to, plane);
-        continue;
-      }
-      const int64_t first = static_cast<int64_t>(row0) * width + left;
-      const int64_t last = static_cast<int64_t>(row1 - 1) * width + end;
-      clear(to, first);
-      copy(src + c * plane + static_cast<int64_t>(row0 + down) * width + left + right, to + first, last - first);
-      clear(to + last, plane - last);
-      for (int i = row0; i + 1 < row1; ++i) {
-        clear(to + static_cast<int64_t>(i) * width + end, width - end + left);
-      }
     }
   }
 
@@ -173,6 +161,29 @@ struct Loops {
     }
     for (; j < width; ++j) {
       dst[j] = keep[j] == T(0) ? T(0) : src[j];  // all bits are a NaN
+    }
+  }
+
+  // Row by row, as the box; the two rows that would be read from beyond the image's memory are copied.
+  void shift(const DsaStep<T>& step, const T* src, T* dst) const {
+    const int down = step.i[0], right = step.i[1];
+    const int left = right < 0 ? -right : 0, columns = width - (right < 0 ? -right : right);
+    T* inside = scratch.row;
+    std::memset(inside, 0, width * sizeof(T));
+    std::memset(inside + left, 0xff, columns * sizeof(T));
+    for (int c = 0; c < channels; ++c) {
+      for (int i = 0; i < height; ++i, dst += width) {
+        const int row = i + down;
+        const int64_t from = c * plane + static_cast<int64_t>(row) * width + right;
+        if (row < 0 || row >= height) {
+          clear(dst, width);
+        } else if (from < 0 || from + width > channels * plane) {
+          clear(dst, width);
+          copy(src + from + left, dst + left, columns);
+        } else {
+          copy_where(inside, src + from, dst);
+        }
+      }
     }
   }
 
@@ -578,7 +589,7 @@ struct Loops {
     }
   }
 
-  // The image's operations that change anything, in the order they are applied; at least one.
+  // The image's operations that change anything, in the order they are applied.
   int plan(int64_t image) const {
     int count = 0;
     for (int64_t k = 0; k < call.length; ++k) {
@@ -588,14 +599,12 @@ struct Loops {
         scratch.steps[count++] = step;
       }
     }
-    if (count == 0) {
-      scratch.steps[count++].op = kDsaNone;
-    }
     return count;
   }
 
+  // The last operation writes into y where that is planar and not to be streamed.
   template <typename S>
-  void image(int64_t n, bool direct_x, bool direct_y) const {
+  void image(int64_t n, bool direct_x, bool direct_y, bool streamed) const {
     const int count = plan(n);
     const S* x = static_cast<const S*>(call.x) + n * call.x_strides[0];
     S* y = static_cast<S*>(call.y) + n * call.y_strides[0];
@@ -612,7 +621,9 @@ struct Loops {
       apply(scratch.steps[k], src, dst);
       src = dst;
     }
-    if (!direct_y) {
+    if (streamed) {
+      store_streamed(src, reinterpret_cast<T*>(y), reinterpret_cast<const T*>(x + call.x_strides[0]));
+    } else if (!direct_y || count == 0) {
       store(src, y);
     }
   }
@@ -622,8 +633,12 @@ template <typename S, typename T>
 void run_range(const DsaCall& call, DsaScratch<T>& scratch, int64_t begin, int64_t end) {
   const Loops<T> loops(call, scratch);
   const bool direct_x = sizeof(S) == sizeof(T) && dsa_is_planar(call, call.x_strides);
-  const bool direct_y = sizeof(S) == sizeof(T) && dsa_is_planar(call, call.y_strides);
+  const bool planar_y = sizeof(S) == sizeof(T) && dsa_is_planar(call, call.y_strides);
+  const bool streamed = planar_y && call.streamed && loops.channels * loops.plane * sizeof(T) % 64 == 0;
   for (int64_t n = begin; n < end; ++n) {
-    loops.template image<S>(n, direct_x, direct_y);
+    loops.template image<S>(n, direct_x, planar_y && !streamed, streamed);
+  }
+  if (streamed) {
+    stream_end();
   }
 }

@@ -51,26 +51,9 @@ def _(grad, sums, student, start, target, student_wanted, start_wanted, target_w
     return [torch.empty_like(tensor) for tensor in list(student) * lists]
 
 
-def _save_forward(ctx, inputs, output):
-    student, start, target = inputs
-    ctx.count = len(student)
-    ctx.save_for_backward(output[1], *student, *start, *target)
-    ctx.mark_non_differentiable(output[1])
-
-
 def _thirds(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     count = len(tensors) // 3
     return list(tensors[:count]), list(tensors[count : 2 * count]), list(tensors[2 * count :])
-
-
-def _backward(ctx, grad, _):
-    sums, *tensors = ctx.saved_tensors
-    wanted = [any(needs) for needs in ctx.needs_input_grad]
-    grads = torch.ops.selmatch_ext.trajectory_distance_backward(grad, sums, *_thirds(tensors), *wanted)
-    return tuple([grads.pop(0) for _ in range(ctx.count)] if w else [None] * ctx.count for w in wanted)
-
-
-torch.library.register_autograd("selmatch_ext::trajectory_distance", _backward, setup_context=_save_forward)
 
 
 def _save_backward(ctx, inputs, output):

@@ -345,17 +345,3 @@ def DiffAugment(
 @torch.library.register_fake("selmatch_ext::dsa")
 def _(x, ops, params, mode):
     return torch.empty_like(x)
-
-
-def _setup_context(ctx, inputs, output):
-    _, ops, params, ctx.mode = inputs
-    ctx.save_for_backward(ops, params)
-
-
-def _backward(ctx, grad):
-    ops, params = ctx.saved_tensors
-    mode = LINEAR if ctx.mode == TRANSPOSE else TRANSPOSE
-    return torch.ops.selmatch_ext.dsa(grad, ops, params, mode), None, None, None
-
-
-torch.library.register_autograd("selmatch_ext::dsa", _backward, setup_context=_setup_context)
