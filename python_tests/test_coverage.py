@@ -168,6 +168,8 @@ def test_names_differ(tmp_path):
     assert list(named([tmp_path / "demo", tmp_path / "demo.1", a])) == ["demo", "demo.1", "set"]
     with pytest.raises(ValueError, match="the same set is given twice"):
         named([a, a])
+    with pytest.raises(ValueError, match="no set is given"):
+        named([])
 
 
 def test_the_verb_writes_what_it_promises(digits, tmp_path, capsys):

@@ -147,6 +147,8 @@ def coverage(
 
 def named(paths: list[Path]) -> dict[str, Path]:
     """A name for each path: that of the file or folder, with as many folders above it as make all names differ."""
+    if not paths:
+        raise ValueError("no set is given; it takes one or more .safetensors files")
     parts = [Path(str(path.resolve()).removesuffix(".safetensors")).parts[1:] for path in paths]
     if len(set(parts)) < len(parts):
         raise ValueError(f"the same set is given twice among {', '.join(map(str, paths))}")
