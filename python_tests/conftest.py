@@ -34,6 +34,7 @@ def tiny_run(**changes):
             lr_images=10.0,
             lr_init=0.02,
             strategy="color_crop",
+            checkpoint_seconds=0.0,
         ),
         evaluation=Evaluation(
             model=MODEL,

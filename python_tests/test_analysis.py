@@ -21,6 +21,10 @@ def own_network(channels, classes, size):
     return nn.Sequential(nn.Flatten(), nn.Linear(channels * size[0] * size[1], classes))
 
 
+def other_classes(channels, classes, size):
+    return own_network(channels, classes + 1, size)
+
+
 def no_network(channels, classes, size):
     return "nothing"
 
@@ -76,6 +80,7 @@ def test_a_wrong_name_is_refused_before_any_training(digits, saved, tmp_path, mo
         ("test_analysis:nothing", "no function 'nothing' in a module 'test_analysis'"),
         ("no_such_module:f", "no function 'f' in a module 'no_such_module'"),
         ("test_analysis:no_network", "returned a str; it must return an nn.Module"),
+        ("test_analysis:other_classes", r"for one image it returns \[1, 11\]; it must be a tensor \[1, 10\]"),
         ("torchvision:resnet19", "torchvision has no classifier"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -13,6 +13,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from selmatch_ext import cli, models, report
+from selmatch_ext import coverage as coverage_module
 from selmatch_ext.coverage import easy_half, named, nearest, ruler, shares, snapshots
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.images import ImageData
@@ -20,7 +21,7 @@ from selmatch_ext.evaluation import evaluate, real_subset
 from selmatch_ext.features import trained_networks
 from selmatch_ext.methods.loop import run
 from selmatch_ext.seeds import generator
-from selmatch_ext.settings import Coverage, Features, Training
+from selmatch_ext.settings import Coverage, Evaluation, Features, Training
 
 TINY = Features(model=MODEL, strategy="none", training=Training(epochs=1))
 
@@ -161,6 +162,15 @@ def test_snapshots_also_of_a_run_in_pieces(digits, tmp_path):
         snapshots(tmp_path / "off")
 
 
+def test_sets_that_do_not_fit_are_refused_before_any_training(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(coverage_module, "ruler", lambda *rest: pytest.fail("it trained"))
+    wide = real_subset(digits, torch.arange(20), "wide")
+    replace(wide, images=torch.zeros(20, 1, 8, 9)).save(tmp_path / "wide")
+    for name, message in (("none", "none is not a file"), ("wide", r"shape \(1, 8, 9\), digits of \(1, 8, 8\)")):
+        with pytest.raises((FileNotFoundError, ValueError), match=message):
+            coverage_module.coverage([tmp_path / name], digits, Coverage(), TINY, Evaluation(), 0, CPU, tmp_path)
+
+
 def test_names_differ(tmp_path):
     a, b = tmp_path / "a" / "set.safetensors", tmp_path / "b" / "set.safetensors"
     assert list(named([a, tmp_path / "c"])) == ["set", "c"]
@@ -168,6 +178,8 @@ def test_names_differ(tmp_path):
     assert list(named([tmp_path / "demo", tmp_path / "demo.1", a])) == ["demo", "demo.1", "set"]
     with pytest.raises(ValueError, match="the same set is given twice"):
         named([a, a])
+    with pytest.raises(ValueError, match="no set is given"):
+        named([])
 
 
 def test_the_verb_writes_what_it_promises(digits, tmp_path, capsys):

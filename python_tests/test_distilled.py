@@ -189,6 +189,7 @@ def test_classes_without_images_keep_their_number(tmp_path):
     made = example(labels=torch.tensor([0, 0, 2, 2, 2, 2]))
     made.export(tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["cat", "dog", "owl"]
+    assert ImageFolder(tmp_path / "out", allow_empty=True).targets == [0, 0, 2, 2, 2, 2]
 
 
 def test_export_refuses_what_is_there(tmp_path):

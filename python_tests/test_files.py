@@ -115,6 +115,26 @@ def test_folder_that_cannot_be_written(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_whether_it_can_be_written_is_said_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(NotADirectoryError, match="cannot write .*file is a file, not a folder"):
+        files.check_writable(tmp_path / "file" / "x")
+    files.check_writable(tmp_path / "new" / "x")
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_damaged_json_names_the_file(tmp_path):
+    path = tmp_path / "x.json"
+    files.write_json(path, {"a": 1})
+    assert files.read_json(path, "a") == {"a": 1}
+    with pytest.raises(ValueError, match="x.json is damaged: it is no object with a, b"):
+        files.read_json(path, "a", "b")
+    for content in (b"", b'{"a": 1', b"\xff\xfe", b"[1]"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="x.json is damaged"):
+            files.read_json(path)
+
+
 def test_target_is_a_folder(tmp_path):
     (tmp_path / "x" / "full").mkdir(parents=True)
     with pytest.raises(OSError, match="cannot write .*x: "):
@@ -210,6 +230,30 @@ def test_killed_while_writing(tmp_path):
     assert temporaries(tmp_path) == [left]
     files.write_text(path, "newest")
     assert path.read_text() == "newest" and not temporaries(tmp_path)
+
+
+def test_what_killed_writers_left_is_removed_from_a_whole_folder(tmp_path):
+    (tmp_path / "a").mkdir()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for folder, pid in ((tmp_path, dead.pid), (tmp_path / "a", dead.pid), (tmp_path / "a", os.getpid())):
+        (folder / f".x.{files._host()}-{pid}-ab.tmp").mkdir()
+    files.remove_abandoned(tmp_path)
+    assert not temporaries(tmp_path) and [p.name.split("-")[-2] for p in temporaries(tmp_path / "a")] == [
+        str(os.getpid())
+    ]
+
+
+def test_the_same_content_is_the_same_file(tmp_path):
+    """safetensors alone writes metadata in a random order."""
+    metadata = {name: f'"é\x01\\{name}\U0001f600' for name in "fbdace"}
+    contents = set()
+    for _ in range(8):
+        files.save_tensors(tmp_path / "x", "thing", TENSORS, metadata)
+        contents.add((tmp_path / "x").read_bytes())
+    tensors, found = files.load_tensors(tmp_path / "x", "thing")
+    assert len(contents) == 1 and metadata.items() <= found.items()
+    assert all(torch.equal(tensors[name], t) for name, t in TENSORS.items())
 
 
 def test_foreign_temporaries_do_not_disturb(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from conftest import CPU, MODEL, tiny_run
 from reference import unrolled_sgd_full_graph
 
-from selmatch_ext import models, pipeline
+from selmatch_ext import files, models, pipeline
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.methods import Method, SelMatch, Task
 from selmatch_ext.methods.loop import run
@@ -113,6 +113,21 @@ def test_step_sizes_follow_decay(tmp_path):
 
 def test_another_seed_another_run(tmp_path):
     assert run(Bowl(), 2, tmp_path / "a", {}, seed=1) != run(Bowl(), 2, tmp_path / "b", {}, seed=2)
+
+
+def test_damaged_and_foreign_checkpoints_are_named(tmp_path):
+    run(Bowl(), 2, tmp_path, {}, seed=1)
+    path = tmp_path / "checkpoint.safetensors"
+    content = path.read_bytes()
+    tensors, _ = files.load_tensors(path, "checkpoint")
+    for kept in (0, 50, len(content) - 1):
+        path.write_bytes(content[:kept])
+        with pytest.raises(ValueError, match="checkpoint.safetensors is truncated or is no safetensors file"):
+            run(Bowl(), 3, tmp_path, {}, seed=1)
+    for kind, message in (("expert", "expert file; expected kind checkpoint"), ("checkpoint", "'settings' is missing")):
+        files.save_tensors(path, kind, tensors)
+        with pytest.raises(ValueError, match=message):
+            run(Bowl(), 3, tmp_path, {}, seed=1)
 
 
 def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path):

@@ -1,17 +1,22 @@
 """A whole run on real digits, from Python and from the command line; kills and resumption."""
 
 import json
+import multiprocessing
+import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import CPU, MODEL, tiny_run
+from tqdm import tqdm
 
 from selmatch_ext import cli, pipeline
 from selmatch_ext.data.distilled import DistilledSet
@@ -171,6 +176,60 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(finished, tmp_path):
     assert sorted(p.name for p in whole.iterdir()) == sorted(p.name for p in killed.iterdir())
 
 
+def run_until(folder, victim, write, half):
+    """`selmatch run` in this process, killed when it writes the file `victim` for the write-th time: with half of the
+    new file written beside the old one, or when it has taken its place."""
+    written = []
+
+    def die(event, arguments):
+        if event == "os.rename" and Path(arguments[1]) == victim:
+            written.append(victim)
+            if half and len(written) == write:
+                os.truncate(arguments[0], os.path.getsize(arguments[0]) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+        if event == "shutil.rmtree" and len(written) == write:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    tqdm.set_lock(threading.RLock())  # its own would outlive us
+    sys.addaudithook(die)
+    cli.run(tiny_run(), out=folder, device="cpu")
+
+
+MOMENTS = {  # which file, and the how many-th time that a run writes it
+    "settings.json": 1,
+    "scores.npz": 1,
+    "window/beta_0.0000.json": 1,
+    "window/beta_0.5000.json": 1,
+    "window.safetensors": 1,
+    "experts/expert_0000.safetensors": 1,
+    "experts/expert_0001.safetensors": 1,
+    "checkpoint.safetensors": 2,
+    "distilled.safetensors": 1,
+    "loss.png": 1,
+    "evaluation_random.json": 2,
+    "evaluation_selmatch.json": 1,
+    "table.md": 1,
+    "results.json": 1,
+}
+
+
+def test_a_whole_run_killed_again_and_again_ends_with_the_same_bits(finished, tmp_path):
+    """A killed run leaves what is on the disk, which changes where files are written: it dies there, in every stage."""
+    processes = multiprocessing.get_context("forkserver")  # a new process for each run, without its imports
+    processes.set_forkserver_preload(["selmatch_ext.cli", "matplotlib.figure", "sklearn.datasets"])
+    whole, killed = finished[0], tmp_path / "run"
+    for i, (name, write) in enumerate(MOMENTS.items()):
+        process = processes.Process(target=run_until, args=(killed, killed / name, write, i % 2 == 0))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, name
+    pipeline.run(tiny_run(), killed, CPU)
+    made, wanted = ({p.relative_to(f): p for p in f.rglob("*")} for f in (killed, whole))
+    assert made.keys() == wanted.keys()
+    for name, path in made.items():
+        assert path.is_dir() or path.read_bytes() == wanted[name].read_bytes(), name
+
+
 def test_each_verb_from_the_command_line(finished, tmp_path):
     folder = finished[0]
     tiny = ["--scores.model", MODEL, "--scores.runs", "1", "--scores.training.epochs", "1"]
@@ -199,6 +258,38 @@ def test_select_refuses_a_folder_made_with_other_settings(finished, tmp_path, ca
     assert DistilledSet.load(tmp_path / "select" / "window.safetensors").digest() == before
 
 
+def test_what_cannot_be_written_is_said_before_any_training(finished, tmp_path, monkeypatch, capsys):
+    for module in ("experts.train", "evaluation.train", "methods.loop._iterate"):
+        monkeypatch.setattr(f"selmatch_ext.{module}", lambda *rest: pytest.fail("trained for nothing"))
+    (tmp_path / "file").touch()
+    window, out = str(finished[0] / "window.safetensors"), str(tmp_path / "file" / "out")
+    for arguments in (
+        ["scores", "--scores.source", "el2n", "--out", out],
+        ["experts", "--out", out],
+        ["select", "--method", "herding", "--out", out],
+        ["distill", window, "--experts", str(finished[0] / "experts"), "--out", out],
+        ["distill", "dm", "--out", out],
+        ["evaluate", window, "--record", out],
+        ["coverage", window, "--out", out],
+        ["cross", window, "--models", MODEL, "--out", out],
+        ["continual", window, "--out", out],
+        ["search", window, "--search.depths", "1", "2", "--out", out],
+        ["report", window, "--out", out],
+        ["export", window, "--out", out],
+        ["run", "--out", out],
+    ):
+        data = [] if arguments[0] in ("report", "export") else ["--data.dataset", "digits", "--device", "cpu"]
+        assert cli.main([*arguments, *data]) == 1, arguments
+        assert "file is a file, not a folder" in capsys.readouterr().err.splitlines()[-1], arguments
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_damaged_settings_of_a_run_are_named(tmp_path):
+    (tmp_path / "settings.json").write_text("")
+    with pytest.raises(ValueError, match="settings.json is damaged"):
+        pipeline.run(tiny_run(), tmp_path, CPU)
+
+
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_verb_has_help(verb, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -211,6 +302,7 @@ def test_every_verb_has_help(verb, capsys):
     ("arguments", "message"),
     [
         (["evaluate", "nothing.safetensors", "--data.dataset", "digits"], "nothing.safetensors"),
+        (["distill", "dam"], "'dam' is no file to start from, and no method; methods are selmatch, dc, dsa, dm"),
         (["scores", "--data.dataset", "cifar", "--out", "x.npz"], "'cifar'; allowed are digits"),
         (["scores", "--data.dataset", "digits", "--scores.source", "loss", "--out", "x"], "forgetting or el2n"),
         (["scores", "--data.dataset", "digits", "--device", "cuda:77", "--out", "x"], "device 'cuda:77' is not"),

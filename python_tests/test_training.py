@@ -19,6 +19,7 @@ from selmatch_ext.experts import compute_scores, network, train_experts
 from selmatch_ext.models import flat
 from selmatch_ext.models.fast import fast
 from selmatch_ext.ops.dsa import augment
+from selmatch_ext.pipeline import random_set
 from selmatch_ext.precision import precision_scope
 from selmatch_ext.seeds import derive, generator
 from selmatch_ext.settings import Scores, Training
@@ -154,6 +155,12 @@ def test_evaluation_continues_and_compares_on_the_same_networks(digits, tmp_path
         evaluate(subset, digits, settings, 4, CPU, record)
     with pytest.raises(ValueError, match="set: "):
         evaluate(replace(subset, images=-subset.images), digits, settings, 3, CPU, record)
+
+
+def test_a_damaged_record_of_an_evaluation_is_named(digits, tmp_path):
+    (tmp_path / "record.json").write_text('{"accuracies": [[')
+    with pytest.raises(ValueError, match="record.json is damaged"):
+        evaluate(random_set(digits, 1, 0), digits, tiny_run().evaluation, 0, CPU, tmp_path / "record.json")
 
 
 def test_evaluation_takes_soft_labels(digits):

@@ -39,10 +39,11 @@ def cross(
     not take such images, before anything is trained."""
     for name in networks:
         models.build(name, data.channels, data.classes, data.image_size, generator=generator(seed))
+    sets = {label: _without_schedule(path) for label, path in named(paths).items()}
     results = {
         label: {
             name: evaluate(
-                _without_schedule(path),
+                subset,
                 data,
                 replace(settings, model=name),
                 seed,
@@ -52,7 +53,7 @@ def cross(
             )["test"]
             for name in networks
         }
-        for label, path in named(paths).items()
+        for label, subset in sets.items()
     }
     if ranks.first():
         rows = [["training set", *networks], *([label, *map(str, r.values())] for label, r in results.items())]
@@ -82,10 +83,11 @@ def continual(
     seen = [
         order[: int(part[-1]) + 1].sort().values for part in torch.arange(data.classes).tensor_split(settings.steps)
     ]
+    sets = {label: training_set(path) for label, path in named(paths).items()}
     results = {
         label: {
             len(classes): evaluate(
-                restrict_set(training_set(path), classes, settings.memory),
+                restrict_set(subset, classes, settings.memory),
                 restrict(data, classes),
                 evaluation,
                 seed,
@@ -95,7 +97,7 @@ def continual(
             )["test"]
             for classes in seen
         }
-        for label, path in named(paths).items()
+        for label, subset in sets.items()
     }
     if ranks.first():
         rows = [["memory", *(f"{len(c)} classes" for c in seen)]]

@@ -103,6 +103,7 @@ def scores(data: Data = Data(), scores: Scores = Scores(), *, out: Path, seed: i
         raise ValueError(f"scores.source must be forgetting or el2n here, got {scores.source!r}")
     images, kept = pipeline.load_data(data, seed)
     pipeline.training_difficulty(scores, data, images, kept, seed, device_of(device), out)
+    print(out)
 
 
 def select(
@@ -373,20 +374,23 @@ def report_(path: Positional[Path], *, out: Path, columns: int = 10) -> None:
         columns: Images a class at most, for one PNG.
     """
     subset = DistilledSet.load(path)
-    if out.suffix.lower() != ".png":
+    if out.suffix.lower() == ".png":
+        report.image_grid(subset.denormalised(), out, subset.hard_labels, subset.class_names, columns, subset.method)
+    else:
         report.class_grids(subset.denormalised(), subset.hard_labels, subset.class_names, out)
-        return
-    report.image_grid(subset.denormalised(), out, subset.hard_labels, subset.class_names, columns, subset.method)
+    print(out)
 
 
 def export(path: Positional[Path], *, out: Path) -> None:
-    """A set as a folder of PNGs that torchvision's ImageFolder reads.
+    """A set as a folder of PNGs that torchvision's ImageFolder reads; with allow_empty=True where learned labels left a
+    class without images.
 
     Args:
         path: The set (a .safetensors file of selmatch).
         out: The folder to make; it must not exist or be empty.
     """
     DistilledSet.load(path).export(out)
+    print(out)
 
 
 def recipes_() -> None:
@@ -460,6 +464,14 @@ VERBS = {
 }
 
 
+def _check_start(given: list[str]) -> None:
+    """FileNotFoundError where the word after `selmatch distill` is neither a method nor a file to start from."""
+    if given and not given[0].startswith("-") and not Path(given[0]).exists():
+        raise FileNotFoundError(
+            f"{given[0]!r} is no file to start from, and no method; methods are {', '.join(DISTILL)}"
+        )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one verb; an error that the user can mend is one line on standard error and exit status 1."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -473,6 +485,8 @@ def main(arguments: list[str] | None = None) -> int:
             if arguments[:1] in (["distill"], ["run"]) and any(a.partition("=")[0] == "--recipe" for a in arguments):
                 _with_recipe(arguments)
                 return 0
+            if prog == "selmatch" and arguments[:1] == ["distill"]:
+                _check_start(arguments[1:2])
             tyro.extras.subcommand_cli_from_dict(verbs, prog=prog, args=arguments, description=__doc__)
     except (ValueError, TypeError, OSError, FloatingPointError, NotImplementedError, ImportError) as error:
         print(f"selmatch: {error}", file=sys.stderr)

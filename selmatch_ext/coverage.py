@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from selmatch_ext import models, ranks, report
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.images import ImageData
-from selmatch_ext.evaluation import evaluate, training_set
+from selmatch_ext.evaluation import evaluate, seen_as, training_set
 from selmatch_ext.experts import real_images
 from selmatch_ext.features import split_features, trained_networks
 from selmatch_ext.files import write_json, write_text
@@ -125,10 +125,12 @@ def coverage(
     Returns and writes folder/coverage.json: {"radius": r, "coverage": {name: {"iterations": [-1 for a single set],
     "all": [%], "easy": [%], "hard": [%]}}, "accuracy": {name: {"all": {"mean": %, "std": %}, …}}, "settings": …}, and
     coverage.png, accuracy.png and table.md. Trained networks and finished evaluations are kept in `folder`."""
+    sets = {name: snapshots(path) for name, path in named(paths).items()}
+    for files in sets.values():  # what does not fit is refused before any training
+        seen_as(DistilledSet.load(list(files.values())[-1]), data)
     measure = ruler(data, settings, features, seed, device, folder / "networks")
     result: dict = {"radius": measure.radius, "coverage": {}, "accuracy": {}}
-    for name, path in named(paths).items():
-        files = snapshots(path)
+    for name, files in sets.items():
         measured = [measure.measure(DistilledSet.load(file)) for file in files.values()]
         over = {group: [m[group] for m in measured] for group in GROUPS}
         result["coverage"][name] = {"iterations": list(files), **over}
@@ -147,6 +149,8 @@ def coverage(
 
 def named(paths: list[Path]) -> dict[str, Path]:
     """A name for each path: that of the file or folder, with as many folders above it as make all names differ."""
+    if not paths:
+        raise ValueError("no set is given; it takes one or more .safetensors files")
     parts = [Path(str(path.resolve()).removesuffix(".safetensors")).parts[1:] for path in paths]
     if len(set(parts)) < len(parts):
         raise ValueError(f"the same set is given twice among {', '.join(map(str, paths))}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from selmatch_ext import ranks
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.images import ImageData
 from selmatch_ext.experts import network, real_images
-from selmatch_ext.files import write_json
+from selmatch_ext.files import check_writable, read_json, write_json
 from selmatch_ext.models import flat
 from selmatch_ext.models.initial import xavier
 from selmatch_ext.models.statistics import freeze_statistics
@@ -77,22 +76,22 @@ def evaluate(
         header["groups"] = {name: mask.nonzero().squeeze(1).tolist() for name, mask in groups.items()}
     finished = [] if record is None else _recorded(Path(record), header)
     names, networks = [*splits, *groups], settings.networks
+    asked = {*splits, "test"} if groups else set(splits)
     if subset.schedule is not None and subset.schedule.starts is not None:
         networks = min(networks, len(subset.schedule.starts))
-    progress = ranks.progress(total=networks, initial=len(finished), desc=label, unit="network")
-    while len(finished) < networks:  # of several processes each takes every world-th network
-        k, left = len(finished) + ranks.rank(), networks - len(finished)
-        seen = torch.zeros(len(names), dtype=torch.float64)
-        if k < networks:
-            model = trained_on(subset, data, settings, seed, device, k)
-            right = {split: correct(model, data, split, device) for split in {*splits, *(["test"] if groups else [])}}
-            shown = [right[split] for split in splits] + [right["test"][mask] for mask in groups.values()]
-            seen = torch.stack([100.0 * r.double().mean() for r in shown])
-        finished += [row.tolist() for row in ranks.gather(seen)][:left]
-        progress.update(min(left, ranks.world()))
-        if record is not None and ranks.first():
-            write_json(record, {**header, "accuracies": finished})
-    progress.close()
+    with ranks.progress(total=networks, initial=len(finished), desc=label, unit="network") as progress:
+        while len(finished) < networks:  # of several processes each takes every world-th network
+            k, left = len(finished) + ranks.rank(), networks - len(finished)
+            seen = torch.zeros(len(names), dtype=torch.float64)
+            if k < networks:
+                model = trained_on(subset, data, settings, seed, device, k)
+                right = {split: correct(model, data, split, device) for split in asked}
+                shown = [right[split] for split in splits] + [right["test"][mask] for mask in groups.values()]
+                seen = torch.stack([100.0 * r.double().mean() for r in shown])
+            finished += [row.tolist() for row in ranks.gather(seen)][:left]
+            progress.update(min(left, ranks.world()))
+            if record is not None and ranks.first():
+                write_json(record, {**header, "accuracies": finished})
     return {name: Accuracy(list(values)) for name, values in zip(names, zip(*finished, strict=True), strict=True)}
 
 
@@ -178,8 +177,9 @@ def real_subset(data: ImageData, indices: Tensor, method: str) -> DistilledSet:
 
 def _recorded(path: Path, header: dict) -> list[list[float]]:
     if not path.exists():
+        check_writable(path)
         return []
-    old = json.loads(path.read_text())
+    old = read_json(path, "accuracies")
     changed = differences({key: old.get(key) for key in header}, header)
     if changed:
         raise ValueError(

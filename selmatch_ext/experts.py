@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from selmatch_ext import models, ranks
 from selmatch_ext.data.images import ImageData
 from selmatch_ext.data.trajectories import ExpertStore
+from selmatch_ext.files import check_writable
 from selmatch_ext.models import flat
 from selmatch_ext.seeds import derive, generator
 from selmatch_ext.selection.scores import el2n, forgetting_events
@@ -29,7 +30,6 @@ def train_experts(
     has the same name), of whitened images or plain ones, or made with other settings."""
     store = ExpertStore(folder)
     share = ranks.mine(settings.count)
-    progress = ranks.progress(total=len(share) * settings.training.epochs, desc="experts", unit="epoch")
     how = {key: value for key, value in to_dict(settings).items() if key != "count"}
     metadata = {
         "model": settings.model,
@@ -39,21 +39,23 @@ def train_experts(
         "seed": seed,
         "settings": how,
     }
-    for index in share:
-        if store.path(index).exists():
-            store.check(index, metadata)
-            progress.update(settings.training.epochs)
-            continue
-        model = network(data, settings.model, seed, device, "expert", index)
-        rows = [flat.flatten(model.parameters()).cpu()]
+    with ranks.progress(total=len(share) * settings.training.epochs, desc="experts", unit="epoch") as progress:
+        for index in share:
+            if store.path(index).exists():
+                store.check(index, metadata)
+                progress.update(settings.training.epochs)
+                continue
+            check_writable(store.path(index))
+            model = network(data, settings.model, seed, device, "expert", index)
+            rows = [flat.flatten(model.parameters()).cpu()]
 
-        def keep(epoch: int, model=model, rows=rows) -> None:
-            rows.append(flat.flatten(model.parameters()).cpu())
-            progress.update()
+            def keep(epoch: int, model=model, rows=rows) -> None:
+                rows.append(flat.flatten(model.parameters()).cpu())
+                progress.update()
 
-        train_on_real(model, data, settings.training, settings.strategy, generator(seed, "expert", index), device, keep)
-        store.save(index, torch.stack(rows), metadata)
-    progress.close()
+            order = generator(seed, "expert", index)
+            train_on_real(model, data, settings.training, settings.strategy, order, device, keep)
+            store.save(index, torch.stack(rows), metadata)
     ranks.barrier()
     return store
 
@@ -63,19 +65,19 @@ def compute_scores(data: ImageData, settings: Scores, seed: int, device: torch.d
     (arXiv 2107.07075), averaged over `settings.runs` networks watched after every epoch."""
     labels, epochs = data.train.labels, settings.training.epochs
     measure = _is_right if settings.source == "forgetting" else _error_norm
-    progress = ranks.progress(total=len(ranks.mine(settings.runs)) * epochs, desc="scores", unit="epoch")
     watched = {}
-    for run in ranks.mine(settings.runs):
-        model = network(data, settings.model, seed, device, "scores", run)
-        take, seen = real_images(data, device), []
+    with ranks.progress(total=len(ranks.mine(settings.runs)) * epochs, desc="scores", unit="epoch") as progress:
+        for run in ranks.mine(settings.runs):
+            model = network(data, settings.model, seed, device, "scores", run)
+            take, seen = real_images(data, device), []
 
-        def watch(epoch: int, model=model, take=take, seen=seen) -> None:
-            seen.append(measure(predict(model, take, len(labels), device), labels))
-            progress.update()
+            def watch(epoch: int, model=model, take=take, seen=seen) -> None:
+                seen.append(measure(predict(model, take, len(labels), device), labels))
+                progress.update()
 
-        train_on_real(model, data, settings.training, settings.strategy, generator(seed, "scores", run), device, watch)
-        watched[run] = torch.stack(seen)
-    progress.close()
+            order = generator(seed, "scores", run)
+            train_on_real(model, data, settings.training, settings.strategy, order, device, watch)
+            watched[run] = torch.stack(seen)
     blank = torch.zeros(epochs, len(labels), dtype=torch.bool if settings.source == "forgetting" else torch.float32)
     history = torch.stack(ranks.collect(watched, settings.runs, blank))
     return forgetting_events(history) if settings.source == "forgetting" else history.mean((0, 1))

@@ -11,7 +11,7 @@ from torch import Tensor
 from selmatch_ext import models, ranks
 from selmatch_ext.data.images import ImageData
 from selmatch_ext.experts import network, real_images, train_on_real
-from selmatch_ext.files import json_field, load_tensors, save_tensors
+from selmatch_ext.files import check_writable, json_field, load_tensors, save_tensors
 from selmatch_ext.seeds import generator
 from selmatch_ext.settings import Features, differences, to_dict
 from selmatch_ext.training import predict
@@ -44,6 +44,7 @@ def split_features(model: torch.nn.Module, data: ImageData, device: torch.device
 def _train(
     data: ImageData, settings: Features, seed: int, device: torch.device, folder: Path, index: int, progress
 ) -> None:
+    check_writable(_path(folder, index))
     model = network(data, settings.model, seed, device, "features", index)
     order = generator(seed, "features", index)
     train_on_real(model, data, settings.training, settings.strategy, order, device, lambda epoch: progress.update())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,17 @@ def _host() -> str:
     return socket.gethostname().replace("-", "_") or "host"
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove what an earlier writer of `path` on this host left behind when it was killed."""
-    prefix = f".{path.name}.{_host()}-"
-    for name in os.listdir(path.parent):
-        if not (name.startswith(prefix) and name.endswith(".tmp")):
-            continue
+def remove_abandoned(folder: str | os.PathLike) -> None:
+    """Removes what writers of files in `folder` and below it left behind when they were killed on this host."""
+    _remove_dead(Path(folder).rglob(f".*.{_host()}-*.tmp"))
+
+
+def _remove_dead(temporaries: Iterable[Path]) -> None:
+    for left in list(temporaries):
         try:
-            os.kill(int(name[len(prefix) :].split("-")[0]), 0)
+            os.kill(int(left.name.rsplit("-", 2)[1]), 0)
         except ProcessLookupError:
-            shutil.rmtree(path.parent / name, ignore_errors=True)
+            shutil.rmtree(left, ignore_errors=True)
         except (ValueError, OSError):
             continue
 
@@ -60,6 +62,22 @@ def _make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
+def _make_temporary(path: Path) -> Path:
+    folder = path.parent / f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        _make_folder(path.parent)
+        _remove_dead(path.parent.glob(f".{glob.escape(path.name)}.{_host()}-*.tmp"))
+        folder.mkdir()
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    return folder
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raises what `atomic_write` would, before the hours of work whose result goes to `path`. Makes its folder."""
+    _make_temporary(Path(path)).rmdir()
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Replace the file or the (empty or absent) folder `path` in one step: afterwards it is either the old one or the
@@ -68,20 +86,14 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     Yields a temporary path of the same name, inside a hidden folder `.NAME.HOST-PID-RANDOM.tmp` beside the target; the
     block writes a file or a folder there. On success it is flushed to the disk and renamed to `path`; on any failure,
     keyboard interrupts included, it is removed. A killed process leaves that hidden folder, which nothing reads and
-    which the next write of the same `path` on the same host removes.
+    which the next write of the same `path` on the same host removes, and `remove_abandoned`.
 
     Folders above `path` are made. Raises OSError (with the usual errno and subclass) naming `path` when it cannot be
     written: no permission, no such device, disk full.
     """
     path = Path(path)
-    folder = path.parent / f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    folder = _make_temporary(path)
     temporary = folder / path.name
-    try:
-        _make_folder(path.parent)
-        _remove_abandoned(path)
-        folder.mkdir()
-    except OSError as error:
-        raise _cannot_write(path, error) from error
     try:
         yield temporary
         if temporary.is_file():
@@ -106,6 +118,17 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: str | os.PathLike, *required: str) -> dict[str, Any]:
+    """The object in a file of `write_json`; ValueError naming the file when it is damaged or lacks a `required` key."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it") from error
+    if not isinstance(value, dict) or not all(key in value for key in required):
+        raise ValueError(f"{path} is damaged: it is no object with {', '.join(required) or 'settings'}; delete it")
+    return value
+
+
 def save_tensors(
     path: str | os.PathLike, kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -126,6 +149,17 @@ def save_tensors(
     header = {**(metadata or {}), "format": FORMAT + kind, "version": VERSION}
     with atomic_write(path) as temporary:
         save_file(own, temporary, metadata=header)
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes metadata in a random order; sorted, the same content is the same file."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size))
 
 
 @contextlib.contextmanager

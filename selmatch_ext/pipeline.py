@@ -18,7 +18,7 @@ from selmatch_ext.data.trajectories import ExpertStore
 from selmatch_ext.evaluation import Accuracy, evaluate, real_subset, seen_as
 from selmatch_ext.experts import compute_scores, train_experts
 from selmatch_ext.features import split_features, trained_networks
-from selmatch_ext.files import atomic_write, write_json, write_text
+from selmatch_ext.files import atomic_write, check_writable, read_json, remove_abandoned, write_json, write_text
 from selmatch_ext.methods import METHODS, Task
 from selmatch_ext.methods.loop import run as run_method
 from selmatch_ext.methods.trajectory import expert_logits
@@ -55,6 +55,7 @@ def training_difficulty(
         made_from = {"data": data.name, "images": data.train.digest(), "zca": data.whitening is not None}
         how = json.dumps({"scores": to_dict(settings), "seed": seed, **made_from})
         if not path.exists():
+            check_writable(path)
             scores = compute_scores(data, settings, seed, device)
             if ranks.first():
                 with atomic_write(path) as temporary, open(temporary, "wb") as file:
@@ -194,6 +195,7 @@ def distil(
 
     Raises FloatingPointError when the loss explodes; the last good set is then in folder/stopped.safetensors. Raises
     ValueError when `start` or the experts are of other data (but for DD's objective adapt) or another network."""
+    check_writable(folder / "distilled.safetensors")
     method = METHODS[name](Task(start, seen_as(start, data), seed, device, store), settings)
     made_from = {**context, "seed": seed, "start": start.digest()}
     if store is not None:
@@ -320,15 +322,17 @@ def write_results(folder: Path, title: str, results: dict[str, Accuracy]) -> Non
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Writes folder/settings.json, or compares with the one there: ValueError naming what differs."""
+    """Writes folder/settings.json, or compares with the one there: ValueError naming what differs. Removes what killed
+    runs left half-written."""
     changed = other_settings(folder, settings)
     if changed:
         raise ValueError(f"{folder} holds a run with other settings ({'; '.join(changed)}); choose another --out")
     if ranks.first():
+        remove_abandoned(folder)
         write_json(folder / "settings.json", settings)
 
 
 def other_settings(folder: Path, settings: dict[str, Any]) -> list[str]:
     """What the run in `folder` has been made with that differs from `settings`; nothing if there is no run."""
     path = folder / "settings.json"
-    return differences(json.loads(path.read_text()), settings) if path.exists() else []
+    return differences(read_json(path), settings) if path.exists() else []

@@ -201,10 +201,11 @@ def plot_ranking(points: Mapping[str, tuple[float, float]], path: str | os.PathL
     """
     best = sorted(points, key=lambda name: -points[name][0])[:3]
     figure, axes = _plot("test accuracy, trained on the small set (%)", "test accuracy, trained on all (%)", title)
-    for name, point in points.items():
-        axes.plot(*point, "o", color=ORANGE if name in best else BLUE, markersize=5)
-    text = "\n".join(f"{i}. {name}: {points[name][1]:.1f} %" for i, name in enumerate(best, 1))
-    axes.text(0.02, 0.97, f"best on the small set:\n{text}", transform=axes.transAxes, va="top", fontsize=9)
+    for name in (name for name in points if name not in best):
+        axes.plot(*points[name], "o", color=BLUE, markersize=5)
+    for i, name in enumerate(best, 1):
+        axes.plot(*points[name], "o", color=ORANGE, markersize=5, label=f"{i}. {name}: {points[name][1]:.1f} %")
+    figure.legend(loc="outside lower center", frameon=False, title="best on the small set")
     _save(figure, path)
 
 

@@ -185,7 +185,8 @@ class DistilledSet:
         """Writes one PNG per image to folder/CLASS/NUMBER_distilled.png or NUMBER_selected.png, all or nothing.
 
         torchvision's ImageFolder reads it with the same labels: class folders get a number in front where the names'
-        alphabetical order is another one. Soft labels become the most probable class, values are rounded to 8 bits.
+        alphabetical order is another one. Soft labels become the most probable class, values are rounded to 8 bits. A
+        class without images has an empty folder, and the others keep their numbers: ImageFolder(…, allow_empty=True).
         Raises FileExistsError when `folder` exists and is not empty, ValueError for images of neither 1 nor 3 channels.
         """
         folder = Path(folder)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from selmatch_ext import ranks
-from selmatch_ext.files import load_tensors, save_tensors
+from selmatch_ext.files import json_field, load_tensors, save_tensors
 from selmatch_ext.methods.base import Method
 from selmatch_ext.settings import differences
 
@@ -76,7 +76,7 @@ class Checkpoint:
         own = {f"learned.{name}": t for name, t in method.learned.items()}
         own |= {f"state.{name}": t for name, t in method.state.items()}
         tensors, metadata = load_tensors(self.path, "checkpoint", "losses", *own)
-        changed = differences(json.loads(metadata["settings"]), self.settings)
+        changed = differences(json_field(metadata, "settings", self.path), self.settings)
         if changed:
             raise ValueError(
                 f"{self.path} was made with other settings ({'; '.join(changed)}); choose another --out or delete it"

@@ -276,7 +276,7 @@ def _construct(name, channels, classes, size):
     package, _, rest = name.partition(":")
     if package in _PACKAGES:
         model = _PACKAGES[package](rest, channels, classes, size)
-        _try_on(model, channels, size)
+        _try_on(model, channels, classes, size)
         return model
     if rest:
         return _of_user(package, rest, channels, classes, size)
@@ -344,20 +344,24 @@ def _of_user(module, function, channels, classes, size):
     model = make(channels, classes, size)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{module}:{function} returned a {type(model).__name__}; it must return an nn.Module")
-    _try_on(model, channels, size)
+    _try_on(model, channels, classes, size)
     return model
 
 
 _PACKAGES = {"torchvision": _torchvision, "timm": _timm}
 
 
-def _try_on(model, channels, size):
-    """Raises ValueError where images of that size do not go through: shapes only, nothing is computed."""
+def _try_on(model, channels, classes, size):
+    """Raises ValueError where images of that size do not go through to an output per class: shapes only, nothing is
+    computed."""
     shapes = copy.deepcopy(model).to("meta").eval()
     try:
-        shapes(torch.empty(1, channels, *size, device="meta"))
+        found = shapes(torch.empty(1, channels, *size, device="meta"))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(f"images of this size do not go through it: {error}") from error
+    if not isinstance(found, torch.Tensor) or found.shape != (1, classes):
+        given = list(found.shape) if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
+        raise ValueError(f"for one image it returns {given}; it must be a tensor [1, {classes}], an output per class")
 
 
 def embed(model, x):
