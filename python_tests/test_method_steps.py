@@ -339,6 +339,19 @@ def test_the_learning_rates_of_steps_are_positive(digits):
         DD(task(digits), DDSettings(**{**UNROLLED, "lr_init": 0.0}))
 
 
+def test_the_rates_may_have_a_step_size_of_their_own(digits, tmp_path):
+    settings = DDSettings(**UNROLLED, lr=0.03)
+    for lr_rates, step in ((None, 0.03), (0.002, 0.002), (0.0, 0.0)):
+        method = DD(task(digits), replace(settings, lr_rates=lr_rates))
+        before = [t.detach().clone() for t in (method.images, method.raw)]
+        run(method, 1, tmp_path / str(lr_rates), {}, seed=0)
+        for old, new, lr in zip(before, (method.images, method.raw), (0.03, step), strict=True):
+            first = old - lr * new.grad / (new.grad.abs() + 1e-8)  # Adam's first step
+            torch.testing.assert_close(new.detach(), first, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="lr_rates must be 0 or above, got -0.1"):
+        DD(task(digits), replace(settings, lr_rates=-0.1))
+
+
 def test_xavier(digits):
     net = task(digits).network(MODEL + "BN", "x")
     parts = flat.unflatten(xavier(net, generator(0, "x")), net)

@@ -341,6 +341,9 @@ class DDSettings:
     """Passes over the real training images."""
     lr: float = 0.01
     """Adam's, of images and rates, with betas 0.5 and 0.999."""
+    lr_rates: float | None = None
+    """Adam's, of the rates alone; None = lr, 0 = they stay as they are. Where the loss jumps, rates have grown beyond
+    what training on the set is stable at: then a tenth of lr."""
     halve_every: int = 40
     """Passes after which lr is halved."""
     strategy: str = "none"

@@ -23,8 +23,8 @@ class DD(Method):
     ℓ of θ_N on a batch of real images, averaged over initialisations. Learned: the images and `raw`.
 
     Raises ValueError where the starting set does not have steps times images_per_class_per_step images of each class,
-    for rates that are not positive, and for experts that are missing, too few, of another network, or not of
-    the data set that the objective wants."""
+    for rates that are not positive, for a negative lr_rates, and for experts that are missing, too few, of another
+    network, or not of the data set that the objective wants."""
 
     name = "dd"
     settings_type: type = DDSettings
@@ -34,6 +34,9 @@ class DD(Method):
         self.settings = s = settings
         if not s.lr_init > 0:
             raise ValueError(f"lr_init must be above 0, got {s.lr_init}")
+        if s.lr_rates is not None and not s.lr_rates >= 0:
+            raise ValueError(f"lr_rates must be 0 or above, got {s.lr_rates}")
+        self.lr_rates = s.lr if s.lr_rates is None else s.lr_rates
         self.model = task.network(s.model, "network")
         self.batches = self._batches() * s.epochs
         rates = torch.full((len(self.batches),), s.lr_init, device=task.device, dtype=task.dtype)
@@ -84,7 +87,8 @@ class DD(Method):
             )
 
     def optimiser(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam([self.images, self.raw], lr=self.settings.lr, betas=(0.5, 0.999))
+        groups = [{"params": [self.images], "lr": self.settings.lr}, {"params": [self.raw], "lr": self.lr_rates}]
+        return torch.optim.Adam(groups, betas=(0.5, 0.999))
 
     def decay(self, iteration: int) -> float:
         return 0.5 ** (iteration // self.per_pass // self.settings.halve_every)
@@ -132,7 +136,8 @@ class DD(Method):
         return labels.where(labels != s.attack_class, s.target_class) if s.objective == "attack" else labels
 
     def advice(self) -> str:
-        return f"Try a smaller lr ({self.settings.lr:g}) or lr_init ({self.settings.lr_init:g})."
+        s = self.settings
+        return f"Try a smaller lr_rates ({self.lr_rates:g}), lr ({s.lr:g}) or lr_init ({s.lr_init:g})."
 
     def distilled(self) -> DistilledSet:
         s, store, starts = self.settings, self.task.experts, None
