@@ -48,6 +48,18 @@ def test_cross_is_each_network_on_each_set(digits, saved, tmp_path):
     assert (tmp_path / "out" / "cross.png").exists() and "own_network" in (tmp_path / "out" / "cross.md").read_text()
 
 
+@pytest.mark.parametrize("verb", ["cross", "continual"])
+def test_sets_that_do_not_fit_are_refused_before_any_training(digits, saved, tmp_path, monkeypatch, verb):
+    subset = DistilledSet.load(saved[1])
+    replace(subset, images=subset.images[:, :, :7]).save(saved[1])
+    monkeypatch.setattr(analysis, "evaluate", lambda *_: pytest.fail("a network was trained"))
+    with pytest.raises(ValueError, match=r"shape \(1, 7, 8\), digits of \(1, 8, 8\)"):
+        if verb == "cross":
+            analysis.cross(saved, ["MLP"], digits, EVALUATION, 0, CPU, tmp_path)
+        else:
+            analysis.continual(saved, digits, Continual(), EVALUATION, 0, CPU, tmp_path)
+
+
 @pytest.fixture
 def scheduled(digits, saved):
     """The first set again, in a file of its own, with a schedule of MLP and one start, as DD's known one has."""

@@ -12,6 +12,7 @@ from selmatch_ext.ops.conv3x3 import conv3x3, conv3x3_input_gradient, conv3x3_su
 
 # (batch, channels, outputs, height, width): part of a tile at the edges, one row, more tiles than are done together
 SHAPES = [(1, 32, 32, 4, 4), (3, 32, 64, 5, 7), (5, 64, 32, 1, 3), (2, 32, 96, 8, 8), (9, 32, 32, 9, 16)]
+SHAPES += [(20, 32, 96, 16, 15), (20, 32, 64, 16, 15)]  # the gradient of the weights in shares
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6}
 
 
@@ -59,13 +60,14 @@ import sys; sys.path.insert(0, {here!r})
 import torch, test_conv3x3
 for dtype in test_conv3x3.TOLERANCE:
     test_conv3x3.check((3, 32, 64, 5, 7), dtype)
+    test_conv3x3.check((20, 32, 64, 16, 15), dtype)
     test_conv3x3.test_gradient_of_an_input_of_few_channels((3, 3, 64, 5, 7), dtype)
 """
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "SELMATCH_CPU": level}, check=True)
 
 
 def test_the_same_bits_for_any_number_of_threads():
-    x, weight, bias, g = tensors(9, 32, 64, 9, 9, torch.float32)
+    x, weight, bias, g = tensors(20, 32, 64, 16, 15, torch.float32)
     threads, results = torch.get_num_threads(), []
     for count in (1, 2):
         torch.set_num_threads(count)

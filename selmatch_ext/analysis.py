@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from selmatch_ext import models, ranks, report
 from selmatch_ext.coverage import named
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.images import ImageData, ImageSplit
-from selmatch_ext.evaluation import Accuracy, evaluate, real_subset, training_set
+from selmatch_ext.evaluation import Accuracy, evaluate, real_subset, seen_as, training_set
 from selmatch_ext.files import write_json, write_text
 from selmatch_ext.seeds import generator
 from selmatch_ext.settings import Continual, Evaluation, Search, to_dict
@@ -39,7 +40,7 @@ def cross(
     not take such images, before anything is trained."""
     for name in networks:
         models.build(name, data.channels, data.classes, data.image_size, generator=generator(seed))
-    sets = {label: _without_schedule(path) for label, path in named(paths).items()}
+    sets = _sets(paths, data, _without_schedule)
     results = {
         label: {
             name: evaluate(
@@ -83,7 +84,7 @@ def continual(
     seen = [
         order[: int(part[-1]) + 1].sort().values for part in torch.arange(data.classes).tensor_split(settings.steps)
     ]
-    sets = {label: training_set(path) for label, path in named(paths).items()}
+    sets = _sets(paths, data, training_set)
     results = {
         label: {
             len(classes): evaluate(
@@ -204,6 +205,14 @@ def restrict_set(subset: DistilledSet, classes: torch.Tensor, per_class: int | N
         class_names=[subset.class_names[c] for c in classes.tolist()],
         schedule=None,
     )
+
+
+def _sets(paths: list[Path], data: ImageData, load: Callable[[Path], DistilledSet]) -> dict[str, DistilledSet]:
+    """The sets in files by their labels. ValueError for one that does not fit `data`, before anything is trained."""
+    sets = {label: load(path) for label, path in named(paths).items()}
+    for subset in sets.values():
+        seen_as(subset, data)
+    return sets
 
 
 def _without_schedule(path: Path) -> DistilledSet:

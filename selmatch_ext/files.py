@@ -28,7 +28,9 @@ def _host() -> str:
 
 def remove_abandoned(folder: str | os.PathLike) -> None:
     """Removes what writers of files in `folder` and below it left behind when they were killed on this host."""
-    _remove_dead(Path(folder).rglob(f".*.{_host()}-*.tmp"))
+    # Not rglob: a folder that another process removes meanwhile is an error to it.
+    folders = (Path(root, name) for root, names, _ in os.walk(folder) for name in names)
+    _remove_dead(path for path in folders if path.match(f".*.{_host()}-*.tmp"))
 
 
 def _remove_dead(temporaries: Iterable[Path]) -> None:
@@ -37,7 +39,7 @@ def _remove_dead(temporaries: Iterable[Path]) -> None:
             os.kill(int(left.name.rsplit("-", 2)[1]), 0)
         except ProcessLookupError:
             shutil.rmtree(left, ignore_errors=True)
-        except (ValueError, OSError):
+        except (ValueError, OverflowError, OSError):
             continue
 
 

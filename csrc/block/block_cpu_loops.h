@@ -230,8 +230,8 @@ struct BlockLoops {
 
   // The normalised pixels of a cell; parameters[k] is pixel k's.
   template <typename V, int kPixels, bool kDual>
-  SELMATCH_HD void points(const BlockChannel<V>& channel, const S* z, const S* zt, const S* zt_more, const BlockCell& cell, int c,
-              BlockParameters<V>* parameters, BlockPoint<V>* result) const {
+  SELMATCH_HD void points(const BlockChannel<V>& channel, const S* z, const S* zt, const S* zt_more,
+                          const BlockCell& cell, int c, BlockParameters<V>* parameters, BlockPoint<V>* result) const {
     V value[kPixels], tangent[kPixels];
     load_cell<V, kPixels>(z, nullptr, cell, c, value);
     parameters[0] = load_parameters<V, kDual>(call.per_pixel ? cell.pixel[0] * channels + c : c);
@@ -453,7 +453,7 @@ struct BlockLoops {
 
     template <typename V, int kPixels>
     SELMATCH_HD void read(const BlockChannel<V>& channel, const BlockCell& cell, int c, BlockParameters<V>* parameters,
-              BlockPoint<V>* point, Slopes<V>* slopes) const {
+                          BlockPoint<V>* point, Slopes<V>* slopes) const {
       BlockCurve<V> curve[kPixels];
       V weight[kPixels];
       loops.template points<V, kPixels, kDual>(channel, z, zt, zt_more, cell, c, parameters, point);

@@ -21,7 +21,8 @@ void check(const char* name, const at::Tensor& tensor, const at::Tensor& x) {
 void check_channels(int64_t channels, int64_t outputs, bool few) {
   const auto fits = [](int64_t count) { return count > 0 && count % kConv3x3Multiple == 0; };
   TORCH_CHECK_VALUE(fits(channels) && (fits(outputs) || (few && outputs > 0 && outputs <= kConv3x3Few)),
-                    "conv3x3: numbers of channels must be multiples of ", kConv3x3Multiple, ", got ", channels, " and ",
+                    "conv3x3: numbers of channels must be multiples of ", kConv3x3Multiple,
+                    few ? " (the input whose gradient it is may have 1 to 4)" : "", ", got ", channels, " and ",
                     outputs);
 }
 

@@ -222,8 +222,9 @@ struct Conv3x3Loops {
     const CpuParallel parallel;
     const int channels = call.channels, side = std::gcd(call.outputs, 128), across = call.outputs / side;
     const int64_t blocks = (tiles(call) + kGradientTiles - 1) / kGradientTiles;
-    // Shares are added in order: the same bits for any number of threads.
-    const int64_t shares = std::clamp<int64_t>(blocks / 4, 1, std::max(4 / across, 1));
+    // Shares are added in order: the same bits for any number of threads. Long sums are of several for their rounding.
+    const int64_t shares =
+        std::clamp<int64_t>(blocks / 4, 1, std::clamp<int64_t>(blocks / 32, std::max(4 / across, 1), 16));
     const int64_t square = static_cast<int64_t>(channels) * side;
     Memory<T> sums{shares * across * 16 * square};  // (shares, across, 16, channels, side)
     Memory<T> zeros{std::max(channels, side), T(0)};

@@ -38,7 +38,7 @@ struct DsaScratch {
         right(call.width),
         down(call.width),
         index(call.width),
-        steps(call.length + 1),
+        steps(call.length),
         across(call.width),
         along(call.height),
         images{image0, image1} {}

@@ -164,7 +164,7 @@ struct Loops {
     }
   }
 
-  // Row by row, as the box; the two rows that would be read from beyond the image's memory are copied.
+  // Row by row, as the box; a row that would be read from beyond the image's memory is copied.
   void shift(const DsaStep<T>& step, const T* src, T* dst) const {
     const int down = step.i[0], right = step.i[1];
     const int left = right < 0 ? -right : 0, columns = width - (right < 0 ? -right : right);
@@ -582,10 +582,8 @@ struct Loops {
         return box(step, src, dst);
       case kDsaFlip:
         return flip(src, dst);
-      case kDsaAffine:
-        return affine(step, src, dst);
       default:
-        return copy(src, dst, channels * plane);
+        return affine(step, src, dst);
     }
   }
 

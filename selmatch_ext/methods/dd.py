@@ -23,8 +23,8 @@ class DD(Method):
     ℓ of θ_N on a batch of real images, averaged over initialisations. Learned: the images and `raw`.
 
     Raises ValueError where the starting set does not have steps times images_per_class_per_step images of each class,
-    for rates that are not positive, for a negative lr_rates, and for experts that are missing, too few, of another
-    network, or not of the data set that the objective wants."""
+    for rates that are not positive, for a negative lr_rates, and for experts that are missing, too few, trained for
+    fewer than pool_epochs, of another network, or not of the data set that the objective wants."""
 
     name = "dd"
     settings_type: type = DDSettings

@@ -7,6 +7,7 @@ the mixed term (adjoint.py says what they are for)."""
 import torch
 from torch import Tensor
 
+from selmatch_ext.ops.conv3x3 import FEW
 from selmatch_ext.unroll.adjoint import Derivative, Plan, Wanted, check_logits
 from selmatch_ext.unroll.autograd import PrivateModel
 from selmatch_ext.unroll.program import Step
@@ -56,7 +57,7 @@ class FusedStepper:
     def _is_kept(self, step: Step) -> bool:
         """The results of convolutions, but for those of a few channels, such as the images': they are quick to redo,
         and large (in a ConvNet three quarters of it all)."""
-        return isinstance(step.rule, Conv) and self.shapes[step.rule.weight][1] > 4
+        return isinstance(step.rule, Conv) and self.shapes[step.rule.weight][1] > FEW
 
     def _named(self, vector: Tensor) -> Parameters:
         named = dict(zip(self.model.names, self.model.split(vector), strict=True))

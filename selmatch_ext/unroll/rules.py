@@ -20,7 +20,7 @@ from selmatch_ext.ops.block import (
     block_dual_forward,
     block_forward,
 )
-from selmatch_ext.ops.conv3x3 import conv3x3, conv3x3_input_gradient, conv3x3_suits, conv3x3_weight_gradient
+from selmatch_ext.ops.conv3x3 import FEW, conv3x3, conv3x3_input_gradient, conv3x3_suits, conv3x3_weight_gradient
 
 Parameters = dict[str, Tensor]
 
@@ -153,7 +153,7 @@ class Conv:
         """The transposed convolution of g, like x (whose batch may be another)."""
         if self.by_conv3x3(weight, input_gradient=True):
             return conv3x3_input_gradient(g, weight)
-        few = self.groups == 1 and x.shape[1] <= 4 and g.device.type == "cpu" and g.dtype != torch.bfloat16
+        few = self.groups == 1 and x.shape[1] <= FEW and g.device.type == "cpu" and g.dtype != torch.bfloat16
         if few:  # torch's own is several times slower where so few channels come out
             columns = weight.flatten(1).T @ g.flatten(2)
             return F.fold(columns, x.shape[2:], weight.shape[2:], self.dilation, self.padding, self.stride)
