@@ -201,8 +201,9 @@ def plot_ranking(points: Mapping[str, tuple[float, float]], path: str | os.PathL
     """
     best = sorted(points, key=lambda name: -points[name][0])[:3]
     figure, axes = _plot("test accuracy, trained on the small set (%)", "test accuracy, trained on all (%)", title)
-    for name in points.keys() - best:
-        axes.plot(*points[name], "o", color=BLUE, markersize=5)
+    for name, point in points.items():
+        if name not in best:
+            axes.plot(*point, "o", color=BLUE, markersize=5)
     for i, name in enumerate(best, 1):
         axes.plot(*points[name], "o", color=ORANGE, markersize=5, label=f"{i}. {name}: {points[name][1]:.1f} %")
     figure.legend(loc="outside lower center", frameon=False, title="best on the small set")
