@@ -1,47 +1,16 @@
 """The engine for any module: one step's graph at a time, with torch's autograd."""
 
-import copy
+import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from selmatch_ext.models.flat import flatten
+from selmatch_ext.second_order import twice_differentiable
 from selmatch_ext.unroll.adjoint import Derivative, check_logits
-
-
-class PrivateModel:
-    """A copy of a module without parameters: they are given at each call, and the buffers are the same at each call."""
-
-    def __init__(self, model, like):
-        # Placeholders without memory stand for the parameters, which would otherwise be copied for nothing.
-        placeholders = {
-            id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()
-        }
-        try:
-            self.module = copy.deepcopy(model, placeholders).train()
-        except Exception as error:
-            raise TypeError(f"model, a {type(model).__name__}, cannot be copied by copy.deepcopy: {error}") from error
-        for module in self.module.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.track_running_stats = False  # nobody would read them
-        self.buffers = {
-            name: b.to(like.dtype) if b.is_floating_point() else b for name, b in self.module.named_buffers()
-        }
-        named = list(self.module.named_parameters())
-        self.names = [name for name, _ in named]
-        self.shapes = [p.shape for _, p in named]
-        self.sizes = [p.numel() for _, p in named]
-
-    def split(self, vector):
-        """Views of a (P,) vector in the parameters' shapes."""
-        return [part.view(shape) for part, shape in zip(vector.split(self.sizes), self.shapes, strict=True)]
-
-    def __call__(self, parameters, x):
-        buffers = {name: b.clone() for name, b in self.buffers.items()}
-        return functional_call(self.module, (dict(zip(self.names, parameters, strict=True)), buffers), (x,))
+from selmatch_ext.unroll.private import PrivateModel
+from selmatch_ext.unroll.state import State
 
 
 @dataclass
@@ -52,48 +21,51 @@ class _Graph:
     x: torch.Tensor
     y: torch.Tensor
     gradients: tuple  # in the order of parameters, zeros where the loss does not reach one
-    random: "_Random | None" = None  # the state before the step, where it drew numbers
 
 
-class _Random:
-    """The state of torch's global generators, as a step's dropout sees it."""
+@dataclass
+class _Step:
+    """What a step's derivative needs: the state in which the model was called, the length of the gradient that came
+    out, and the graph where it is kept."""
 
-    def __init__(self, device):
-        self.device = device
-        self.cpu = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def __eq__(self, other):
-        same = torch.equal(self.cpu, other.cpu)
-        return same and (self.cuda is None or torch.equal(self.cuda, other.cuda))
-
-    def restore(self):
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, self.device)
+    state: State
+    norm: torch.Tensor
+    graph: _Graph | None
 
 
 class AutogradStepper:
-    """A `Stepper` for any module. A kept step is its graph; else the random state before it, where it drew numbers."""
+    """A `Stepper` for any module. A step is repeated for its derivative, with the random numbers, buffers and Python
+    attributes that it had, unless its graph is kept."""
 
-    def __init__(self, model, plan):
+    def __init__(self, model: PrivateModel, plan):
         self.model, self.plan = model, plan
+        self.last_state: State | None = None
 
     def gradient(self, theta, x, y, wanted, keep):
-        before = _Random(theta.device)
-        graph = self._run(theta, x, y, wanted if keep else None)
-        if wanted is not None and _Random(theta.device) != before:
-            graph.random = before
-        return flatten(graph.gradients).detach(), graph if keep else graph.random
+        if wanted is not None:
+            self.last_state = self.model.state(self.last_state)
+        with twice_differentiable():
+            graph = self._run(theta, x, y, wanted if keep else None)
+        gradient = flatten(graph.gradients).detach()
+        if wanted is None:
+            return gradient, None
+        return gradient, _Step(self.last_state, gradient.norm(), graph if keep else None)
 
     def derivative(self, theta, x, y, kept, direction, wanted):
-        graph = kept if isinstance(kept, _Graph) else self._run_again(theta, x, y, kept, wanted)
-        product = torch.dot(flatten(graph.gradients).detach(), direction)
-        h, u_x, u_y = _derivative(graph, self.model.split(direction), wanted)
+        with self.model.as_it_was(kept.state), twice_differentiable():
+            graph = kept.graph
+            if graph is None:
+                graph = self._run(theta, x, y, wanted)
+            else:
+                self.model.place(graph.parameters)
+            gradient = flatten(graph.gradients).detach()
+            _check_repeated(gradient.norm(), kept.norm)
+            h, u_x, u_y = _derivative(graph, self.model.split(direction), wanted)
+        product = torch.dot(gradient, direction)
         return Derivative(product, flatten(h) if wanted.parameters else None, u_x, u_y)
 
     def freed(self, kept):
-        return kept.random if isinstance(kept, _Graph) else kept
+        return _Step(kept.state, kept.norm, None)
 
     def _run(self, theta, x, y, wanted):
         """The gradients at theta; with `wanted` differentiable in what it names."""
@@ -109,20 +81,21 @@ class AutogradStepper:
             check_logits(logits, x, y, self.plan.label_range)
             # In the dtype of the parameters also where the model ran in a lower precision.
             loss = F.cross_entropy(logits.to(theta.dtype), y)
+        if not loss.requires_grad:  # all of the model is inside torch.no_grad
+            return _Graph(parameters, x, y, tuple(map(torch.zeros_like, parameters)))
         graph = wanted is not None and (wanted.parameters or wanted.images or wanted.labels)
         gradients = torch.autograd.grad(loss, parameters, create_graph=graph, materialize_grads=True)
         return _Graph(parameters, x, y, gradients)
 
-    def _run_again(self, theta, x, y, random, wanted):
-        """The same step with the random numbers it had, which the global generators do not notice."""
-        if random is None:
-            return self._run(theta, x, y, wanted)
-        now = _Random(theta.device)
-        random.restore()
-        try:
-            return self._run(theta, x, y, wanted)
-        finally:
-            now.restore()
+
+def _check_repeated(norm, expected):
+    """RuntimeError where a repeated step has another gradient than the step had."""
+    norm, expected = norm.item(), expected.item()
+    if math.isfinite(norm) and math.isfinite(expected) and not math.isclose(norm, expected, rel_tol=1e-3):
+        raise RuntimeError(
+            "model computes something else when a step is repeated in the backward pass: it keeps state that is neither "
+            'a buffer nor an attribute of a module; keep="activations" repeats nothing'
+        )
 
 
 def _derivative(graph, direction, wanted):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from selmatch_ext.ops.conv3x3 import FEW
 from selmatch_ext.unroll.adjoint import Derivative, Plan, Wanted, check_logits
-from selmatch_ext.unroll.autograd import PrivateModel
+from selmatch_ext.unroll.private import PrivateModel
 from selmatch_ext.unroll.program import Step
 from selmatch_ext.unroll.rules import Add, Conv, Dual, Parameters
 

@@ -1,5 +1,11 @@
 """Reads a network with torch.fx into the operations of rules.py, so that the fused engine also takes classes that are
-not ours. What has no rule raises `Unsupported`, whose message names it."""
+not ours. What has no rule raises `Unsupported`, whose message names it.
+
+torch.fx calls `forward` once, with symbols in place of tensors. It refuses every forward that decides by the values or
+sizes of its input; a graph of ATen operations traced on a batch (make_fx, torch.export) silently contains the branches
+that this batch took, and takes seconds where this takes milliseconds. What torch.fx cannot see is refused here where it
+can be recognized (hooks, replaced forwards, gradient modes, norms in evaluation mode), and found by comparing.py, which
+runs the module itself beside what was read."""
 
 import operator
 from collections.abc import Callable
@@ -22,10 +28,15 @@ from selmatch_ext.ops.block import (
     BlockKind,
 )
 from selmatch_ext.unroll.rules import Add, Average, Block, Conv, Flatten, Linear, Rule
+from selmatch_ext.unroll.state import has_hooks
 
 
 class Unsupported(Exception):
-    """The network holds something that the fused engine has no rule for; the message says what."""
+    """The fused engine cannot compute the network; the message says why, in a sentence."""
+
+
+def _no_rule(what: str) -> Unsupported:
+    return Unsupported(f"the fused engine has no rule for {what}")
 
 
 @dataclass
@@ -40,15 +51,33 @@ class Step:
 def read(model: nn.Module) -> list[Step]:
     """The network as a list of steps in order of execution, the last of which gives the logits.
 
-    model: in the mode in which it is to run. Raises Unsupported."""
+    model: in the mode in which it is to run; forward is called on it. Raises Unsupported."""
     for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            raise Unsupported(f"{name or type(model).__name__} has hooks")
+        name = name or type(model).__name__
+        if has_hooks(module):
+            raise Unsupported(f"{name} has hooks, which the fused engine does not call")
+        if "forward" in vars(module):
+            raise Unsupported(f"{name} has a forward of its own in place of that of its class")
+    if nn.modules.module._has_any_global_hook():
+        raise Unsupported("hooks for all modules are registered, which the fused engine does not call")
     try:
-        graph = _Tracer().trace(model)
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            graph = _Tracer().trace(model)
+    except Unsupported:
+        raise
+    except fx.proxy.TraceError as error:
+        raise Unsupported(
+            f"torch.fx cannot read {type(model).__name__}, whose forward decides by values or sizes of its input"
+        ) from error
     except Exception as error:
-        raise Unsupported(f"torch.fx cannot read {type(model).__name__}: {error}") from error
+        raise Unsupported(f"torch.fx cannot read {type(model).__name__} ({first_line(error)})") from error
     return _fuse(_Reader(model, graph).steps())
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without the full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
 
 
 class _Proxy(fx.Proxy):
@@ -65,12 +94,20 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
+    def create_node(self, kind: str, *arguments: object, **options: object) -> fx.Node:
+        if kind.startswith("call") and not torch.is_grad_enabled():
+            raise Unsupported("part of the forward runs without gradients (torch.no_grad or torch.set_grad_enabled)")
+        if kind.startswith("call") and (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+            raise Unsupported("part of the forward runs inside torch.autocast")
+        return super().create_node(kind, *arguments, **options)
+
 
 class _Reader:
     """Turns the nodes of a graph into steps of single operations."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph):
-        self.modules = dict(model.named_modules())
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.paths = {m: path for path, m in model.named_modules()}
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.graph = graph
         self.found: list[Step] = []
@@ -82,7 +119,7 @@ class _Reader:
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 if self.where and node.users:
-                    raise Unsupported(f"a second input, {node.name}")
+                    raise _no_rule(f"a second input, {node.name}")
                 self.where.setdefault(node, -1)
                 self.memory[node] = node
             elif node.op == "output":
@@ -90,14 +127,14 @@ class _Reader:
             elif not self._is_size(node):  # also where nothing takes the result: it may be in place
                 self._read(node)
         if result is None or result < 0:
-            raise Unsupported("a network that does nothing")
+            raise _no_rule("a network that does nothing")
         return _without_unused(self.found, result)
 
     def _source(self, node: object, what: str) -> int:
         if node in self.memory and node not in self.where:
-            raise Unsupported(f"{what} of {node} after an operation in place has overwritten it")
+            raise Unsupported(f"{what} reads {node} after an operation in place has overwritten it")
         if not isinstance(node, fx.Node) or node not in self.where:
-            raise Unsupported(f"{what} of {node}")
+            raise _no_rule(f"{what} of {node}")
         return self.where[node]
 
     def _read(self, node: fx.Node) -> None:
@@ -106,14 +143,16 @@ class _Reader:
             name = f"{type(module).__name__} ({node.target})"
             read = _MODULES.get(type(module))
             if read is None or node.kwargs:
-                raise Unsupported(name)
+                raise _no_rule(name)
             rules = read(self, module, name)
             inputs = tuple(self._source(a, name) for a in node.args)
         else:
             name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
             read = _FUNCTIONS.get(node.target)
-            if read is None or node.op == "get_attr":
-                raise Unsupported(f"{node.op} {name}")
+            if node.op == "get_attr":
+                raise _no_rule(f"the tensor {name} outside the layer that it belongs to")
+            if read is None:
+                raise _no_rule(f"the {'method' if node.op == 'call_method' else 'function'} {name}")
             inputs, rules = read(self, node, name)
         self._append(node, inputs, rules)
 
@@ -163,7 +202,7 @@ def _arguments(node: fx.Node, *names: str, **defaults: object) -> list[object]:
     """The arguments of a call in the order of `names`, the first being the input."""
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     if len(node.args) > len(names) or given.keys() - set(names) or len(node.all_input_nodes) > 1:
-        raise Unsupported(f"{node.target} with arguments {node.args[1:]} {dict(node.kwargs)}")
+        raise _no_rule(f"{node.target} with arguments {node.args[1:]} {dict(node.kwargs)}")
     return [given.get(name, defaults.get(name)) for name in names]
 
 
@@ -176,24 +215,26 @@ def _pair(value: object) -> tuple[int, int]:
 
 def _conv(reader: _Reader, m: nn.Conv2d, name: str) -> list[Rule]:
     if m.padding_mode != "zeros" or isinstance(m.padding, str):
-        raise Unsupported(f"{name} with padding {m.padding!r}, padding_mode {m.padding_mode!r}")
+        raise _no_rule(f"{name} with padding {m.padding!r}, padding_mode {m.padding_mode!r}")
     weight, bias = reader.parameter(m.weight), reader.parameter(m.bias)
     return [Conv(weight, bias, m.stride, m.padding, m.dilation, m.groups)]
 
 
-def _norm(reader: _Reader, m: nn.Module, norm: int, groups: int, centres: bool) -> list[Rule]:
+def _norm(reader: _Reader, m: nn.Module, name: str, norm: int, groups: int, centres: bool) -> list[Rule]:
+    if not m.training and getattr(m, "running_mean", None) is not None:
+        raise Unsupported(f"{name} is in evaluation mode, in which it uses its running statistics")
     kind = BlockKind(norm, groups, m.eps)
-    return [Block(kind, reader.parameter(m.weight), reader.parameter(m.bias), centres, m)]
+    return [Block(kind, reader.parameter(m.weight), reader.parameter(m.bias), centres, reader.paths[m])]
 
 
 def _layer_norm(reader: _Reader, m: nn.LayerNorm, name: str) -> list[Rule]:
     if len(m.normalized_shape) != 3:
-        raise Unsupported(f"{name} over {tuple(m.normalized_shape)}")
-    return _norm(reader, m, SAMPLE_NORM, 1, False)
+        raise _no_rule(f"{name} over {tuple(m.normalized_shape)}")
+    return _norm(reader, m, name, SAMPLE_NORM, 1, False)
 
 
 def _instance_norm(reader: _Reader, m: nn.InstanceNorm2d, name: str) -> list[Rule]:
-    return _norm(reader, m, SAMPLE_NORM, m.num_features, True)
+    return _norm(reader, m, name, SAMPLE_NORM, m.num_features, True)
 
 
 def _linear(reader: _Reader, m: nn.Linear, name: str) -> list[Rule]:
@@ -212,7 +253,7 @@ def _average(name: str, size: object, stride: object, padding: object, ceil: boo
     size = _pair(size)
     stride = size if stride is None else _pair(stride)
     if _pair(padding) != (0, 0) or ceil or not count or by is not None:
-        raise Unsupported(f"{name} with padding, ceil_mode or another divisor")
+        raise _no_rule(f"{name} with padding, ceil_mode or another divisor")
     if size == stride == (2, 2):
         return [Block(BlockKind(pool=AVERAGE_POOL))]
     return [Average(size, stride)]
@@ -221,34 +262,34 @@ def _average(name: str, size: object, stride: object, padding: object, ceil: boo
 def _maximum(name: str, size: object, stride: object, padding: object, dilation: object, ceil: bool) -> list[Rule]:
     stride = size if stride is None else stride
     if (_pair(size), _pair(stride), _pair(padding), _pair(dilation), bool(ceil)) != ((2, 2), (2, 2), (0, 0), (1, 1), 0):
-        raise Unsupported(f"{name} with a window of {size}, stride {stride}, padding {padding}, dilation {dilation}")
+        raise _no_rule(f"{name} with a window of {size}, stride {stride}, padding {padding}, dilation {dilation}")
     return [Block(BlockKind(pool=MAX_POOL))]
 
 
 def _global(name: str, size: object) -> list[Rule]:
     if _pair(size) != (1, 1):
-        raise Unsupported(f"{name} to {size}")
+        raise _no_rule(f"{name} to {size}")
     return [Average(None)]
 
 
 def _flatten_module(reader: _Reader, m: nn.Flatten, name: str) -> list[Rule]:
     if (m.start_dim, m.end_dim) != (1, -1):
-        raise Unsupported(f"{name} of dimensions {m.start_dim} to {m.end_dim}")
+        raise _no_rule(f"{name} of dimensions {m.start_dim} to {m.end_dim}")
     return [Flatten()]
 
 
 def _dropout(reader: _Reader, m: nn.Module, name: str) -> list[Rule]:
     if m.p > 0 and m.training:
-        raise Unsupported(name)
+        raise _no_rule(name)
     return []
 
 
 _MODULES: dict[type, Callable] = {
     nn.Conv2d: _conv,
-    nn.GroupNorm: lambda r, m, name: _norm(r, m, SAMPLE_NORM, m.num_groups, m.num_groups == m.num_channels),
+    nn.GroupNorm: lambda r, m, name: _norm(r, m, name, SAMPLE_NORM, m.num_groups, m.num_groups == m.num_channels),
     nn.InstanceNorm2d: _instance_norm,
     nn.LayerNorm: _layer_norm,
-    nn.BatchNorm2d: lambda r, m, name: _norm(r, m, BATCH_NORM, 1, True),
+    nn.BatchNorm2d: lambda r, m, name: _norm(r, m, name, BATCH_NORM, 1, True),
     nn.Linear: _linear,
     nn.ReLU: lambda r, m, name: _leaky(0.0),
     nn.LeakyReLU: lambda r, m, name: _leaky(m.negative_slope),
@@ -283,37 +324,37 @@ def _view(reader: _Reader, node: fx.Node, name: str):
     x, *shape = node.args
     shape = list(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
     if node.kwargs or len(shape) != 2 or not reader.is_batch_size(shape[0]) or shape[1] != -1:
-        raise Unsupported(f"{name} to {tuple(shape)}; x.view(x.size(0), -1) is known")
+        raise _no_rule(f"{name} to {tuple(shape)}; x.view(x.size(0), -1) is known")
     return (reader._source(x, name),), [Flatten()]
 
 
 def _flatten_call(name: str, start: object, end: object) -> list[Rule]:
     if (start, end) != (1, -1):
-        raise Unsupported(f"{name} of dimensions {start} to {end}")
+        raise _no_rule(f"{name} of dimensions {start} to {end}")
     return [Flatten()]
 
 
 def _add(reader: _Reader, node: fx.Node, name: str):
     if node.kwargs or len(node.args) != 2:
-        raise Unsupported(f"{name} with {dict(node.kwargs)}")
+        raise _no_rule(f"{name} with {dict(node.kwargs)}")
     return tuple(reader._source(a, name) for a in node.args), [Add()]
 
 
 def _multiply(reader: _Reader, node: fx.Node, name: str):
     """x * sigmoid(x), which is swish; no other product."""
     if node.kwargs or len(node.args) != 2:
-        raise Unsupported(f"{name} with {dict(node.kwargs)}")
+        raise _no_rule(f"{name} with {dict(node.kwargs)}")
     a, b = (reader._source(x, name) for x in node.args)
     for x, gate in ((a, b), (b, a)):
         if gate >= 0 and reader.found[gate] == Step(_smooth(SIGMOID)[0], (x,)):
             return (x,), _smooth(SWISH)
-    raise Unsupported(f"{name} of other things than x and sigmoid(x)")
+    raise _no_rule(f"{name} of other things than x and sigmoid(x)")
 
 
 def _mean(reader: _Reader, node: fx.Node, name: str):
     x, dims, keep = _arguments(node, "input", "dim", "keepdim", keepdim=False)
     if dims is None or {d % 4 for d in _pair(dims)} != {2, 3}:
-        raise Unsupported(f"{name} over {dims}")
+        raise _no_rule(f"{name} over {dims}")
     return (reader._source(x, name),), [Average(None)] if keep else [Average(None), Flatten()]
 
 

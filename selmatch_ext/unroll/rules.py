@@ -9,7 +9,7 @@ is that of forward-mode differentiation of the backward pass; csrc/block/block.h
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from selmatch_ext.ops.block import (
@@ -167,13 +167,13 @@ class Conv:
 class Block:
     """Norm, activation and pooling, each of which may be missing, in one pass over memory (ops/block.py).
 
-    centres: the norm takes the mean of every channel away. norm: the module that the norm was read from."""
+    centres: the norm takes the mean of every channel away. norm: the path of the module that the norm is in."""
 
     kind: BlockKind
     weight: str | None = None
     bias: str | None = None
     centres: bool = False
-    norm: nn.Module | None = None
+    norm: str | None = None
 
     def forward(self, p: Parameters, x: Tensor) -> tuple[Tensor, tuple]:
         z = _four(x)

@@ -7,10 +7,12 @@ import torch
 from selmatch_ext._C import build_info
 from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.unroll.adjoint import Plan, Stepper, unroll
-from selmatch_ext.unroll.autograd import AutogradStepper, PrivateModel
+from selmatch_ext.unroll.autograd import AutogradStepper
+from selmatch_ext.unroll.comparing import steps_of
 from selmatch_ext.unroll.fused import FusedStepper
 from selmatch_ext.unroll.graphs import CudaRecorder, GraphedStepper
-from selmatch_ext.unroll.program import Unsupported, read
+from selmatch_ext.unroll.private import PrivateModel
+from selmatch_ext.unroll.program import Unsupported
 
 ENGINES = ("auto", "fused", "autograd")
 KEEP = ("nothing", "activations")
@@ -113,32 +115,31 @@ def explain_engine(model, images):
     _check_types(model, images=images)
     start = images.new_empty((parameter_count(model),))
     _check_tensors(model, start, images)
-    return _read(PrivateModel(model, start), images)[1]
+    return _read(model, images)[1]
 
 
-def _read(private, images):
+def _read(model, images):
     """(the network's steps or None, which engine it takes and why)."""
-    try:
-        steps = read(private.module)
-    except Unsupported as problem:
-        return None, Engine("autograd", f"the fused engine has no rule for {problem}")
     if images.device.type == "cuda" and build_info()["cuda"] is None:
         return None, Engine("autograd", "the extension was built without CUDA")
     if images.device.type not in ("cpu", "cuda"):
         return None, Engine("autograd", f"the fused engine has no kernels for {images.device.type} tensors")
+    try:
+        steps = steps_of(model, images, training=False)
+    except Unsupported as problem:
+        return None, Engine("autograd", str(problem))
     return steps, Engine("fused", f"all {len(steps)} operations of the network have a rule")
 
 
 def _choose(model, start, images, plan, engine) -> tuple[Stepper, Engine]:
-    private = PrivateModel(model, start)
-    if engine == "autograd":
-        return AutogradStepper(private, plan), Engine("autograd", "it was asked for")
-    steps, choice = _read(private, images)
-    if steps is not None:
-        return FusedStepper(private, steps, plan), choice
-    if engine == "fused":
+    steps, choice = None, Engine("autograd", "it was asked for")
+    if engine != "autograd":
+        steps, choice = _read(model, images)
+    if engine == "fused" and steps is None:
         raise NotImplementedError(f'engine="fused" cannot run this network: {choice.reason}; use engine="auto"')
-    return AutogradStepper(private, plan), choice
+    private = PrivateModel(model, start)
+    private.module.train()
+    return AutogradStepper(private, plan) if steps is None else FusedStepper(private, steps, plan), choice
 
 
 def _graphed(stepper, choice, device) -> Stepper:

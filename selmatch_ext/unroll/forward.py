@@ -1,0 +1,54 @@
+"""A network's forward pass on the fused kernels, through torch's autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from selmatch_ext.ops.block import BATCH_NORM
+from selmatch_ext.unroll.program import Step
+from selmatch_ext.unroll.rules import Add, Block, Conv
+
+
+class Forward:
+    """The network's forward pass by its steps, differentiable once: images (B, C, H, W) -> logits (B, K).
+
+    model: the module that the steps were read from, whose BatchNorms keep their running statistics. parameters: by name.
+    dtype: of convolutions and activations; the rest is in that of the parameters."""
+
+    def __init__(self, model: nn.Module, parameters: dict[str, Tensor], steps: list[Step], dtype: torch.dtype):
+        self.model, self.parameters, self.steps, self.dtype = model, parameters, steps, dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return self.values(x)[-1]
+
+    def values(self, x: Tensor) -> list[Tensor]:
+        """The result of every step."""
+        filters = {step.rule.weight for step in self.steps if isinstance(step.rule, Conv)}
+        p = {name: t.to(self.dtype) if name in filters else t for name, t in self.parameters.items()}
+        values: list[Tensor] = []
+        for step in self.steps:
+            inputs = [x.to(self.dtype) if j < 0 else values[j] for j in step.inputs]
+            if isinstance(step.rule, Add):
+                values.append(inputs[0] + inputs[1])
+                continue
+            value, saved = step.rule.forward(p, inputs[0])
+            if isinstance(step.rule, Block) and step.rule.kind.norm == BATCH_NORM:
+                _update(self.model.get_submodule(step.rule.norm), saved[0], saved[1].detach())
+            values.append(value)
+        return values
+
+
+@torch.no_grad()
+def _update(norm: nn.BatchNorm2d, z: Tensor, stats: Tensor) -> None:
+    """Running mean and unbiased variance, as nn.BatchNorm2d keeps them. stats: (1, 2, C), mean and 1 / deviation."""
+    if not norm.track_running_stats:
+        return
+    norm.num_batches_tracked += 1
+    momentum = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked.item()
+    count = z.numel() // z.shape[1]
+    mean, scale = stats[0]
+    variance = (scale**-2 - norm.eps) * (count / (count - 1))
+    norm.running_mean.lerp_(mean, momentum)
+    norm.running_var.lerp_(variance, momentum)
