@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _REASONS = (
-    (r"derivative for aten::(\w+) is not implemented", "torch has no second derivative of {}"),
-    (r"marked with @once_differentiable", "one of its autograd.Functions is marked with once_differentiable"),
+    (r"derivative for '?(?:aten::)?(\w+?)'? is not implemented", "torch has no second derivative of {}"),
+    (r"[Dd]ouble backwards on (\w+) not supported", "torchvision has no second derivative of {}"),
     (r"use_reentrant=True", "it uses torch.utils.checkpoint with use_reentrant=True; use_reentrant=False works"),
-    (r"([\w:]*deform_conv2d) not supported", "torch has no second derivative of {}"),
-    (r"[Dd]ouble backwards? .*not (?:supported|implemented)", "one of its operations has no second derivative"),
 )
 
 
@@ -32,16 +30,35 @@ def twice_differentiable() -> Iterator[None]:
             found = re.search(pattern, str(error))
             if found:
                 what = reason.format(*(re.sub("_backward.*$", "", name) for name in found.groups()))
-                raise NotImplementedError(f"model has no gradient of its gradient: {what}") from error
+                raise _no_second_derivative(what) from error
         raise
 
 
+def _no_second_derivative(reason: str) -> NotImplementedError:
+    return NotImplementedError(f"model has no gradient of its gradient: {reason}")
+
+
+def check_differentiable_again(gradients: Iterable[Tensor]) -> None:
+    """NotImplementedError where the graph of `gradients` ends at a torch.autograd.Function that is marked with
+    once_differentiable: torch.autograd.grad takes what comes before it for constant, without a word."""
+    waiting, seen = [g.grad_fn for g in gradients], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name().endswith("Error"):
+            raise _no_second_derivative("a torch.autograd.Function in it is marked with once_differentiable")
+        seen.add(node)
+        waiting += [before for before, _ in node.next_functions]
+
+
 def _hard_sigmoid_backward(g: Tensor, x: Tensor) -> Tensor:
-    """The gradient of hard sigmoid, min(max(x + 3, 0), 6) / 6, by operations that can be differentiated again."""
-    if not torch.is_grad_enabled():
-        with torch._C._AutoDispatchBelowAutograd():
+    """The gradient of hard sigmoid, min(max(x + 3, 0), 6) / 6: g times a slope that is constant almost everywhere."""
+    with torch._C._AutoDispatchBelowAutograd():
+        if not torch.is_grad_enabled():
             return torch.ops.aten.hardsigmoid_backward(g, x)
-    return torch.where((x > -3) & (x < 3), g * (1 / 6), 0.0)
+        slope = torch.ops.aten.hardsigmoid_backward(torch.ones_like(g), x)
+    return g * slope.detach()
 
 
 # torch raises an error for the second derivative of hard sigmoid. With this package imported it has one, in all code.

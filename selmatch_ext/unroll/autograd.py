@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from selmatch_ext.models.flat import flatten
-from selmatch_ext.second_order import twice_differentiable
+from selmatch_ext.second_order import check_differentiable_again, twice_differentiable
 from selmatch_ext.unroll.adjoint import Derivative, check_logits
 from selmatch_ext.unroll.private import PrivateModel
 from selmatch_ext.unroll.state import State
@@ -40,10 +40,13 @@ class AutogradStepper:
     def __init__(self, model: PrivateModel, plan):
         self.model, self.plan = model, plan
         self.last_state: State | None = None
+        self.checked = False
 
     def gradient(self, theta, x, y, wanted, keep):
         if wanted is not None:
             self.last_state = self.model.state(self.last_state)
+        if keep:
+            self.model.renew_buffers()
         with twice_differentiable():
             graph = self._run(theta, x, y, wanted if keep else None)
         gradient = flatten(graph.gradients).detach()
@@ -58,6 +61,9 @@ class AutogradStepper:
                 graph = self._run(theta, x, y, wanted)
             else:
                 self.model.place(graph.parameters)
+            if not self.checked:
+                check_differentiable_again(graph.gradients)
+                self.checked = True
             gradient = flatten(graph.gradients).detach()
             _check_repeated(gradient.norm(), kept.norm)
             h, u_x, u_y = _derivative(graph, self.model.split(direction), wanted)
@@ -93,8 +99,8 @@ def _check_repeated(norm, expected):
     norm, expected = norm.item(), expected.item()
     if math.isfinite(norm) and math.isfinite(expected) and not math.isclose(norm, expected, rel_tol=1e-3):
         raise RuntimeError(
-            "model computes something else when a step is repeated in the backward pass: it keeps state that is neither "
-            'a buffer nor an attribute of a module; keep="activations" repeats nothing'
+            "model computes something else when a step is repeated in the backward pass: it keeps state that is "
+            'neither a buffer nor an attribute of a module; keep="activations" repeats no step'
         )
 
 

@@ -13,8 +13,8 @@ from selmatch_ext.unroll.rules import Add, Block, Conv
 class Forward:
     """The network's forward pass by its steps, differentiable once: images (B, C, H, W) -> logits (B, K).
 
-    model: the module that the steps were read from, whose BatchNorms keep their running statistics. parameters: by name.
-    dtype: of convolutions and activations; the rest is in that of the parameters."""
+    model: the module that the steps were read from, whose BatchNorms keep their running statistics. parameters: by
+    name. dtype: of convolutions and activations; the rest is in that of the parameters."""
 
     def __init__(self, model: nn.Module, parameters: dict[str, Tensor], steps: list[Step], dtype: torch.dtype):
         self.model, self.parameters, self.steps, self.dtype = model, parameters, steps, dtype

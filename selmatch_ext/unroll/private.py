@@ -51,6 +51,11 @@ class PrivateModel:
             for holder, key in places:
                 holder[key] = tensor
 
+    def renew_buffers(self) -> None:
+        """Gives the calls that follow copies of the buffers to change: a graph that is kept may need those it has."""
+        for m in self.module.modules():
+            m._buffers.update({key: b.clone() for key, b in m._buffers.items() if b is not None})
+
     def __call__(self, parameters: list[Tensor], x: Tensor) -> Any:
         self.place(parameters)
         return self.module(x)

@@ -96,9 +96,9 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, kind: str, *arguments: object, **options: object) -> fx.Node:
         if kind.startswith("call") and not torch.is_grad_enabled():
-            raise Unsupported("part of the forward runs without gradients (torch.no_grad or torch.set_grad_enabled)")
+            raise Unsupported("part of it runs without gradients (torch.no_grad, or an autograd.Function of its own)")
         if kind.startswith("call") and (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
-            raise Unsupported("part of the forward runs inside torch.autocast")
+            raise Unsupported("part of it runs inside torch.autocast")
         return super().create_node(kind, *arguments, **options)
 
 
