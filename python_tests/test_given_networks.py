@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from reference import unrolled_sgd_full_graph
 from test_unroll import CLASSES, Problem, one_thread  # noqa: F401  (a fixture)
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import roi_align
 
