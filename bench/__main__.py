@@ -14,7 +14,7 @@ import torch
 import bench
 import selmatch_ext as sm
 
-HELPERS = {"__main__", "timing"}
+HELPERS = {"__main__", "networks", "timing"}
 
 
 def measurements() -> list[str]:
