@@ -24,12 +24,13 @@ import selmatch_ext as sm
 EXACT, RUN = 30e6, 100e6  # parameters
 SIZES = 64, 96, 224, 256
 TIMM = """beit_base_patch16_224 botnet26t_256 cait_xxs24_224 coat_lite_tiny convit_tiny convmixer_768_32 convnext_atto
-crossvit_tiny_240 cspresnet50 davit_tiny deit_tiny_patch16_224 densenet121 dla34 edgenext_xx_small efficientformer_l1
-efficientnet_b0 efficientvit_b0 fasternet_t0 fastvit_t8 focalnet_tiny_srf gcvit_xxtiny ghostnet_050 hardcorenas_a hgnet_tiny
-hrnet_w18_small inception_v4 lcnet_050 levit_128s mambaout_femto mixer_s32_224 mobilenetv3_small_050 mobileone_s0
-mobilevit_xxs mvitv2_tiny nfnet_l0 pit_ti_224 poolformer_s12 pvt_v2_b0 regnetx_002 repvit_m0_9 res2net50_26w_4s resnest14d
-resnet10t resnetv2_50 rexnet_100 seresnet18 skresnet18 starnet_s1 swin_tiny_patch4_window7_224 tiny_vit_5m_224
-tinynet_e twins_pcpvt_small vgg11_bn visformer_tiny vit_tiny_patch16_224 volo_d1_224 xception41 xcit_nano_12_p16_224"""
+crossvit_tiny_240 cspresnet50 davit_tiny deit_tiny_patch16_224 densenet121 dla34 edgenext_xx_small
+efficientformer_l1 efficientnet_b0 efficientvit_b0 fasternet_t0 fastvit_t8 focalnet_tiny_srf gcvit_xxtiny
+ghostnet_050 hardcorenas_a hgnet_tiny hrnet_w18_small inception_v4 lcnet_050 levit_128s mambaout_femto
+mixer_s32_224 mobilenetv3_small_050 mobileone_s0 mobilevit_xxs mvitv2_tiny nfnet_l0 pit_ti_224
+poolformer_s12 pvt_v2_b0 regnetx_002 repvit_m0_9 res2net50_26w_4s resnest14d resnet10t resnetv2_50
+rexnet_100 seresnet18 skresnet18 starnet_s1 swin_tiny_patch4_window7_224 tiny_vit_5m_224 tinynet_e
+twins_pcpvt_small vgg11_bn visformer_tiny vit_tiny_patch16_224 volo_d1_224 xception41 xcit_nano_12_p16_224"""
 
 
 def names() -> list[str]:

@@ -18,6 +18,7 @@ from selmatch_ext import ranks
 from selmatch_ext.methods.base import Method
 from selmatch_ext.methods.checkpoint import Checkpoint, Snapshots, State
 from selmatch_ext.precision import precision_scope
+from selmatch_ext.second_order import twice_differentiable
 from selmatch_ext.seeds import generator, global_stream
 
 
@@ -142,10 +143,11 @@ def _backward(method: Method, iteration: int, draws: int, seed: int) -> float:
 
 def _one_backward(method: Method, iteration: int, draws: torch.Generator) -> Tensor:
     """Gives what is learned, and nothing else, the gradient of one loss, in float32 where the loss does not say
-    otherwise; dropout too draws its masks from a stream of `draws`. Returns the loss."""
+    otherwise; dropout too draws its masks from a stream of `draws`. Returns the loss. NotImplementedError where torch
+    has no second derivative of an operation of the network."""
     leaves = list(method.learned.values())
     device = leaves[0].device
-    with precision_scope("float32", device), global_stream(draws, device):
+    with precision_scope("float32", device), global_stream(draws, device), twice_differentiable():
         loss = method.loss(iteration, draws)
         loss.backward(inputs=leaves)
     return loss.detach()

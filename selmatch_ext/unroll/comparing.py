@@ -9,14 +9,13 @@ not change."""
 from __future__ import annotations
 
 import contextlib
-import random
 import weakref
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from selmatch_ext.seeds import seed_globally
 from selmatch_ext.unroll.forward import Forward
 from selmatch_ext.unroll.private import PrivateModel
 from selmatch_ext.unroll.program import Step, Unsupported, first_line, read
@@ -82,11 +81,7 @@ def _called_once(private: PrivateModel, seed: int | None = None) -> Iterator[Non
     before = private.state()
     try:
         if seed is not None:
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.default_generator.manual_seed(seed)
-            if private.device.type == "cuda":
-                torch.cuda.manual_seed(seed)
+            seed_globally(seed, private.device)
         started = private.state(before)
         yield
         change = started.change(private.state(started))

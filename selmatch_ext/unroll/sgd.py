@@ -44,11 +44,13 @@ def unrolled_sgd(
     The gradient is that of autograd through all N steps, but only the N parameter vectors are kept: the backward pass
     is the adjoint recursion, which needs the graph of one step at a time, or none where the fused engine runs.
 
-    `model` is never changed: a private copy of it runs, in train mode, so that BatchNorm uses batch statistics. Every
-    step starts from the buffers that the model has now. All its parameters are trained, whatever their
-    `requires_grad`; those that the loss does not reach stay as they are; shared ones count once. Dropout draws its
-    masks from torch's global generator, as in ordinary training, and the backward pass sees the same masks without
-    advancing it. Hooks run on the copy. An autocast around the call has no effect: `precision` alone decides.
+    `model` is never changed: a private copy of it runs, in train mode, so that BatchNorm uses batch statistics. The
+    copy's buffers and Python attributes change from step to step as in ordinary training, beginning with those that the
+    model has now. All its parameters are trained, whatever their `requires_grad`; those that the loss does not reach
+    stay as they are; shared ones count once. Dropout, and whatever else draws from the global generators of torch,
+    Python or numpy, draws as in ordinary training; the backward pass repeats each step with the draws, buffers and
+    attributes that it had, without advancing a generator. Hooks run on the copy. An autocast around the call has no
+    effect: `precision` alone decides.
 
     Args:
         model: nn.Module, images (B, C, H, W) -> logits (B, K).
@@ -60,9 +62,9 @@ def unrolled_sgd(
         augmentations: None, or N results of `sample_augmentation`, one a step.
         engine: "fused" (networks of known operations, on the CPU and CUDA; float32, float64 and bfloat16), "autograd"
             (any module), or "auto": fused where it can run the model, else autograd. `explain_engine` says which.
-        keep: "nothing" recomputes each step in the backward pass; "activations" keeps from the forward pass what is
-            dear to recompute: faster, same gradient, memory grows with N. Autograd keeps every step's graph, the fused
-            engine the results of convolutions, except of those with 4 input channels or fewer, such as the images'.
+        keep: "nothing" recomputes each step in the backward pass; "activations" caches what is expensive to recompute:
+            faster, same gradient, memory grows with N. Autograd keeps every step's graph, the fused engine the results
+            of convolutions, except of those with 4 input channels or fewer, such as the images'.
         gradient: "exact", or "tesla": the estimate of TESLA (arXiv 2211.10586), which holds theta_i fixed.
         precision: "float32" (everything in the dtype of start), "tf32" (GPU only: TF32 in convolutions and products),
             or "bfloat16" (fused: convolutions and what lies between them in bfloat16, linear layers in the dtype of
@@ -75,7 +77,9 @@ def unrolled_sgd(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, device, shape, length or range; it is named.
-        NotImplementedError: engine="fused" for a network that it cannot run; the message names the operation.
+        NotImplementedError: engine="fused" for a network that it cannot run, or, in the backward pass, a network with
+            an operation that torch cannot differentiate twice; the message names the operation.
+        RuntimeError: in the backward pass, where a repeated step of `model` computes something else than it did.
     """
     _check_choices(engine, keep, gradient, precision)
     _check_tensors(model, start, images)
@@ -109,8 +113,9 @@ def explain_engine(model, images):
     """Which engine `unrolled_sgd(model, ..., engine="auto")` takes: an `Engine` with a name and a reason.
 
     model: nn.Module; images: any (n, C, H, W) tensor like those it will be given. "autograd" is exact too, and slower;
-    its reason names the operation that the fused engine has no rule for. Raises TypeError or ValueError as
-    `unrolled_sgd` does.
+    its reason says in a sentence what the fused engine has no rule for, or in what the module differs from what was
+    read of it: the fused engine runs a network only after its outputs and gradients on a small batch were compared with
+    the module's own. That happens once for a network. Raises TypeError or ValueError as `unrolled_sgd` does.
     """
     _check_types(model, images=images)
     start = images.new_empty((parameter_count(model),))
@@ -128,7 +133,9 @@ def _read(model, images):
         steps = steps_of(model, images, training=False)
     except Unsupported as problem:
         return None, Engine("autograd", str(problem))
-    return steps, Engine("fused", f"all {len(steps)} operations of the network have a rule")
+    return steps, Engine(
+        "fused", f"all {len(steps)} operations of the network have a rule, and compute what the module does"
+    )
 
 
 def _choose(model, start, images, plan, engine) -> tuple[Stepper, Engine]:

@@ -12,29 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from selmatch_ext.seeds import RandomState
+
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 _CONTAINERS = (list, dict, set, deque, bytearray)
 _CONSTANTS = (int, float, complex, str, bytes, tuple, frozenset, type, type(None))
-
-
-class RandomState:
-    """The state of the global generators of torch (the CPU's and, on a GPU, the device's), Python and numpy."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.cpu = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        self.python, self.numpy = random.getstate(), np.random.get_state()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RandomState) and same(vars(self), vars(other))
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, self.device)
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
 
 
 class State:
@@ -150,8 +132,6 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(value, b[name]) for name, value in a.items())
     if isinstance(a, (list, tuple, deque)):
-        if all(isinstance(value, int) for value in a):
-            return a == b  # the 625 numbers of Python's generator
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     try:
         return bool(a == b)
