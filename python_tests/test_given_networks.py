@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from reference import unrolled_sgd_full_graph
 from test_unroll import CLASSES, Problem, one_thread  # noqa: F401  (a fixture)
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -21,6 +22,7 @@ from torchvision.ops import roi_align
 
 import selmatch_ext as sm
 from selmatch_ext.models.fast import fast
+from selmatch_ext.models.flat import flatten, unflatten
 from selmatch_ext.unroll import unrolled_sgd
 
 
@@ -218,6 +220,10 @@ def backward_hook(module):
     module.second.register_full_backward_hook(lambda m, before, after: (2 * before[0],))
 
 
+def parameter_hook(module):
+    module.second.weight.register_hook(lambda g: 2 * g)
+
+
 class TensorHook(Base):
     def middle(self, h):
         h = self.second(h)
@@ -364,6 +370,7 @@ NETWORKS = [
     *((replaced("module", how), "a forward of its own") for how in ("method", "closure", "wrapped", "partial")),
     *((replaced("child", how), "second has a forward of its own") for how in ("method", "closure", "wrapped")),
     *((hooked(hook), "has hooks") for hook in (forward_hook, forward_pre_hook, closing_hook, backward_hook)),
+    (hooked(parameter_hook), "parameter second.weight has hooks"),
     (TensorHook, "decides by values|no rule for"),
     (CustomFunction, "autograd.Function of its own"),
     (CustomSwish, "autograd.Function of its own"),
@@ -395,10 +402,27 @@ def gradients(module, function, **options):
     problem = Problem(module, lr=(0.1, 0.05, 0.2, 0.1))
     problem.batches.append(problem.batches[0])
     inputs = problem.images, problem.labels, problem.lr, problem.start
+    hooks = [list((p._backward_hooks or {}).values()) for p in module.parameters()]
+    if any(hooks) and function is unrolled_sgd_full_graph:
+        function = functools.partial(full_graph_with_hooks, hooks=hooks)
     with sdpa_kernel(SDPBackend.MATH):
         theta = function(module, problem.start, *inputs[:2], problem.batches, problem.lr, **options)
         found = torch.autograd.grad(theta @ problem.target, inputs, materialize_grads=True)
     return theta.detach(), *found
+
+
+def full_graph_with_hooks(module, start, images, labels, batches, lr, hooks):
+    """unrolled_sgd_full_graph with a hook's function on each step's gradient, as on a parameter that is trained."""
+    theta = start
+    for i, batch in enumerate(batches):
+        parts = list(unflatten(theta, module).values())
+        logits = functional_call(module, dict(zip(unflatten(theta, module), parts, strict=True)), (images[batch],))
+        found = torch.autograd.grad(
+            F.cross_entropy(logits, labels[batch]), parts, create_graph=True, materialize_grads=True
+        )
+        found = [functools.reduce(lambda g, hook: hook(g), on, g) for g, on in zip(found, hooks, strict=True)]
+        theta = theta - lr[i] * flatten(found)
+    return theta
 
 
 def assert_same(found, expected, tolerance=1e-9):

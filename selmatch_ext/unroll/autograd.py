@@ -91,7 +91,9 @@ class AutogradStepper:
             return _Graph(parameters, x, y, tuple(map(torch.zeros_like, parameters)))
         graph = wanted is not None and (wanted.parameters or wanted.images or wanted.labels)
         gradients = torch.autograd.grad(loss, parameters, create_graph=graph, materialize_grads=True)
-        return _Graph(parameters, x, y, gradients)
+        # Called here: hooks on the leaves would be called for the second derivative as well.
+        with torch.set_grad_enabled(graph):
+            return _Graph(parameters, x, y, self.model.hooked(gradients))
 
 
 def _check_repeated(norm, expected):

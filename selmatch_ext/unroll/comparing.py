@@ -52,6 +52,9 @@ def steps_of(model: nn.Module, images: Tensor, training: bool) -> list[Step]:
 
 def _read_and_compare(model: nn.Module, images: Tensor, training: bool) -> list[Step]:
     private = PrivateModel(model, images.new_empty((), dtype=torch.float64))
+    hooked = next((name for name, hooks in zip(private.names, private.hooks, strict=True) if hooks), None)
+    if hooked is not None:
+        raise Unsupported(f"the parameter {hooked} has hooks, which the fused engine does not call")
     if not training:
         private.module.train()
     with _called_once(private):

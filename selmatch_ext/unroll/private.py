@@ -38,6 +38,8 @@ class PrivateModel:
                 if b is not None and b.is_floating_point():
                     m._buffers[key] = b.to(like.dtype)
         self.places = list(found.values())
+        # Hooks on parameters change their gradients. They are the user's functions, not copies.
+        self.hooks = [list((p._backward_hooks or {}).values()) for p in model.parameters()]
         self.sizes = [shape.numel() for shape in self.shapes]
 
     def split(self, vector: Tensor) -> list[Tensor]:
@@ -59,6 +61,16 @@ class PrivateModel:
     def __call__(self, parameters: list[Tensor], x: Tensor) -> Any:
         self.place(parameters)
         return self.module(x)
+
+    def hooked(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What the hooks on the model's parameters make of their gradients."""
+        result = []
+        for gradient, hooks in zip(gradients, self.hooks, strict=True):
+            for hook in hooks:
+                changed = hook(gradient)
+                gradient = gradient if changed is None else changed
+            result.append(gradient)
+        return tuple(result)
 
     def state(self, previous: State | None = None) -> State:
         return State(self.module, self.device, previous)

@@ -146,7 +146,10 @@ def signature(module: nn.Module) -> list[Any]:
     for name, m in module.named_modules(remove_duplicate=False):
         found += [name, id(m), type(m), type(m).forward]
         found += [(key, _plain(value)) for key, value in vars(m).items() if key not in _OF_EVERY_MODULE]
-        found += [(key, id(p), None if p is None else p.shape) for key, p in m._parameters.items()]
+        for key, p in m._parameters.items():
+            found.append(
+                (key, id(p), None if p is None else (p.shape, tuple(map(id, (p._backward_hooks or {}).values()))))
+            )
         found += [(key, None if b is None else b.shape) for key, b in m._buffers.items()]
         found += [tuple(map(id, hooks.values())) for hooks in _hooks(m)]
         found += _class_attributes(type(m))
