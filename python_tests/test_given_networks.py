@@ -144,6 +144,14 @@ class Counter(Base):
         return self.second(h) * self.calls
 
 
+class CounterOfTheClass(Base):
+    calls = 0
+
+    def middle(self, h):
+        type(self).calls += 1
+        return self.second(h) if self.calls < 3 else h
+
+
 class CounterInABuffer(Base):
     def __init__(self):
         super().__init__()
@@ -531,6 +539,18 @@ def test_what_torch_cannot_differentiate_twice_is_named(make, reason):
         gradients(seeded(make), unrolled_sgd)
 
 
+class Clipped(Base):
+    def middle(self, h):
+        with torch.no_grad():
+            self.second.weight.clamp_(-0.1, 0.1)
+        return self.second(h)
+
+
+def test_a_forward_that_changes_its_parameters_is_refused():
+    with pytest.raises(ValueError, match="model changes its parameters in its forward"):
+        gradients(seeded(Clipped), unrolled_sgd)
+
+
 HIDDEN = {"calls": 0}
 
 
@@ -541,6 +561,8 @@ class HiddenState(Base):
 
 
 def test_state_that_cannot_be_put_back_is_noticed():
+    images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    assert "changes an attribute of a class" in sm.explain_engine(seeded(CounterOfTheClass), images).reason
     with pytest.raises(RuntimeError, match="computes something else when a step is repeated.*keep="):
         gradients(seeded(HiddenState), unrolled_sgd, engine="autograd")
     HIDDEN["calls"] = 0

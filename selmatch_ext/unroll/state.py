@@ -26,6 +26,7 @@ class State:
 
     def __init__(self, module: nn.Module, device: torch.device, previous: State | None = None):
         self.random = RandomState(device)
+        self.of_classes = [_class_attributes(type(m)) for m in module.modules()]
         self.values: dict[tuple, tuple[Any, Any]] = {}  # (module's number, where, name) -> (object, picture of it)
         for key, _, value in _places(module):
             before = previous.values.get(key, (None, None))[1] if previous is not None else None
@@ -37,6 +38,8 @@ class State:
         """What has happened since, buffers apart, in words: "draws random numbers" or "changes ..."."""
         if self.random != later.random:
             return "draws random numbers"
+        if self.of_classes != later.of_classes:
+            return "changes an attribute of a class"
         for key in self.values.keys() | later.values.keys():
             mine, other = self.values.get(key), later.values.get(key)
             if key[1] == "attribute" and (mine is None or other is None or not _alike(mine, other)):
