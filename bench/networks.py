@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import selmatch_ext as sm
 
 EXACT, RUN = 30e6, 100e6  # parameters
-SIZES = 64, 96, 224, 256
+SIZES = 64, 96, 224, 240, 256
 TIMM = """beit_base_patch16_224 botnet26t_256 cait_xxs24_224 coat_lite_tiny convit_tiny convmixer_768_32 convnext_atto
 crossvit_tiny_240 cspresnet50 davit_tiny deit_tiny_patch16_224 densenet121 dla34 edgenext_xx_small
 efficientformer_l1 efficientnet_b0 efficientvit_b0 fasternet_t0 fastvit_t8 focalnet_tiny_srf gcvit_xxtiny

@@ -209,7 +209,7 @@ def test_bad_input(arguments, error, message):
 
 
 def test_bad_device():
-    with pytest.raises(ValueError, match="target has a tensor on meta, student is on cpu"):
+    with pytest.raises(ValueError, match="target is on meta, student on cpu"):
         trajectory_distance(X, X, X.to("meta"))
 
 

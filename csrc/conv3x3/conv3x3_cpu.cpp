@@ -4,6 +4,7 @@
 
 #include <optional>
 
+#include "checks_torch.h"
 #include "conv3x3/conv3x3.h"
 #include "cpu_torch.h"
 
@@ -11,40 +12,57 @@ namespace selmatch {
 namespace {
 
 void check(const char* name, const at::Tensor& tensor, const at::Tensor& x) {
-  TORCH_CHECK_VALUE(tensor.dim() == 4, "conv3x3: ", name, " must have 4 dimensions, got shape ", tensor.sizes());
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble,
-                   "conv3x3: x must be float32 or float64, got ", x.scalar_type());
-  TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), "conv3x3: ", name, " is ", tensor.scalar_type(), ", x ",
-                   x.scalar_type());
+  check_tensor("conv3x3", name, tensor, "x", x);
+  check_floating("conv3x3", "x", x);
+  check_dtype("conv3x3", name, tensor, x.scalar_type());
 }
 
-void check_channels(int64_t channels, int64_t outputs, bool few) {
-  const auto fits = [](int64_t count) { return count > 0 && count % kConv3x3Multiple == 0; };
+void check_channels(const c10::SymInt& channels, const c10::SymInt& outputs, bool few) {
+  const auto fits = [](const c10::SymInt& count) {
+    return count > 0 && count <= (1 << 20) && count % kConv3x3Multiple == 0;
+  };
   TORCH_CHECK_VALUE(fits(channels) && (fits(outputs) || (few && outputs > 0 && outputs <= kConv3x3Few)),
-                    "conv3x3: numbers of channels must be multiples of ", kConv3x3Multiple,
+                    "conv3x3: numbers of channels must be multiples of ", kConv3x3Multiple, " up to 2^20",
                     few ? " (the input whose gradient it is may have 1 to 4)" : "", ", got ", channels, " and ",
                     outputs);
 }
 
-at::Tensor empty_images(const at::Tensor& like, int64_t channels) {
-  return at::empty({like.size(0), channels, like.size(2), like.size(3)},
-                   like.options().memory_format(at::MemoryFormat::ChannelsLast));
-}
-
-// x: (batch, channels, height, width); weight: (outputs, channels, 3, 3), transposed (channels, outputs, 3, 3)
-at::Tensor conv3x3_cpu(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                       bool transposed) {
+// Memory for the result, after all checks. x: (batch, channels, height, width); weight: (outputs, channels, 3, 3),
+// transposed (channels, outputs, 3, 3)
+at::Tensor conv3x3_result(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                          bool transposed) {
   check("x", x, x);
   check("weight", weight, x);
-  const int64_t channels = x.size(1), outputs = weight.size(transposed ? 1 : 0);
+  check_images("conv3x3", "x", x);
+  check_images("conv3x3", "weight", weight);
+  const c10::SymInt channels = x.sym_size(1), outputs = weight.sym_size(transposed ? 1 : 0);
   check_channels(channels, outputs, transposed);
-  TORCH_CHECK_VALUE(weight.size(transposed ? 0 : 1) == channels && weight.size(2) == 3 && weight.size(3) == 3,
-                    "conv3x3: weight of shape ", weight.sizes(), " does not fit x of shape ", x.sizes());
-  TORCH_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->size(0) == outputs && bias->dtype() == x.dtype()),
-                    "conv3x3: bias must have shape (", outputs, ") and the dtype of x");
+  check_sizes("conv3x3", "weight", weight, {transposed ? channels : outputs, transposed ? outputs : channels, 3, 3});
+  if (bias) {
+    check("bias", *bias, x);
+    check_sizes("conv3x3", "bias", *bias, {outputs});
+  }
+  return at::empty_symint({x.sym_size(0), outputs, x.sym_size(2), x.sym_size(3)},
+                          x.options().memory_format(at::MemoryFormat::ChannelsLast));
+}
+
+// The same for the gradient of the weight. g: (batch, outputs, height, width), the gradient of the convolution of x
+at::Tensor conv3x3_weight_gradient_result(const at::Tensor& x, const at::Tensor& g) {
+  check("x", x, x);
+  check("g", g, x);
+  check_images("conv3x3", "x", x);
+  check_images("conv3x3", "g", g);
+  check_channels(x.sym_size(1), g.sym_size(1), false);
+  check_sizes("conv3x3", "g", g, {x.sym_size(0), g.sym_size(1), x.sym_size(2), x.sym_size(3)});
+  return at::empty_symint({g.sym_size(1), x.sym_size(1), 3, 3}, x.options());
+}
+
+at::Tensor conv3x3_cpu(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                       bool transposed) {
+  at::Tensor y = conv3x3_result(x, weight, bias, transposed);
+  const int64_t channels = x.size(1), outputs = y.size(1);
   const at::Tensor images = x.contiguous(at::MemoryFormat::ChannelsLast), filters = weight.contiguous();
   const at::Tensor offsets = bias ? bias->contiguous() : at::Tensor();
-  at::Tensor y = empty_images(x, outputs);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "conv3x3", [&] {
     const Conv3x3Call<scalar_t> call = {x.size(0),
                                         static_cast<int>(x.size(2)),
@@ -61,16 +79,10 @@ at::Tensor conv3x3_cpu(const at::Tensor& x, const at::Tensor& weight, const std:
   return y;
 }
 
-// x: (batch, channels, height, width); g: (batch, outputs, height, width), the gradient of the convolution of x
 at::Tensor conv3x3_weight_gradient_cpu(const at::Tensor& x, const at::Tensor& g) {
-  check("x", x, x);
-  check("g", g, x);
-  TORCH_CHECK_VALUE(g.size(0) == x.size(0) && g.size(2) == x.size(2) && g.size(3) == x.size(3), "conv3x3: g of shape ",
-                    g.sizes(), " does not fit x of shape ", x.sizes());
-  check_channels(x.size(1), g.size(1), false);
+  at::Tensor weight = conv3x3_weight_gradient_result(x, g);
   const at::Tensor images = x.contiguous(at::MemoryFormat::ChannelsLast);
   const at::Tensor gradient = g.contiguous(at::MemoryFormat::ChannelsLast);
-  at::Tensor weight = at::empty({g.size(1), x.size(1), 3, 3}, x.options());
   if (x.numel() == 0) {
     return weight.zero_();
   }
@@ -89,6 +101,11 @@ at::Tensor conv3x3_weight_gradient_cpu(const at::Tensor& x, const at::Tensor& g)
 }
 
 }  // namespace
+
+TORCH_LIBRARY_IMPL(selmatch_ext, Meta, m) {
+  m.impl("conv3x3", &conv3x3_result);
+  m.impl("conv3x3_weight_gradient", &conv3x3_weight_gradient_result);
+}
 
 TORCH_LIBRARY_IMPL(selmatch_ext, CPU, m) {
   m.impl("conv3x3", &conv3x3_cpu);

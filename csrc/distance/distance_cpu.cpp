@@ -38,8 +38,7 @@ std::tuple<at::Tensor, at::Tensor> trajectory_distance_cpu(at::TensorList studen
                                                            at::TensorList target) {
   distance_check(student, start, target);
   const DistanceTensors tensors(student, start, target, false, false, false);
-  at::Tensor value = at::empty({}, student[0].options());
-  at::Tensor sums = at::empty({2}, student[0].options().dtype(at::kDouble));
+  auto [value, sums] = distance_results(student);
   AT_DISPATCH_FLOATING_TYPES(student[0].scalar_type(), "trajectory_distance", [&] {
     const DistanceSums total = sum_rows(tensors.pieces<scalar_t>());
     sums.mutable_data_ptr<double>()[0] = total.numerator;
@@ -53,13 +52,14 @@ std::vector<at::Tensor> trajectory_distance_backward_cpu(const at::Tensor& grad,
                                                          at::TensorList student, at::TensorList start,
                                                          at::TensorList target, bool student_wanted, bool start_wanted,
                                                          bool target_wanted) {
-  distance_check(student, start, target);
+  distance_backward_check(grad, sums, student, start, target);
   const DistanceTensors tensors(student, start, target, student_wanted, start_wanted, target_wanted);
   if (tensors.gradients.empty()) {
     return {};
   }
   AT_DISPATCH_FLOATING_TYPES(student[0].scalar_type(), "trajectory_distance_backward", [&] {
-    const double* total = sums.const_data_ptr<double>();
+    const at::Tensor both = sums.contiguous();
+    const double* total = both.const_data_ptr<double>();
     const auto weights = distance_weights<scalar_t>(*grad.const_data_ptr<scalar_t>(), total[0], total[1]);
     const auto pieces = tensors.pieces<scalar_t>();
     const std::vector<Part> rows = cut(pieces);
@@ -74,7 +74,26 @@ std::vector<at::Tensor> trajectory_distance_backward_cpu(const at::Tensor& grad,
   return tensors.gradients;
 }
 
+std::tuple<at::Tensor, at::Tensor> trajectory_distance_meta(at::TensorList student, at::TensorList start,
+                                                            at::TensorList target) {
+  distance_check(student, start, target);
+  return distance_results(student);
+}
+
+std::vector<at::Tensor> trajectory_distance_backward_meta(const at::Tensor& grad, const at::Tensor& sums,
+                                                          at::TensorList student, at::TensorList start,
+                                                          at::TensorList target, bool student_wanted, bool start_wanted,
+                                                          bool target_wanted) {
+  distance_backward_check(grad, sums, student, start, target);
+  return distance_gradients(student, {student_wanted, start_wanted, target_wanted});
+}
+
 }  // namespace
+
+TORCH_LIBRARY_IMPL(selmatch_ext, Meta, m) {
+  m.impl("trajectory_distance", &trajectory_distance_meta);
+  m.impl("trajectory_distance_backward", &trajectory_distance_backward_meta);
+}
 
 TORCH_LIBRARY_IMPL(selmatch_ext, CPU, m) {
   m.impl("trajectory_distance", &trajectory_distance_cpu);

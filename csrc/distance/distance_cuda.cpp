@@ -16,8 +16,7 @@ std::tuple<at::Tensor, at::Tensor> trajectory_distance_cuda(at::TensorList stude
   const c10::cuda::CUDAGuard guard(student[0].device());
   void* stream = c10::cuda::getCurrentCUDAStream().stream();
   const DistanceTensors tensors(student, start, target, false, false, false);
-  at::Tensor value = at::empty({}, student[0].options());
-  at::Tensor sums = at::empty({2}, student[0].options().dtype(at::kDouble));
+  auto [value, sums] = distance_results(student);
   AT_DISPATCH_FLOATING_TYPES(student[0].scalar_type(), "trajectory_distance", [&] {
     const auto pieces = tensors.pieces<scalar_t>();
     at::Tensor partials = at::empty({count_rows(pieces), 2}, sums.options());
@@ -31,7 +30,7 @@ std::vector<at::Tensor> trajectory_distance_backward_cuda(const at::Tensor& grad
                                                           at::TensorList student, at::TensorList start,
                                                           at::TensorList target, bool student_wanted, bool start_wanted,
                                                           bool target_wanted) {
-  distance_check(student, start, target);
+  distance_backward_check(grad, sums, student, start, target);
   const c10::cuda::CUDAGuard guard(student[0].device());
   void* stream = c10::cuda::getCurrentCUDAStream().stream();
   const DistanceTensors tensors(student, start, target, student_wanted, start_wanted, target_wanted);
@@ -39,8 +38,8 @@ std::vector<at::Tensor> trajectory_distance_backward_cuda(const at::Tensor& grad
     return {};
   }
   AT_DISPATCH_FLOATING_TYPES(student[0].scalar_type(), "trajectory_distance_backward", [&] {
-    distance_gradient_cuda(tensors.pieces<scalar_t>(), grad.const_data_ptr<scalar_t>(), sums.const_data_ptr<double>(),
-                           stream);
+    distance_gradient_cuda(tensors.pieces<scalar_t>(), grad.const_data_ptr<scalar_t>(),
+                           sums.contiguous().const_data_ptr<double>(), stream);
   });
   return tensors.gradients;
 }

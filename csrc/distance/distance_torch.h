@@ -3,15 +3,38 @@
 
 #include <ATen/ATen.h>
 
+#include <initializer_list>
+#include <tuple>
 #include <vector>
 
+#include "checks_torch.h"
 #include "distance/distance.h"
-#include "pieces_torch.h"
 
 namespace selmatch {
 
 inline void distance_check(at::TensorList student, at::TensorList start, at::TensorList target) {
   check_lists("trajectory_distance", {{"student", student}, {"start", start}, {"target", target}});
+}
+
+inline void distance_backward_check(const at::Tensor& grad, const at::Tensor& sums, at::TensorList student,
+                                    at::TensorList start, at::TensorList target) {
+  distance_check(student, start, target);
+  check_backward("trajectory_distance_backward", grad, sums, {2}, student[0]);
+}
+
+inline std::tuple<at::Tensor, at::Tensor> distance_results(at::TensorList student) {
+  return {at::empty({}, student[0].options()), at::empty({2}, student[0].options().dtype(at::kDouble))};
+}
+
+// Memory for the gradients that are wanted.
+inline std::vector<at::Tensor> distance_gradients(at::TensorList student, std::initializer_list<bool> wanted) {
+  std::vector<at::Tensor> gradients;
+  for (const bool w : wanted) {
+    for (size_t i = 0; w && i < student.size(); ++i) {
+      gradients.push_back(at::empty_like(student[i]));
+    }
+  }
+  return gradients;
 }
 
 // The three lists, all in the memory order of their gradients, and the gradients that are wanted.
@@ -33,11 +56,7 @@ struct DistanceTensors {
         inputs.push_back(in_order_of(student[i], lists[list][i]));
       }
     }
-    for (int list = 0; list < 3; ++list) {
-      for (size_t i = 0; wanted[list] && i < student.size(); ++i) {
-        gradients.push_back(at::empty_like(student[i]));
-      }
-    }
+    gradients = distance_gradients(student, {student_wanted, start_wanted, target_wanted});
   }
 
   template <typename T>

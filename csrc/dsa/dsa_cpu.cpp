@@ -35,7 +35,14 @@ at::Tensor dsa_cpu(const at::Tensor& x, const at::Tensor& ops, const at::Tensor&
   return y;
 }
 
+at::Tensor dsa_meta(const at::Tensor& x, const at::Tensor& ops, const at::Tensor& params, int64_t mode) {
+  dsa_check(x, ops, params, mode);
+  return at::empty_like(x);
+}
+
 }  // namespace
+
+TORCH_LIBRARY_IMPL(selmatch_ext, Meta, m) { m.impl("dsa", &dsa_meta); }
 
 TORCH_LIBRARY_IMPL(selmatch_ext, CPU, m) { m.impl("dsa", &dsa_cpu); }
 

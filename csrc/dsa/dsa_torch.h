@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 
+#include "checks_torch.h"
 #include "dsa/dsa.h"
 
 namespace selmatch {
@@ -25,21 +26,17 @@ inline DsaType dsa_type(const at::Tensor& x) {
 // x: (batch, channels, height, width), any strides; ops: (rows, length) uint8; params: (rows, length, 4) float32 or
 // float64.
 inline void dsa_check(const at::Tensor& x, const at::Tensor& ops, const at::Tensor& params, int64_t mode) {
-  TORCH_CHECK_VALUE(x.dim() == 4, "dsa: x must have 4 dimensions (batch, channels, height, width), got shape ",
-                    x.sizes());
-  TORCH_CHECK_VALUE(x.numel() == 0 || x.numel() / x.size(0) <= (int64_t{1} << 30),
-                    "dsa: images of more than 2^30 elements");
+  dsa_type(x);
+  check_tensor("dsa", "x", x, "x", x);
+  check_tensor("dsa", "ops", ops, "x", x);
+  check_tensor("dsa", "params", params, "x", x);
+  check_images("dsa", "x", x);
   TORCH_CHECK_VALUE(mode >= 0 && mode < kDsaModes, "dsa: mode must be 0, 1 or 2, got ", mode);
-  TORCH_CHECK_TYPE(ops.scalar_type() == at::kByte, "dsa: ops must be uint8, got ", ops.scalar_type());
-  TORCH_CHECK_TYPE(params.scalar_type() == at::kFloat || params.scalar_type() == at::kDouble,
-                   "dsa: params must be float32 or float64, got ", params.scalar_type());
-  TORCH_CHECK_VALUE(ops.device() == x.device() && params.device() == x.device(), "dsa: x is on ", x.device(),
-                    ", ops on ", ops.device(), ", params on ", params.device(), "; they must be on one device");
-  TORCH_CHECK_VALUE(ops.dim() == 2 && (ops.size(0) == 1 || ops.size(0) == x.size(0)), "dsa: ops must have shape (",
-                    x.size(0), " or 1, length), got ", ops.sizes());
-  TORCH_CHECK_VALUE(
-      params.dim() == 3 && params.size(0) == ops.size(0) && params.size(1) == ops.size(1) && params.size(2) == 4,
-      "dsa: params must have shape (", ops.size(0), ", ", ops.size(1), ", 4) as ops has, got ", params.sizes());
+  check_dtype("dsa", "ops", ops, at::kByte);
+  check_floating("dsa", "params", params);
+  TORCH_CHECK_VALUE(ops.dim() == 2 && (ops.sym_size(0) == 1 || ops.sym_size(0) == x.sym_size(0)),
+                    "dsa: ops must have shape (", x.sym_size(0), " or 1, length), got ", ops.sym_sizes());
+  check_sizes("dsa", "params", params, {ops.sym_size(0), ops.sym_size(1), 4});
 }
 
 // ops and params must be contiguous, and outlive the call.

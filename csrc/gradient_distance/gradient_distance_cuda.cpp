@@ -15,21 +15,19 @@ std::tuple<at::Tensor, at::Tensor> gradient_distance_on_cuda(at::TensorList syn,
   const c10::cuda::CUDAGuard guard(syn[0].device());
   void* stream = c10::cuda::getCurrentCUDAStream().stream();
   const GradientTensors tensors(syn, real, metric, false, false);
-  at::Tensor value = at::empty({}, syn[0].options());
-  at::Tensor sums;
+  auto results = gradient_distance_results(syn, metric);
   AT_DISPATCH_FLOATING_TYPES(syn[0].scalar_type(), "gradient_distance", [&] {
-    const auto pieces = tensors.pieces<scalar_t>();
-    sums = at::empty({count_rows(pieces) + 1, 3}, syn[0].options().dtype(at::kDouble));
-    gradient_distance_cuda(pieces, static_cast<int>(metric), sums.mutable_data_ptr<double>(),
-                           value.mutable_data_ptr<scalar_t>(), stream);
+    gradient_distance_cuda(tensors.pieces<scalar_t>(), static_cast<int>(metric),
+                           std::get<1>(results).mutable_data_ptr<double>(),
+                           std::get<0>(results).mutable_data_ptr<scalar_t>(), stream);
   });
-  return {value, sums};
+  return results;
 }
 
 std::vector<at::Tensor> gradient_distance_backward_on_cuda(const at::Tensor& grad, const at::Tensor& sums,
                                                            at::TensorList syn, at::TensorList real, int64_t metric,
                                                            bool syn_wanted, bool real_wanted) {
-  gradient_distance_check(syn, real, metric);
+  gradient_distance_backward_check(grad, sums, syn, real, metric);
   const c10::cuda::CUDAGuard guard(syn[0].device());
   void* stream = c10::cuda::getCurrentCUDAStream().stream();
   const GradientTensors tensors(syn, real, metric, syn_wanted, real_wanted);
@@ -38,7 +36,8 @@ std::vector<at::Tensor> gradient_distance_backward_on_cuda(const at::Tensor& gra
   }
   AT_DISPATCH_FLOATING_TYPES(syn[0].scalar_type(), "gradient_distance_backward", [&] {
     gradient_distance_gradient_cuda(tensors.pieces<scalar_t>(), static_cast<int>(metric),
-                                    grad.const_data_ptr<scalar_t>(), sums.const_data_ptr<double>(), stream);
+                                    grad.const_data_ptr<scalar_t>(), sums.contiguous().const_data_ptr<double>(),
+                                    stream);
   });
   return tensors.gradients;
 }

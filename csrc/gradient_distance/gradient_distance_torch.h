@@ -4,10 +4,12 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <initializer_list>
+#include <tuple>
 #include <vector>
 
+#include "checks_torch.h"
 #include "gradient_distance/gradient_distance.h"
-#include "pieces_torch.h"
 
 namespace selmatch {
 
@@ -15,6 +17,48 @@ inline void gradient_distance_check(at::TensorList syn, at::TensorList real, int
   TORCH_CHECK_VALUE(metric >= 0 && metric < kGradientMetrics, "gradient_distance: metric must be 0, 1 or 2, got ",
                     metric);
   check_lists("gradient_distance", {{"syn", syn}, {"real", real}});
+}
+
+// Whether a tensor is part of the distance.
+inline bool gradient_counts(const at::Tensor& tensor, int64_t metric) {
+  return metric != kLayerwise || tensor.dim() > 1;
+}
+
+inline c10::SymInt gradient_rows(at::TensorList syn, int64_t metric) {
+  c10::SymInt rows = 0;
+  for (const at::Tensor& tensor : syn) {
+    if (metric != kLayerwise) {
+      rows += (tensor.sym_numel() + (kGradientChunk - 1)) / kGradientChunk;
+    } else if (tensor.dim() > 1) {
+      rows += tensor.sym_size(0);
+    }
+  }
+  return rows;
+}
+
+inline void gradient_distance_backward_check(const at::Tensor& grad, const at::Tensor& sums, at::TensorList syn,
+                                             at::TensorList real, int64_t metric) {
+  gradient_distance_check(syn, real, metric);
+  check_backward("gradient_distance_backward", grad, sums, {gradient_rows(syn, metric) + 1, 3}, syn[0]);
+}
+
+// The value, and three sums of each row, then of all.
+inline std::tuple<at::Tensor, at::Tensor> gradient_distance_results(at::TensorList syn, int64_t metric) {
+  const at::TensorOptions options = syn[0].options();
+  return {at::empty({}, options), at::empty_symint({gradient_rows(syn, metric) + 1, 3}, options.dtype(at::kDouble))};
+}
+
+// Memory for the gradients that are wanted; zeros for tensors that count nothing.
+inline std::vector<at::Tensor> gradient_distance_gradients(at::TensorList syn, int64_t metric,
+                                                           std::initializer_list<bool> wanted) {
+  std::vector<at::Tensor> gradients;
+  for (const bool w : wanted) {
+    for (size_t i = 0; w && i < syn.size(); ++i) {
+      gradients.push_back(gradient_counts(syn[i], metric) ? at::empty_like(syn[i], at::MemoryFormat::Contiguous)
+                                                          : at::zeros_like(syn[i], at::MemoryFormat::Contiguous));
+    }
+  }
+  return gradients;
 }
 
 // Both lists as contiguous memory, so that a layer's rows are, and the gradients that are wanted.
@@ -32,12 +76,7 @@ struct GradientTensors {
         inputs.push_back(tensor.contiguous());
       }
     }
-    for (int list = 0; list < 2; ++list) {
-      for (size_t i = 0; wanted[list] && i < syn.size(); ++i) {
-        gradients.push_back(counts(syn[i]) ? at::empty_like(syn[i], at::MemoryFormat::Contiguous)
-                                           : at::zeros_like(syn[i], at::MemoryFormat::Contiguous));
-      }
-    }
+    gradients = gradient_distance_gradients(syn, metric, {syn_wanted, real_wanted});
   }
 
   // Without the tensors that count nothing.
@@ -46,7 +85,7 @@ struct GradientTensors {
     const size_t count = inputs.size() / 2;
     std::vector<GradientPiece<T>> result;
     for (size_t i = 0; i < count; ++i) {
-      if (!counts(inputs[i])) {
+      if (!gradient_counts(inputs[i], metric)) {
         continue;
       }
       GradientPiece<T> piece = {};
@@ -70,9 +109,6 @@ struct GradientTensors {
     }
     return result;
   }
-
- private:
-  bool counts(const at::Tensor& tensor) const { return metric != kLayerwise || tensor.dim() > 1; }
 };
 
 }  // namespace selmatch

@@ -11,6 +11,7 @@ from selmatch_ext.models import flat
 from selmatch_ext.models.statistics import batchnorms, freeze_statistics
 from selmatch_ext.ops.dsa import augment
 from selmatch_ext.ops.gradient_distance import gradient_distance
+from selmatch_ext.second_order import check_differentiable_again
 from selmatch_ext.settings import DCSettings, DSASettings, Training
 from selmatch_ext.training import batch_augmenter, train
 
@@ -89,7 +90,11 @@ class DC(Method):
 
     def _gradient(self, x: Tensor, labels: Tensor, create_graph: bool) -> list[Tensor]:
         loss = F.cross_entropy(self.model(x), labels)
-        return list(torch.autograd.grad(loss, list(self.model.parameters()), create_graph=create_graph))
+        parameters = list(self.model.parameters())
+        gradients = torch.autograd.grad(loss, parameters, create_graph=create_graph, materialize_grads=True)
+        if create_graph:
+            check_differentiable_again(gradients)
+        return list(gradients)
 
     def advice(self) -> str:
         s = self.settings

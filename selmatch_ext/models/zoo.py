@@ -209,7 +209,8 @@ def names():
 
 
 def build(name, channels, classes, image_size, generator=None):
-    """A freshly initialised network, on the CPU, in train mode: (B, channels, H, W) images -> (B, classes) logits.
+    """A freshly initialized network in train mode, on the CPU and in float32: (B, channels, H, W) images -> (B, classes)
+    logits.
 
     Args:
         name: one of `names()`; "ConvNet" with any combination of D<depth>, W<width>, a norm (BN, IN, GN, LN, NN), an
@@ -233,10 +234,10 @@ def build(name, channels, classes, image_size, generator=None):
     for argument, value in (("channels", channels), ("classes", classes)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{argument} must be an integer of at least 1, got {value!r}")
-    with _drawing_from(generator):
+    with _drawing_from(generator), _usual_defaults():
         try:
             return _construct(name, channels, classes, size)
-        except ValueError as error:
+        except (ValueError, AssertionError) as error:  # the second of torchvision and timm
             raise ValueError(f"network {name!r} for {size[0]}x{size[1]} images: {error}") from None
 
 
@@ -246,15 +247,26 @@ def _drawing_from(generator):
     if generator is None:
         yield
         return
-    seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device).item()
+    seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device, dtype=torch.int64).item()
     state = torch.get_rng_state()
     try:
         # Not torch.manual_seed, which would reseed every GPU's generator as well.
         torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+@contextlib.contextmanager
+def _usual_defaults():
+    """Within, parameters are made on the CPU in float32, whatever the defaults of torch are."""
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float32)
         with torch.device("cpu"):
             yield
     finally:
-        torch.set_rng_state(state)
+        torch.set_default_dtype(before)
 
 
 def _construct(name, channels, classes, size):

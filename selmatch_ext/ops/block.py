@@ -88,52 +88,6 @@ def block(z: Tensor, gamma: Tensor | None, beta: Tensor | None, kind: BlockKind)
     return torch.ops.selmatch_ext.block_forward(z, gamma, beta, *kind)[0]
 
 
-def _pooled(z: Tensor, kind: BlockKind, batch: int) -> Tensor:
-    by = 1 if kind.pool == NO_POOL else 2
-    size = (batch, z.shape[1], z.shape[2] // by, z.shape[3] // by)
-    return torch.empty(size, dtype=z.dtype, device=z.device, memory_format=torch.channels_last)
-
-
-def _wide(z: Tensor) -> torch.dtype:
-    return torch.float64 if z.dtype == torch.float64 else torch.float32
-
-
-def _stats(z: Tensor, kind: BlockKind, count: int) -> Tensor:
-    rows = z.shape[0] if kind.norm == SAMPLE_NORM else 1
-    return z.new_empty((rows, count, z.shape[1]), dtype=_wide(z))
-
-
-def _gradient(z: Tensor, gamma: Tensor | None, kind: BlockKind) -> Tensor:
-    if kind.norm == NO_NORM:
-        return z.new_empty((0,), dtype=_wide(z))
-    return z.new_empty((z.shape[1],) if gamma is None else gamma.shape, dtype=_wide(z))
-
-
-@torch.library.register_fake("selmatch_ext::block_forward")
-def _(z, gamma, beta, *kind):
-    kind = BlockKind(*kind)
-    return _pooled(z, kind, z.shape[0]), _stats(z, kind, 2)
-
-
-@torch.library.register_fake("selmatch_ext::block_backward")
-def _(g, z, stats, gamma, beta, *kind):
-    gz = torch.empty(z.shape, dtype=z.dtype, device=z.device, memory_format=torch.channels_last)
-    return gz, _gradient(z, gamma, BlockKind(*kind)), _gradient(z, gamma, BlockKind(*kind))
-
-
-@torch.library.register_fake("selmatch_ext::block_dual_forward")
-def _(z, zt, zt_more, gamma, beta, gamma_t, beta_t, *kind):
-    kind = BlockKind(*kind)
-    return _pooled(z, kind, 2 * z.shape[0]), _stats(z, kind, 4)
-
-
-@torch.library.register_fake("selmatch_ext::block_dual_backward")
-def _(g, gt, gt_more, z, zt, zt_more, stats, gamma, beta, gamma_t, beta_t, *kind):
-    size = (2 * z.shape[0], *z.shape[1:])
-    both = torch.empty(size, dtype=z.dtype, device=z.device, memory_format=torch.channels_last)
-    return both, _gradient(z, gamma, BlockKind(*kind)), _gradient(z, gamma, BlockKind(*kind))
-
-
 def _save(ctx, inputs, output):
     z, gamma, beta, *kind = inputs
     ctx.kind = BlockKind(*kind)

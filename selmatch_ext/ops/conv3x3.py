@@ -38,17 +38,6 @@ def conv3x3_weight_gradient(x: Tensor, g: Tensor) -> Tensor:
     return torch.ops.selmatch_ext.conv3x3_weight_gradient(x, g)
 
 
-@torch.library.register_fake("selmatch_ext::conv3x3")
-def _(x, weight, bias, transposed):
-    size = (x.shape[0], weight.shape[1 if transposed else 0], *x.shape[2:])
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-@torch.library.register_fake("selmatch_ext::conv3x3_weight_gradient")
-def _(x, g):
-    return x.new_empty((g.shape[1], x.shape[1], 3, 3))
-
-
 def _save(ctx, inputs, output):
     x, weight, _, ctx.transposed = inputs
     ctx.save_for_backward(x, weight)

@@ -36,21 +36,6 @@ def _tensors(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return list(tensors)
 
 
-@torch.library.register_fake("selmatch_ext::trajectory_distance")
-def _(student, start, target):
-    for name, tensors in (("start", start), ("target", target)):
-        for tensor in tensors:
-            if tensor.device != student[0].device:
-                raise ValueError(f"{name} has a tensor on {tensor.device}, student is on {student[0].device}")
-    return student[0].new_empty(()), student[0].new_empty((2,), dtype=torch.float64)
-
-
-@torch.library.register_fake("selmatch_ext::trajectory_distance_backward")
-def _(grad, sums, student, start, target, student_wanted, start_wanted, target_wanted):
-    lists = student_wanted + start_wanted + target_wanted
-    return [torch.empty_like(tensor) for tensor in list(student) * lists]
-
-
 def _thirds(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     count = len(tensors) // 3
     return list(tensors[:count]), list(tensors[count : 2 * count]), list(tensors[2 * count :])

@@ -340,8 +340,3 @@ def DiffAugment(
     columns = [_COLUMNS[name](draw, x.shape[2:], param) for name in names]
     table = _table(columns, x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
     return augment(x, table).contiguous()
-
-
-@torch.library.register_fake("selmatch_ext::dsa")
-def _(x, ops, params, mode):
-    return torch.empty_like(x)

@@ -40,24 +40,6 @@ def gradient_distance(
     return torch.ops.selmatch_ext.gradient_distance(list(syn), list(real), METRICS.index(metric))[0]
 
 
-@torch.library.register_fake("selmatch_ext::gradient_distance")
-def _(syn, real, metric):
-    for name, tensors in (("syn", syn), ("real", real)):
-        for tensor in tensors:
-            if tensor.device != syn[0].device:
-                raise ValueError(f"{name} has a tensor on {tensor.device}, syn[0] is on {syn[0].device}")
-    if METRICS[metric] == "layerwise":
-        rows = sum(t.shape[0] for t in syn if t.dim() > 1)
-    else:
-        rows = sum((t.numel() + GRADIENT_CHUNK - 1) // GRADIENT_CHUNK for t in syn)
-    return syn[0].new_empty(()), syn[0].new_empty((rows + 1, 3), dtype=torch.float64)
-
-
-@torch.library.register_fake("selmatch_ext::gradient_distance_backward")
-def _(grad, sums, syn, real, metric, syn_wanted, real_wanted):
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in list(syn) * (syn_wanted + real_wanted)]
-
-
 def _save_forward(ctx, inputs, output):
     syn, real, ctx.metric = inputs
     ctx.count = len(syn)

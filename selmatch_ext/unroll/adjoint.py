@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from selmatch_ext.ops.dsa import augment, augment_transposed
 from selmatch_ext.precision import precision_scope
@@ -67,27 +66,89 @@ class Stepper(Protocol):
         """What stays of `kept` after `derivative`, for a second backward pass: little memory, enough to recompute."""
 
 
+class _Tape:
+    """What the forward pass leaves for the backward pass beside its inputs."""
+
+    def __init__(self, needs: tuple[bool, ...]):
+        self.needs = needs  # whether start, images, labels and lr need a gradient
+        self.in_torch_func = torch._C._are_functorch_transforms_active()
+        self.thetas: list[Tensor] = []
+        self.kept: list[Any] = []
+        self.samples: list[_Tape] = []  # under vmap: one for each sample
+
+
 def unroll(stepper: Stepper, start: Tensor, images: Tensor, labels: Tensor, lr: Tensor, plan: Plan) -> Tensor:
     """(P,) parameters after the steps of `plan`; see `unrolled_sgd`. lr: (N,)."""
-    tensors = (start, images, labels, lr)
+    tensors = [start, images, labels, lr]
     if not torch.is_grad_enabled():  # a Function cannot tell, and would keep what nothing will use
         tensors = [t.detach() for t in tensors]
-    return _Unroll.apply(*tensors, stepper, plan)
+    return _Unroll.apply(*tensors, stepper, plan, _Tape(tuple(t.requires_grad for t in tensors)))
 
 
 class _Unroll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, start, images, labels, lr, stepper, plan):
-        ctx.stepper, ctx.plan = stepper, plan
-        ctx.save_for_backward(start, images, labels, lr)
+    def forward(start, images, labels, lr, stepper, plan, tape):
         with _arithmetic(plan.precision, start.device):
-            return _forward(ctx, start, images, labels, lr)
+            return _forward(tape, start, images, labels, lr, stepper, plan)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:4])
+        ctx.rest = inputs[4:]
+
+    @staticmethod
     def backward(ctx, adjoint):
-        with _arithmetic(ctx.plan.precision, adjoint.device):
-            return *_backward(ctx, adjoint.contiguous(), *ctx.saved_tensors), None, None
+        # torch.func builds the graph of a gradient always, and says so only when that is differentiated.
+        if torch.is_grad_enabled() and not ctx.rest[2].in_torch_func:
+            raise RuntimeError(_ONCE + "; call it without create_graph=True")
+        found = iter(_Gradient.apply(adjoint, *ctx.saved_tensors, *ctx.rest))
+        return *(next(found) if needed else None for needed in ctx.rest[2].needs), None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, start, images, labels, lr, stepper, plan, tape):
+        tape.samples = [_Tape(tape.needs) for _ in range(info.batch_size)]
+        rows = _samples(info, in_dims, (start, images, labels, lr))
+        results = [_Unroll.apply(*row, stepper, plan, t) for row, t in zip(rows, tape.samples, strict=True)]
+        return torch.stack(results), 0
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError("unrolled_sgd has no forward-mode derivative; use reverse mode (grad, vjp, jacrev)")
+
+
+_ONCE = "unrolled_sgd is differentiable once: its gradient cannot be differentiated again"
+
+
+class _Gradient(torch.autograd.Function):
+    """The backward pass: the gradients that are needed, as a tuple."""
+
+    @staticmethod
+    def forward(adjoint, start, images, labels, lr, stepper, plan, tape):
+        with _arithmetic(plan.precision, adjoint.device):
+            found = _backward(tape, adjoint.contiguous(), start, images, labels, lr, stepper, plan)
+        return tuple(t for t in found if t is not None)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(_ONCE)
+
+    @staticmethod
+    def vmap(info, in_dims, adjoint, start, images, labels, lr, stepper, plan, tape):
+        rows = _samples(info, in_dims, (adjoint, start, images, labels, lr))
+        same_forward = all(d is None for d in in_dims[1:5])  # as in jacrev, which takes many adjoints of one result
+        tapes = [tape] * info.batch_size if same_forward else tape.samples
+        found = [_Gradient.apply(*row, stepper, plan, t) for row, t in zip(rows, tapes, strict=True)]
+        return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * sum(tape.needs)
+
+
+def _samples(info, in_dims, tensors):
+    """The tensors of each sample of a vmap."""
+    for i in range(info.batch_size):
+        yield [t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=False)]
 
 
 @contextlib.contextmanager
@@ -101,56 +162,55 @@ def _arithmetic(precision, device):
         yield
 
 
-def _batch(ctx, i, images, labels):
+def _batch(plan, i, images, labels):
     """Step i's augmented images and its labels."""
-    batch = ctx.plan.batches[i]
+    batch = plan.batches[i]
     x, y = images.index_select(0, batch), labels.index_select(0, batch)
-    if ctx.plan.augmentations is not None:
-        x = augment(x, ctx.plan.augmentations[i])
+    if plan.augmentations is not None:
+        x = augment(x, plan.augmentations[i])
     return x, y if y.is_floating_point() else y.long()
 
 
-def _wanted(ctx, i):
-    start, images, labels, _ = ctx.needs_input_grad[:4]
-    return Wanted(ctx.plan.gradient == "exact" and (i > 0 or start), images, labels)
+def _wanted(tape, plan, i):
+    start, images, labels, _ = tape.needs
+    return Wanted(plan.gradient == "exact" and (i > 0 or start), images, labels)
 
 
-def _forward(ctx, start, images, labels, lr):
-    """theta_N; keeps in ctx what the backward pass needs: theta_i, and what the engine wants kept."""
-    needed = any(ctx.needs_input_grad)
-    ctx.thetas, ctx.kept = [], []
+def _forward(tape, start, images, labels, lr, stepper, plan):
+    """theta_N; puts on the tape what the backward pass needs: theta_i, and what the engine wants kept."""
+    needed = any(tape.needs)
     theta = start.detach()
-    for i in range(len(ctx.plan.batches)):
-        x, y = _batch(ctx, i, images.detach(), labels.detach())
-        keep = needed and ctx.plan.keep == "activations"
-        gradient, kept = ctx.stepper.gradient(theta, x, y, _wanted(ctx, i) if needed else None, keep)
+    for i in range(len(plan.batches)):
+        x, y = _batch(plan, i, images.detach(), labels.detach())
+        keep = needed and plan.keep == "activations"
+        gradient, kept = stepper.gradient(theta, x, y, _wanted(tape, plan, i) if needed else None, keep)
         if needed:
-            ctx.thetas.append(theta)
-            ctx.kept.append(kept)
+            tape.thetas.append(theta)
+            tape.kept.append(kept)
         theta = theta - lr[i] * gradient
     return theta
 
 
-def _backward(ctx, adjoint, start, images, labels, lr):
+def _backward(tape, adjoint, start, images, labels, lr, stepper, plan):
     """dL/d(start, images, labels, lr) from the adjoint dL/dtheta_N; None for what is not needed."""
-    needs_start, needs_images, needs_labels, needs_lr = ctx.needs_input_grad[:4]
+    needs_start, needs_images, needs_labels, needs_lr = tape.needs
     images_gradient = torch.zeros_like(images) if needs_images else None
     labels_gradient = torch.zeros_like(labels) if needs_labels else None
     lr_gradient = torch.zeros_like(lr) if needs_lr else None
-    for i in reversed(range(len(ctx.thetas))):
-        x, y = _batch(ctx, i, images, labels)
-        wanted = _wanted(ctx, i)
-        step = ctx.stepper.derivative(ctx.thetas[i], x, y, ctx.kept[i], adjoint, wanted)
-        ctx.kept[i] = ctx.stepper.freed(ctx.kept[i])
+    for i in reversed(range(len(tape.thetas))):
+        x, y = _batch(plan, i, images, labels)
+        wanted = _wanted(tape, plan, i)
+        step = stepper.derivative(tape.thetas[i], x, y, tape.kept[i], adjoint, wanted)
+        tape.kept[i] = stepper.freed(tape.kept[i])
         if needs_lr:
             lr_gradient[i] = -step.product
         if needs_images:
             u = step.images
-            if ctx.plan.augmentations is not None:
-                u = augment_transposed(u, ctx.plan.augmentations[i])
-            _add_rows(images_gradient, ctx.plan.batches[i], -lr[i], u)
+            if plan.augmentations is not None:
+                u = augment_transposed(u, plan.augmentations[i])
+            _add_rows(images_gradient, plan.batches[i], -lr[i], u)
         if needs_labels:
-            _add_rows(labels_gradient, ctx.plan.batches[i], -lr[i], step.labels)
+            _add_rows(labels_gradient, plan.batches[i], -lr[i], step.labels)
         if wanted.parameters:
             adjoint = adjoint - lr[i] * step.parameters
     return adjoint if needs_start else None, images_gradient, labels_gradient, lr_gradient
@@ -164,10 +224,17 @@ def _add_rows(total, rows, factor, values):
         total.index_put_((rows,), factor * values, accumulate=True)
 
 
+def _described(output: Any) -> str:
+    """What a network returned in place of logits."""
+    parts = getattr(output, "_fields", None) or (list(output) if isinstance(output, dict) else None)
+    inside = f" of {', '.join(map(str, parts))}" if parts else ""
+    return f"{type(output).__name__}{inside}; let it return the logits alone, without auxiliary heads"
+
+
 def check_logits(logits: Any, x: Tensor, y: Tensor, label_range: tuple | None) -> None:
     """ValueError where the model's result does not fit the images and labels."""
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[0] != x.shape[0]:
-        what = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        what = tuple(logits.shape) if isinstance(logits, torch.Tensor) else _described(logits)
         raise ValueError(
             f"model must turn ({x.shape[0]}, C, H, W) images into ({x.shape[0]}, K) logits, it gave {what}"
         )

@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from selmatch_ext._C import build_info
 from selmatch_ext.models.flat import parameter_count
+from selmatch_ext.models.unwrap import unwrapped
 from selmatch_ext.unroll.adjoint import Plan, Stepper, unroll
 from selmatch_ext.unroll.autograd import AutogradStepper
 from selmatch_ext.unroll.comparing import steps_of
@@ -53,12 +56,13 @@ def unrolled_sgd(
     effect: `precision` alone decides.
 
     Args:
-        model: nn.Module, images (B, C, H, W) -> logits (B, K).
+        model: nn.Module, images (B, C, H, W) -> logits (B, K). Of DataParallel, DistributedDataParallel, AveragedModel
+            and torch.compile the module inside counts.
         start: (P,) float32 or float64, P = number of parameters, in `model.parameters()` order.
         images: (n, C, H, W), dtype and device of start.
         labels: (n,) integers in [0, K), or (n, K) probabilities of the dtype of start.
         batches: N index tensors, each (B_i,) integers in [0, n), not empty; an image may occur any number of times.
-        lr: learning rate, 0-d or (N,) floating tensor, or a number.
+        lr: learning rate, 0-d or (N,) floating tensor, or a number (64 bits of it count where start is float64).
         augmentations: None, or N results of `sample_augmentation`, one a step.
         engine: "fused" (networks of known operations, on the CPU and CUDA; float32, float64 and bfloat16), "autograd"
             (any module), or "auto": fused where it can run the model, else autograd. `explain_engine` says which.
@@ -79,9 +83,11 @@ def unrolled_sgd(
         TypeError, ValueError: an argument of the wrong type, dtype, device, shape, length or range; it is named.
         NotImplementedError: engine="fused" for a network that it cannot run, or, in the backward pass, a network with
             an operation that torch cannot differentiate twice; the message names the operation.
-        RuntimeError: in the backward pass, where a repeated step of `model` computes something else than it did.
+        RuntimeError: in the backward pass, with create_graph=True, or where a repeated step of `model` computes
+            something else than it did.
     """
     _check_choices(engine, keep, gradient, precision)
+    model = unwrapped(model)
     _check_tensors(model, start, images)
     label_range = _check_labels(labels, start, images)
     batches = _check_batches(batches, images)
@@ -117,7 +123,8 @@ def explain_engine(model, images):
     read of it: the fused engine runs a network only after its outputs and gradients on a small batch were compared with
     the module's own. That happens once for a network. Raises TypeError or ValueError as `unrolled_sgd` does.
     """
-    _check_types(model, images=images)
+    model = unwrapped(model)
+    _check_types(images=images)
     start = images.new_empty((parameter_count(model),))
     _check_tensors(model, start, images)
     return _read(model, images)[1]
@@ -130,7 +137,10 @@ def _read(model, images):
     if images.device.type not in ("cpu", "cuda"):
         return None, Engine("autograd", f"the fused engine has no kernels for {images.device.type} tensors")
     try:
-        steps = steps_of(model, images, training=False)
+        with temporarily_clear_interpreter_stack():
+            if torch._C._functorch.is_functorch_wrapped_tensor(images):  # whose values are not to be seen
+                images = torch.zeros(images.shape, dtype=images.dtype, device=images.device)
+            steps = steps_of(model, images, training=False)
     except Unsupported as problem:
         return None, Engine("autograd", str(problem))
     return steps, Engine(
@@ -144,7 +154,7 @@ def _choose(model, start, images, plan, engine) -> tuple[Stepper, Engine]:
         steps, choice = _read(model, images)
     if engine == "fused" and steps is None:
         raise NotImplementedError(f'engine="fused" cannot run this network: {choice.reason}; use engine="auto"')
-    private = PrivateModel(model, start)
+    private = PrivateModel(model, torch.empty((), dtype=start.dtype, device=start.device))
     private.module.train()
     return AutogradStepper(private, plan) if steps is None else FusedStepper(private, steps, plan), choice
 
@@ -170,9 +180,7 @@ def _check_choices(engine, keep, gradient, precision):
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def _check_types(model, **tensors):
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+def _check_types(**tensors):
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -181,7 +189,7 @@ def _check_types(model, **tensors):
 
 
 def _check_tensors(model, start, images):
-    _check_types(model, start=start, images=images)
+    _check_types(start=start, images=images)
     count = parameter_count(model)
     if start.dim() != 1 or start.numel() != count:
         raise ValueError(
@@ -212,12 +220,12 @@ def _check_labels(labels, start, images):
         if labels.dim() != 2:
             raise ValueError(f"float labels are probabilities of shape (n, K), got shape {tuple(labels.shape)}")
         return None
-    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"labels must be integers or probabilities, got {labels.dtype}")
     if labels.dim() != 1:
         raise ValueError(f"integer labels must have shape (n,), got {tuple(labels.shape)}")
-    if labels.numel() == 0:
-        return None
+    if labels.numel() == 0 or torch._C._functorch.is_batchedtensor(labels):
+        return None  # within vmap nothing looks at values
     smallest, largest = torch.stack(labels.aminmax()).tolist()
     if smallest < 0:
         raise ValueError(f"labels must not be negative, the smallest is {smallest}")
@@ -246,8 +254,8 @@ def _check_batches(batches, images):
 
 def _learning_rates(lr, count, start):
     """lr as a (count,) tensor like start, differentiable in what was given."""
-    if isinstance(lr, (int, float)):
-        lr = torch.tensor(float(lr))
+    if isinstance(lr, (int, float, np.number, np.ndarray)):
+        lr = torch.as_tensor(lr, dtype=torch.float64, device=start.device)
     if not isinstance(lr, torch.Tensor) or not lr.is_floating_point():
         what = lr.dtype if isinstance(lr, torch.Tensor) else type(lr).__name__
         raise TypeError(f"lr must be a floating tensor or a number, got {what}")

@@ -1,0 +1,461 @@
+"""Calls every registered operator with arguments that are right, or odd in one to three places.
+
+    python odd_arguments.py [--seed 0] [--calls 4000 | --seconds 600]
+
+Each call must end in an error of one of the documented kinds, or in what plain PyTorch gives in float64; and the
+implementation for fake tensors must refuse the same calls and promise the same shapes, strides and dtypes. Prints one
+JSON object, with the calls that went wrong under "defects". A crash ends the process: run it in one of its own."""
+
+import argparse
+import collections
+import json
+import random
+import resource
+import time
+import traceback
+from types import SimpleNamespace
+
+import reference
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import jvp
+from torch.nn import functional as F
+
+import selmatch_ext  # noqa: F401  (registers the operators)
+from selmatch_ext.ops.block import BlockKind
+from selmatch_ext.ops.gradient_distance import METRICS
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 3e-2, torch.bfloat16: 8e-2}
+REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError)  # RuntimeError: torch's own, of the dispatcher
+HUGE = (2**31, 2**32 + 1, 2**32 + 32, 2**33)
+NUMBERS = (-1, 0, 1, 2, 3, 7, 2**31, 2**32, 2**32 + 1, 2**63 - 1, -(2**63), 2**64, 1.5, None)
+FLOATS = (float("nan"), float("inf"), -1.0, 0.0, 1e3, None)
+OPS = torch.ops.selmatch_ext
+
+
+class Draw:
+    def __init__(self, seed):
+        self.random = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def dtype(self, *more):
+        return self.random.choice((torch.float32, torch.float64, *more))
+
+    def size(self, *choices):
+        return self.random.choice(choices or (0, 1, 1, 2, 3, 4, 5, 8))
+
+    def tensor(self, shape, dtype):
+        return self.laid_out(torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype))
+
+    def laid_out(self, t):
+        """The same values in other memory."""
+        kind = self.random.randrange(5)
+        if kind == 1 and t.dim() == 4:
+            return t.contiguous(memory_format=torch.channels_last)
+        if kind == 2 and t.dim() > 1:
+            return t.transpose(0, -1).contiguous().transpose(0, -1)
+        if kind == 3 and t.dim() > 0:
+            wide = t.new_empty((*t.shape[:-1], 2 * t.shape[-1] + 1))
+            wide[..., 1::2] = t
+            return wide[..., 1::2]
+        if kind == 4 and t.dim() > 0:
+            return torch.cat([t[:1], t])[1:] if len(t) else t
+        return t
+
+
+# --- right arguments --------------------------------------------------------------------------------------------------
+
+
+def dsa(draw):
+    batch, length = draw.size(), draw.size(0, 1, 2, 3)
+    x = draw.tensor((batch, draw.size(1, 3), draw.size(), draw.size()), draw.dtype(torch.float16, torch.bfloat16))
+    rows = draw.random.choice((1, batch))
+    ops = torch.tensor([[draw.random.randrange(6) for _ in range(length)] for _ in range(rows)], dtype=torch.uint8)
+    params = draw.tensor((rows, length, 4), draw.dtype())
+    odd = draw.random.random()
+    if odd < 0.1:
+        params = params * draw.random.choice((100.0, 1e30, float("inf"), float("nan")))
+    return [x, draw.laid_out(ops.view(rows, length)), params, draw.random.randrange(3)]
+
+
+def lists(draw, count):
+    dtype = draw.dtype()
+    shapes = [[draw.size() for _ in range(draw.size(0, 1, 2, 3))] for _ in range(draw.size(1, 2, 3))]
+    return [[draw.tensor(shape, dtype) for shape in shapes] for _ in range(count)]
+
+
+def trajectory_distance(draw):
+    return lists(draw, 3)
+
+
+def trajectory_distance_backward(draw):
+    tensors = lists(draw, 3)
+    sums = draw.tensor((2,), torch.float64).square() + 0.1
+    wanted = [draw.random.random() < 0.6 for _ in range(3)]
+    return [draw.tensor((), tensors[0][0].dtype), draw.laid_out(sums), *tensors, *wanted]
+
+
+def gradient_distance(draw):
+    return [*lists(draw, 2), draw.random.randrange(3)]
+
+
+def gradient_distance_backward(draw):
+    syn, real, metric = gradient_distance(draw)
+    sums = draw.laid_out(OPS.gradient_distance(syn, real, metric)[1])
+    wanted = [draw.random.random() < 0.6 for _ in range(2)]
+    return [draw.tensor((), syn[0].dtype), sums, syn, real, metric, *wanted]
+
+
+def conv3x3(draw):
+    dtype, transposed = draw.dtype(), draw.random.random() < 0.5
+    channels, outputs = draw.size(32, 64), draw.size(32, 64, *((1, 3) if transposed else ()))
+    shape = (channels, outputs, 3, 3) if transposed else (outputs, channels, 3, 3)
+    bias = draw.tensor((outputs,), dtype) if draw.random.random() < 0.5 else None
+    x = draw.tensor((draw.size(0, 1, 2), channels, draw.size(), draw.size()), dtype)
+    return [x, draw.tensor(shape, dtype), bias, transposed]
+
+
+def conv3x3_weight_gradient(draw):
+    dtype, batch, sides = draw.dtype(), draw.size(0, 1, 2), (draw.size(), draw.size())
+    return [draw.tensor((batch, channels, *sides), dtype) for channels in (draw.size(32, 64), draw.size(32, 64))]
+
+
+def blocks(draw):
+    """Tensors of all four passes, by name."""
+    dtype = draw.dtype(torch.bfloat16)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    channels, groups = draw.random.choice(((1, 1), (4, 1), (4, 2), (4, 4), (9, 3), (33, 1)))
+    shape = (draw.size(1, 2, 3), channels, draw.size(2, 3, 4, 5), draw.size(2, 3, 4, 5))
+    norm = draw.random.randrange(3)
+    kind = BlockKind(
+        norm, groups, 1e-3, draw.random.randrange(3), draw.random.choice((0.0, 0.1, 1.0)), draw.random.randrange(3)
+    )
+    size = shape[1:] if norm == 1 and groups == 1 and draw.random.random() < 0.5 else (channels,)
+    affine = [draw.tensor(size, wide) if norm else None for _ in range(4)]
+    pooled = (*shape[:2], *(side // (2 if kind.pool else 1) for side in shape[2:]))
+    t = {name: draw.tensor(shape, dtype) for name in ("z", "zt", "zt_more")}
+    t |= {name: draw.tensor(pooled, dtype) for name in ("g", "gt", "gt_more")}
+    t |= dict(zip(("gamma", "beta", "gamma_t", "beta_t"), affine, strict=True))
+    for name in ("zt_more", "gt_more"):
+        t[name] = t[name] if draw.random.random() < 0.5 else None
+    return t, list(kind)
+
+
+def block_forward(draw):
+    t, kind = blocks(draw)
+    return [t["z"], t["gamma"], t["beta"], *kind]
+
+
+def block_backward(draw):
+    t, kind = blocks(draw)
+    stats = OPS.block_forward(t["z"], t["gamma"], t["beta"], *kind)[1]
+    return [t["g"], t["z"], draw.laid_out(stats), t["gamma"], t["beta"], *kind]
+
+
+def block_dual_forward(draw):
+    t, kind = blocks(draw)
+    return [*(t[name] for name in ("z", "zt", "zt_more", "gamma", "beta", "gamma_t", "beta_t")), *kind]
+
+
+def block_dual_backward(draw):
+    t, kind = blocks(draw)
+    inside, affine = [t["z"], t["zt"], t["zt_more"]], [t[name] for name in ("gamma", "beta", "gamma_t", "beta_t")]
+    stats = OPS.block_dual_forward(*inside, *affine, *kind)[1]
+    return [t["g"], t["gt"], t["gt_more"], *inside, draw.laid_out(stats), *affine, *kind]
+
+
+OPERATORS = (dsa, trajectory_distance, trajectory_distance_backward, gradient_distance, gradient_distance_backward)
+OPERATORS += (conv3x3, conv3x3_weight_gradient, block_forward, block_backward, block_dual_forward, block_dual_backward)
+
+
+# --- odd ones ---------------------------------------------------------------------------------------------------------
+
+
+def spoiled(draw, value):
+    if isinstance(value, torch.Tensor):
+        return draw.random.choice(TENSORS)(draw, value)
+    if isinstance(value, list):
+        index = draw.random.randrange(len(value)) if value else 0
+        kind = draw.random.randrange(5)
+        if kind < 2 and value:
+            return [*value[:index], spoiled(draw, value[index]), *value[index + 1 :]]
+        return (value[:-1], [*value, *value[:1]], [])[kind - 2] if kind >= 2 else value
+    if isinstance(value, float):
+        return draw.random.choice(FLOATS)
+    if value is None:
+        return draw.tensor((draw.size(), draw.size(1, 4)), torch.float32)
+    return draw.random.choice(NUMBERS)
+
+
+def huge(draw, t):
+    if t.dim() == 0:
+        return t.expand(draw.random.choice(HUGE))
+    at = draw.random.randrange(t.dim())
+    shape = [*t.shape[:at], draw.random.choice(HUGE), *t.shape[at + 1 :]]
+    return torch.zeros((1,) * t.dim(), dtype=t.dtype).expand(shape)
+
+
+def shorter(draw, t):
+    return t.narrow(-1, 0, t.shape[-1] - 1) if t.dim() and t.shape[-1] else t[..., None]
+
+
+TENSORS = (
+    lambda draw, t: draw.laid_out(t),
+    lambda draw, t: draw.laid_out(t),
+    lambda draw, t: t.requires_grad_() if t.is_floating_point() and t.is_leaf else t,
+    lambda draw, t: t.to("meta"),
+    lambda draw, t: t.to_sparse(),
+    lambda draw, t: t.to(draw.random.choice((torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.complex64))),
+    lambda draw, t: t.to(torch.float64 if t.dtype == torch.float32 else torch.float32),
+    lambda draw, t: t[..., None],
+    lambda draw, t: t.flatten(),
+    lambda draw, t: t.new_empty(0),
+    lambda draw, t: t[0] if t.dim() and len(t) else t,
+    lambda draw, t: torch.cat([t, t]) if t.dim() else t.expand(2),
+    lambda draw, t: t[..., :1].expand(t.shape) if t.dim() and t.shape[-1] else t,
+    lambda draw, t: torch._neg_view(t) if t.is_floating_point() else t,
+    lambda draw, t: None,
+    lambda draw, t: 1.0,
+    huge,
+    huge,
+    shorter,
+)
+
+
+# --- what plain PyTorch gives, in float64 -----------------------------------------------------------------------------
+
+
+def double(value):
+    if isinstance(value, list):
+        return [double(v) for v in value]
+    return (
+        value.detach().double().clone(memory_format=torch.contiguous_format)
+        if isinstance(value, torch.Tensor)
+        else value
+    )
+
+
+def expected(name, args):
+    """The results, None for those that are not compared."""
+    return globals()[f"expected_{name}"](*double(args))
+
+
+def expected_dsa(x, ops, params, mode):
+    if not (params.abs() < 1e6).all():  # then the image is what it is, in memory of its own
+        return [None]
+    table = SimpleNamespace(ops=ops.to(torch.uint8), params=params)
+    if x.numel() == 0:
+        return [x]
+
+    def linear(x):
+        return reference.augment(x, table) - reference.augment(torch.zeros_like(x), table)
+
+    if mode == 0:
+        return [reference.augment(x, table)]
+    return [linear(x) if mode == 1 else torch.func.vjp(linear, torch.zeros_like(x))[1](x)[0]]
+
+
+def expected_trajectory_distance(student, start, target):
+    squares = [sum(((a - b) ** 2).sum() for a, b in zip(x, target, strict=True)) for x in (student, start)]
+    return [squares[0] / squares[1], torch.stack(squares)]
+
+
+def expected_trajectory_distance_backward(grad, sums, student, start, target, *wanted):
+    of_student = [2 * grad / sums[1] * (a - b) for a, b in zip(student, target, strict=True)]
+    of_start = [-2 * grad * sums[0] / sums[1] ** 2 * (a - b) for a, b in zip(start, target, strict=True)]
+    of_target = [-a - b for a, b in zip(of_student, of_start, strict=True)]
+    return [t for w, ts in zip(wanted, (of_student, of_start, of_target), strict=True) if w for t in ts]
+
+
+def expected_gradient_distance(syn, real, metric):
+    return [torch.as_tensor(reference.gradient_distance(syn, real, METRICS[metric])), None]
+
+
+def expected_gradient_distance_backward(grad, sums, syn, real, metric, *wanted):
+    leaves = [[t.clone().requires_grad_() for t in ts] for ts in (syn, real)]
+    value = reference.gradient_distance(*leaves, METRICS[metric])
+    if not (isinstance(value, torch.Tensor) and value.requires_grad):
+        return [torch.zeros_like(t) for w, ts in zip(wanted, leaves, strict=True) if w for t in ts]
+    found = torch.autograd.grad(value, [*leaves[0], *leaves[1]], grad, materialize_grads=True)
+    if not same_as(sums, OPS.gradient_distance(syn, real, metric)[1]):
+        return [None] * (sum(wanted) * len(syn))
+    halves = found[: len(syn)], found[len(syn) :]
+    return [t for w, ts in zip(wanted, halves, strict=True) if w for t in ts]
+
+
+def expected_conv3x3(x, weight, bias, transposed):
+    if 0 in x.shape[2:]:
+        return [x.new_empty((x.shape[0], weight.shape[1 if transposed else 0], *x.shape[2:]))]
+    return [(F.conv_transpose2d if transposed else F.conv2d)(x, weight, bias, padding=1)]
+
+
+def expected_conv3x3_weight_gradient(x, g):
+    shape = (g.shape[1], x.shape[1], 3, 3)
+    return [torch.nn.grad.conv2d_weight(x, shape, g, padding=1) if x.numel() else x.new_zeros(shape)]
+
+
+def affine_of(z, norm, *parameters):
+    fallback = (z.new_ones(z.shape[1]), z.new_zeros(z.shape[1]), z.new_zeros(z.shape[1]), z.new_zeros(z.shape[1]))
+    if parameters[0] is not None and parameters[0].dim() == 3:
+        fallback = [f.view(-1, 1, 1).expand(z.shape[1:]).clone() for f in fallback]
+    return [f if p is None else p for p, f in zip(parameters, fallback, strict=False)]
+
+
+def expected_block_forward(z, gamma, beta, *kind):
+    return [reference.block(z, *affine_of(z, kind[0], gamma, beta), BlockKind(*kind)), None]
+
+
+def same_as(given, made):
+    """Whether a backward pass was given what the forward pass makes: else there is nothing to compare with."""
+    return given.shape == made.shape and torch.allclose(given, made.double(), 2e-2, 1e-3)
+
+
+def expected_block_backward(g, z, stats, gamma, beta, *kind):
+    if not same_as(stats, OPS.block_forward(z, gamma, beta, *kind)[1]):
+        return [None] * 3
+    found = reference.block_gradients(z, *affine_of(z, kind[0], gamma, beta), g, BlockKind(*kind))
+    return [found[0], *(found[1:] if kind[0] else (None, None))]
+
+
+def expected_block_dual_forward(z, zt, zt_more, gamma, beta, gamma_t, beta_t, *kind):
+    gamma, beta, gamma_t, beta_t = affine_of(z, kind[0], gamma, beta, gamma_t, beta_t)
+    tangents = (zt if zt_more is None else zt + zt_more, gamma_t, beta_t)
+    return [torch.cat(jvp(lambda *i: reference.block(*i, BlockKind(*kind)), (z, gamma, beta), tangents)), None]
+
+
+def expected_block_dual_backward(g, gt, gt_more, z, zt, zt_more, stats, gamma, beta, gamma_t, beta_t, *kind):
+    if not same_as(stats, OPS.block_dual_forward(z, zt, zt_more, gamma, beta, gamma_t, beta_t, *kind)[1]):
+        return [None] * 3
+    gamma, beta, gamma_t, beta_t = affine_of(z, kind[0], gamma, beta, gamma_t, beta_t)
+    tangents = (zt if zt_more is None else zt + zt_more, gamma_t, beta_t, gt if gt_more is None else gt + gt_more)
+    found, moved = jvp(lambda *i: reference.block_gradients(*i, BlockKind(*kind)), (z, gamma, beta, g), tangents)
+    return [torch.cat([moved[0], found[0]]), *(moved[1:] if kind[0] else (None, None))]
+
+
+# --- one call ---------------------------------------------------------------------------------------------------------
+
+
+def results_of(name, args):
+    found = getattr(OPS, name)(*args)
+    return list(found) if isinstance(found, (tuple, list)) else [found]
+
+
+def attempt(function, *args):
+    """(results, None) or (None, error)."""
+    try:
+        return function(*args), None
+    except (*REFUSALS, MemoryError, OverflowError) as error:
+        return None, error
+
+
+def fake(args):
+    mode = FakeTensorMode()
+
+    def convert(value):
+        if isinstance(value, list):
+            return [convert(v) for v in value]
+        return mode.from_tensor(value.detach()) if isinstance(value, torch.Tensor) else value
+
+    return [convert(a) for a in args], mode
+
+
+def strides(t):
+    """Those that count."""
+    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1 and t.numel()]
+
+
+def compare_fake(name, args, found):
+    """What is wrong with the implementation for fake tensors of a call that gave `found`, or None."""
+    converted, mode = fake(args)
+    with mode:
+        promised = results_of(name, converted)
+    for a, b in zip(found, promised, strict=True):
+        if (a.shape, a.dtype, a.device, strides(a)) != (b.shape, b.dtype, b.device, strides(b)):
+            return f"gives {a.shape} {a.dtype} {a.stride()}, promises {b.shape} {b.dtype} {b.stride()}"
+    return None
+
+
+def dtypes(value):
+    if isinstance(value, list):
+        return {dtype for v in value for dtype in dtypes(v)}
+    return {value.dtype} if isinstance(value, torch.Tensor) and value.is_floating_point() else set()
+
+
+def compare_values(found, wanted, near):
+    for k, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        if b is None or a.numel() == 0:
+            continue
+        if a.shape != b.shape:
+            return f"result {k} has shape {tuple(a.shape)}, should have {tuple(b.shape)}"
+        a, b = a.detach().double(), b.double()
+        size = b[b.isfinite()].abs().max() if b.isfinite().any() else 1.0
+        size = max(float(size), 1e-3)  # what is nearly nothing is left of larger numbers
+        if not torch.allclose(a, b, rtol=near, atol=near * size, equal_nan=True):
+            return f"result {k} is off by {(a - b).abs().max():.3g} of {size:.3g}"
+    return None
+
+
+def one_call(draw, operator):
+    """(what came of it: "right", "refused" or "defect", what is wrong)."""
+    name, args = operator.__name__, operator(draw)
+    changes = draw.random.choice((0, 1, 1, 1, 2, 3))
+    for _ in range(changes):
+        index = draw.random.randrange(len(args))
+        try:
+            args[index] = spoiled(draw, args[index])
+        except (RuntimeError, NotImplementedError):  # of what an earlier change made of it
+            continue
+    found, error = attempt(results_of, name, args)
+    if error is not None:
+        message = str(error)
+        if changes == 0:
+            return "defect", f"refuses right arguments: {message}"
+        if not message.strip() or "INTERNAL ASSERT" in message:
+            return "defect", f"unreadable error {type(error).__name__}: {message[:200]}"
+        return "refused", None
+    if any(t.is_meta for t in found):  # all tensors are on meta
+        return "right", None
+    wanted, problem = attempt(expected, name, args)
+    if problem is not None:
+        return "defect", f"accepts what plain PyTorch refuses: {problem}"
+    near = max(TOLERANCE[dtype] for dtype in dtypes(args) | dtypes(found))
+    problem = compare_values(found, wanted, near) or compare_fake(name, args, found)
+    return ("defect", problem) if problem else ("right", None)
+
+
+def described(value):
+    if isinstance(value, list):
+        return [described(v) for v in value]
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {tuple(value.shape)} {value.layout} {value.device}"
+    return repr(value)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--calls", type=int, default=4000)
+    parser.add_argument("--seconds", type=float)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, 8 << 30))
+    counts, defects, end = collections.Counter(), [], time.monotonic() + (options.seconds or 1e9)
+    number = 0
+    while time.monotonic() < end and (options.seconds or number < options.calls):
+        operator = OPERATORS[number % len(OPERATORS)]
+        draw = Draw(options.seed * 10**9 + number)
+        try:
+            outcome, problem = one_call(draw, operator)
+        except Exception:
+            outcome, problem = "defect", traceback.format_exc()
+        counts[f"{operator.__name__} {outcome}"] += 1
+        if outcome == "defect":
+            defects.append(f"{operator.__name__}, call {number}: {problem}")
+        number += 1
+    print(
+        json.dumps({"seed": options.seed, "calls": number, "counts": dict(sorted(counts.items())), "defects": defects})
+    )
+
+
+if __name__ == "__main__":
+    main()
