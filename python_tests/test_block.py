@@ -230,7 +230,7 @@ def test_bad_input():
         ops.block_backward(case.z, case.z, stats, gamma, beta, case.kind)
     with pytest.raises(ValueError, match="stats must have shape"):
         ops.block_backward(case.g, case.z, stats[:1], gamma, beta, case.kind)
-    with pytest.raises(TypeError, match="stats must be float, got Double"):
+    with pytest.raises(TypeError, match="stats must be float32, got float64"):
         ops.block_backward(case.g, case.z, stats.double(), gamma, beta, case.kind)
     if torch.cuda.is_available():
         with pytest.raises(ValueError, match="stats is on cuda:0, z on cpu"):

@@ -209,8 +209,8 @@ def names():
 
 
 def build(name, channels, classes, image_size, generator=None):
-    """A freshly initialized network in train mode, on the CPU and in float32: (B, channels, H, W) images -> (B, classes)
-    logits.
+    """A freshly initialized network in train mode, on the CPU and in float32: (B, channels, H, W) images -> (B,
+    classes) logits.
 
     Args:
         name: one of `names()`; "ConvNet" with any combination of D<depth>, W<width>, a norm (BN, IN, GN, LN, NN), an
