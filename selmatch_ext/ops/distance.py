@@ -9,7 +9,6 @@ from selmatch_ext import _C  # noqa: F401  (loads the operators)
 from selmatch_ext.ops.lists import Tensors, as_lists
 from selmatch_ext.ops.transforms import differences, dot, plain_trajectory_distance, transformed
 
-
 ALLOWED = "a tensor, a list or another iterable of tensors, or a dict of them"
 
 
@@ -27,8 +26,7 @@ def trajectory_distance(student: Tensors, start: Tensors, target: Tensors) -> Te
 
     Raises ValueError (numbers, names, shapes or devices differ, or nothing given) or TypeError (dtype, or no tensor).
     """
-    given = {"student": student, "start": start, "target": target}
-    lists = as_lists({k: [v] if isinstance(v, Tensor) else v for k, v in given.items()}, ALLOWED)
+    lists = as_lists({"student": student, "start": start, "target": target}, ALLOWED, single=True)
     if not lists[0]:
         raise ValueError("student has no tensors")
     if transformed():

@@ -1,7 +1,8 @@
 """Differentiable Siamese augmentation (DSA, arXiv 2102.08259): sampled as small tables, applied in one fused launch.
 
-Draws are in sampling.py. A table says, row by row, which operations an image goes through. Every operation is affine in the image, so the
-backward pass is the transpose of its linear part and the double backward pass is the linear part again.
+A table says, row by row, which operations an image goes through; sampling.py draws tables. Every operation is affine in
+the image, so the backward pass is the transpose of its linear part and the double backward pass is the linear part
+again.
 """
 
 from typing import NamedTuple
@@ -93,7 +94,8 @@ def augment(x: Tensor, p: Augmentation) -> Tensor:
 
     x: (B, C, H, W) float32, float64, float16 or bfloat16 (the last two are computed in float32), any strides; the
     result has its dtype and its memory format. p: a table of B rows, or of one row for all images, on the same device.
-    Works under the transforms of `torch.func`, in forward mode and in `torch.compile` too.
+    Works under the transforms of `torch.func`, in forward mode and in `torch.compile` too; but torch.compile around a
+    transform other than vmap is an error of PyTorch ("cannot use C++ torch::autograd::Function with functorch").
     Raises ValueError or TypeError that says which of these does not hold, ValueError also where p.params requires a
     gradient (RuntimeError in forward mode): the result is differentiated with respect to x only.
     """

@@ -44,8 +44,8 @@ def gradient_distance(
     """
     if metric not in METRICS:
         raise ValueError(f"metric must be layerwise, mse or cos, got {metric!r}")
-    syn, real = as_lists({"syn": syn, "real": real}, ALLOWED, may_be_missing=True)
-    if any(tensor is None for tensor in syn) or any(tensor is None for tensor in real):
+    syn, real = as_lists({"syn": syn, "real": real}, ALLOWED, missing=True)
+    if type(None) in {*map(type, syn), *map(type, real)}:
         syn, real = _filled(syn, real)
     if not syn:
         raise ValueError("syn has no tensors")

@@ -8,12 +8,14 @@ from torch import Tensor
 
 Tensors = Tensor | Iterable[Tensor] | Mapping[str, Tensor]  # what a public function takes as a list of tensors
 
+PLAIN = {Tensor, torch.nn.Parameter}
 
-def as_lists(given: dict[str, Any], allowed: str, may_be_missing: bool = False) -> list[list[Any]]:
+
+def as_lists(given: dict[str, Any], allowed: str, single: bool = False, missing: bool = False) -> list[list[Any]]:
     """The arguments `given`, by name, as lists: of iterables their elements, of dicts of parameters their values.
 
     Dicts are compared by their names: each is read in the order of the first one. allowed: how an error describes what
-    may be given. may_be_missing: None is allowed in place of a tensor.
+    may be given. single: a tensor alone may be given too. missing: None may stand in place of a tensor.
     Raises TypeError for what is no list of tensors, ValueError for dicts of other names.
     """
     names, lists = None, []
@@ -21,16 +23,20 @@ def as_lists(given: dict[str, Any], allowed: str, may_be_missing: bool = False) 
         if isinstance(value, (list, tuple)):
             value = list(value)
         elif isinstance(value, (Mapping, torch.nn.ParameterDict)):
-            names = list(value) if names is None else names
+            names = list(value.keys()) if names is None else names
             value = _by_name(argument, value, names)
+        elif single and isinstance(value, Tensor):
+            value = [value]
         elif isinstance(value, Iterable) and not isinstance(value, (Tensor, str, bytes)):
             value = list(value)
         else:
             raise TypeError(f"{argument} must be {allowed}, got {type(value).__name__}")
-        for i, element in enumerate(value):
-            if not isinstance(element, Tensor) and not (may_be_missing and element is None):
-                raise TypeError(f"{argument} must be {allowed}, got {type(element).__name__} at position {i}")
         lists.append(value)
+        if set(map(type, value)) <= PLAIN:  # all at once: a network has a hundred parameters
+            continue
+        for i, element in enumerate(value):
+            if not isinstance(element, Tensor) and not (missing and element is None):
+                raise TypeError(f"{argument} must be {allowed}, got {type(element).__name__} at position {i}")
     return lists
 
 

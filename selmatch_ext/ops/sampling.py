@@ -253,9 +253,7 @@ def _place(generator: torch.Generator) -> int:
     return len(_generators) - 1
 
 
-@torch.library.custom_op(
-    "selmatch_ext::draw_augmentation", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
-)
+@torch.library.custom_op("selmatch_ext::draw_augmentation", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _draw_operator(
     source: int,
     seed: int,
