@@ -199,8 +199,8 @@ X = torch.zeros(3)
         (([X, X], [X], [X]), ValueError, "student has 2 tensors, start 1"),
         (([], [], []), ValueError, "student has no tensors"),
         (([X, X], [X, X], [X, X.double()]), TypeError, r"target\[1\] is Double"),
-        ((X, [X, 3.0], X), TypeError, "start must be a tensor or a list or tuple of tensors, got list"),
-        ((X, X, None), TypeError, "target must be a tensor or a list or tuple of tensors, got NoneType"),
+        ((X, [X, 3.0], X), TypeError, "start must be a tensor, a list or .*, got float at position 1"),
+        ((X, X, None), TypeError, "target must be a tensor, a list or .*, got NoneType"),
     ],
 )
 def test_bad_input(arguments, error, message):

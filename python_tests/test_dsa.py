@@ -221,12 +221,6 @@ def test_batches_that_go_past_the_caches(shape, device):
             assert torch.equal(operator(x, *table, mode), expected)
 
 
-def test_forward_mode_is_refused():
-    x, table = torch.ones(2, 3, 8, 8), sm.sample_augmentation(2, 8, 8, generator=generator(0))
-    with pytest.raises(RuntimeError, match="functorch"):  # and not taken for a constant
-        torch.func.jvp(lambda x: sm.augment(x, table), (x,), (x,))
-
-
 def test_gradients_that_are_expanded_or_channels_last(device):
     table = sm.sample_augmentation(4, 8, 8, "rotate", generator=generator(0), device=device)
     x = normal((4, 3, 8, 8), device=device).requires_grad_()

@@ -7,7 +7,7 @@ from test_fused import Functional
 from test_unroll import CLASSES, Problem, assert_near, network, one_thread  # noqa: F401  (a fixture)
 from torch import nn
 
-from selmatch_ext.ops.dsa import sample_augmentation
+from selmatch_ext.ops.sampling import sample_augmentation
 from selmatch_ext.unroll import sgd, unrolled_sgd
 from selmatch_ext.unroll.adjoint import Plan, Wanted
 from selmatch_ext.unroll.graphs import GraphedStepper, _map, _tensors

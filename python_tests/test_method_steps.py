@@ -16,7 +16,7 @@ from selmatch_ext.methods.loop import run
 from selmatch_ext.methods.trajectory import chunks, expert_logits, start_epochs
 from selmatch_ext.models import flat
 from selmatch_ext.models.initial import xavier
-from selmatch_ext.ops.dsa import sample_augmentation
+from selmatch_ext.ops.sampling import sample_augmentation
 from selmatch_ext.seeds import generator
 from selmatch_ext.settings import DATMSettings, DCSettings, DDSettings, DMSettings, DSASettings, MTTSettings
 from selmatch_ext.training import predict

@@ -13,7 +13,7 @@ from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.methods import Method, SelMatch, Task
 from selmatch_ext.methods.loop import run
 from selmatch_ext.methods.trajectory import chunks, matching_loss
-from selmatch_ext.ops.dsa import sample_augmentation
+from selmatch_ext.ops.sampling import sample_augmentation
 from selmatch_ext.seeds import generator
 from selmatch_ext.settings import Window
 

@@ -14,7 +14,7 @@ from torchvision.models.resnet import BasicBlock
 
 from selmatch_ext import models
 from selmatch_ext.models.flat import flatten, parameter_count, unflatten
-from selmatch_ext.ops.dsa import sample_augmentation
+from selmatch_ext.ops.sampling import sample_augmentation
 from selmatch_ext.unroll import unrolled_sgd
 
 NORMS = ("IN", "BN", "GN", "LN", "NN")

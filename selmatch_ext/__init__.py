@@ -5,15 +5,9 @@ import torch  # noqa: F401  (the extension needs torch's libraries loaded)
 from selmatch_ext import models
 from selmatch_ext._C import build_info
 from selmatch_ext.ops.distance import trajectory_distance
-from selmatch_ext.ops.dsa import (
-    Augmentation,
-    DiffAugment,
-    ParamDiffAug,
-    augment,
-    mix_augmentations,
-    sample_augmentation,
-)
+from selmatch_ext.ops.dsa import Augmentation, augment, mix_augmentations
 from selmatch_ext.ops.gradient_distance import gradient_distance
+from selmatch_ext.ops.sampling import DiffAugment, ParamDiffAug, sample_augmentation
 from selmatch_ext.unroll import explain_engine, unrolled_sgd
 
 __version__ = build_info()["version"]

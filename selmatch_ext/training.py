@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selmatch_ext.models.fast import fast
-from selmatch_ext.ops.dsa import Augmentation, augment, mix_augmentations, sample_augmentation
+from selmatch_ext.ops.dsa import Augmentation, augment, mix_augmentations
+from selmatch_ext.ops.sampling import sample_augmentation
 from selmatch_ext.precision import precision_scope
 from selmatch_ext.seeds import global_stream
 from selmatch_ext.settings import Training

@@ -13,7 +13,8 @@ from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.images import ImageData
 from selmatch_ext.data.trajectories import ExpertStore
 from selmatch_ext.experts import network
-from selmatch_ext.ops.dsa import Augmentation, sample_augmentation
+from selmatch_ext.ops.dsa import Augmentation
+from selmatch_ext.ops.sampling import sample_augmentation
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from selmatch_ext.models import flat
 from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.models.statistics import freeze_statistics
 from selmatch_ext.ops.distance import trajectory_distance
-from selmatch_ext.ops.dsa import sample_augmentation
+from selmatch_ext.ops.sampling import sample_augmentation
 from selmatch_ext.precision import precision_scope
 from selmatch_ext.seeds import generator
 from selmatch_ext.settings import Matching

@@ -6,34 +6,32 @@ import torch
 from torch import Tensor
 
 from selmatch_ext import _C  # noqa: F401  (loads the operators)
+from selmatch_ext.ops.lists import Tensors, as_lists
+from selmatch_ext.ops.transforms import differences, dot, plain_trajectory_distance, transformed
+
+ALLOWED = "a tensor, a list or another iterable of tensors, or a dict of them"
 
 
-def trajectory_distance(
-    student: Tensor | Sequence[Tensor], start: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]
-) -> Tensor:
+def trajectory_distance(student: Tensors, start: Tensors, target: Tensors) -> Tensor:
     """sum (student - target)^2 / sum (start - target)^2, as a 0-d tensor (arXiv 2203.11932, equation 3).
 
-    student, start, target: a tensor each, or a list or tuple of tensors each, of any shapes and strides, alike in all
-    three; float32 or float64. Sums are taken in double and in a fixed order: the same input gives the same bits,
-    whatever the number of threads. Differentiable in all three, any number of times; the gradients of those that
-    require one are written in one pass over memory.
+    student, start, target: a tensor each, or a list, tuple, generator or ParameterList of tensors each, or a dict of
+    parameters each (dicts are compared name by name); of any shapes and strides, alike in all three; float32 or
+    float64. Sums are taken in double and in a fixed order: the same input gives the same bits, whatever the number of
+    threads. Differentiable in all three, any number of times; the gradients of those that require one are written in
+    one pass over memory. Under `torch.func` and in forward mode the same is computed in plain operations, to rounding.
 
     Nothing waits for the GPU to look at the denominator: where start equals target the result is inf, or nan if student
     equals them too, as the formula says.
 
-    Raises ValueError (numbers, shapes or devices differ, or nothing given) or TypeError (dtype, or no tensor).
+    Raises ValueError (numbers, names, shapes or devices differ, or nothing given) or TypeError (dtype, or no tensor).
     """
-    lists = [_tensors("student", student), _tensors("start", start), _tensors("target", target)]
+    lists = as_lists({"student": student, "start": start, "target": target}, ALLOWED, single=True)
     if not lists[0]:
         raise ValueError("student has no tensors")
+    if transformed():
+        return plain_trajectory_distance(*lists)
     return torch.ops.selmatch_ext.trajectory_distance(*lists)[0]
-
-
-def _tensors(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    tensors = [value] if isinstance(value, Tensor) else value
-    if not isinstance(tensors, (list, tuple)) or not all(isinstance(tensor, Tensor) for tensor in tensors):
-        raise TypeError(f"{name} must be a tensor or a list or tuple of tensors, got {type(value).__name__}")
-    return list(tensors)
 
 
 def _thirds(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -57,9 +55,9 @@ def _double_backward(ctx, cotangents):
     grad, *tensors = ctx.saved_tensors
     student, start, target = _thirds(tensors)
     v_student, v_start, v_target = _filled(cotangents, ctx.wanted, student)
-    d, e = _differences(student, target), _differences(start, target)
-    a, b = _differences(v_student, v_target), _differences(v_start, v_target)
-    numerator, denominator, ad, be = _dot(d, d), _dot(e, e), _dot(a, d), _dot(b, e)
+    d, e = differences(student, target), differences(start, target)
+    a, b = differences(v_student, v_target), differences(v_start, v_target)
+    numerator, denominator, ad, be = dot(d, d), dot(e, e), dot(a, d), dot(b, e)
     grad_of_grad = 2 * (ad - numerator * be / denominator) / denominator
     scale = 2 * grad.double() / denominator
     ds = [_combine(scale, x, -2 * scale * be / denominator, y) for x, y in zip(a, d, strict=True)]
@@ -75,14 +73,6 @@ def _filled(cotangents: Sequence[Tensor | None], wanted: Sequence[bool], like: l
     given = list(cotangents)
     lists = [[given.pop(0) for _ in like] if w else [None] * len(like) for w in wanted]
     return [[torch.zeros_like(x) if v is None else v for v, x in zip(vs, like, strict=True)] for vs in lists]
-
-
-def _differences(xs: list[Tensor], ys: list[Tensor]) -> list[Tensor]:
-    return [x - y for x, y in zip(xs, ys, strict=True)]
-
-
-def _dot(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
-    return torch.stack([(x.double() * y.double()).sum() for x, y in zip(xs, ys, strict=True)]).sum()
 
 
 def _combine(p: Tensor, x: Tensor, q: Tensor, y: Tensor) -> Tensor:

@@ -1,20 +1,27 @@
 """The distance between two networks' gradients that gradient matching minimises (DC, arXiv 2006.05929), fused."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from selmatch_ext import _C  # noqa: F401  (loads the operators)
+from selmatch_ext.ops.lists import as_lists
+from selmatch_ext.ops.transforms import plain_gradient_distance, transformed
+
+Gradients = Iterable[Tensor | None] | Mapping[str, Tensor | None]
 
 # As in csrc/gradient_distance/gradient_distance.h.
 METRICS = ("layerwise", "mse", "cos")
 GRADIENT_CHUNK = 8192  # elements in a row of mse and cos
 
 
+ALLOWED = "a list or another iterable of tensors and Nones, or a dict of them"
+
+
 def gradient_distance(
-    syn: Sequence[Tensor], real: Sequence[Tensor], metric: Literal["layerwise", "mse", "cos"] = "layerwise"
+    syn: Gradients, real: Gradients, metric: Literal["layerwise", "mse", "cos"] = "layerwise"
 ) -> Tensor:
     """How far two lists of gradients, a tensor for each parameter, point apart, as a 0-d tensor.
 
@@ -23,21 +30,41 @@ def gradient_distance(
         code).
     mse: sum (a - b)^2 over everything. cos: 1 - <a, b> / (|a| |b| + 1e-6) of everything as one vector.
 
-    syn, real: lists or tuples of tensors of any shapes and strides, alike in both; float32 or float64. Sums are taken
-    in double and in a fixed order: the same input gives the same bits, whatever the number of threads. Differentiable
-    once, in both; the gradient with respect to a row of zeros takes that of its norm as zero.
+    syn, real: lists, tuples, generators or ParameterLists of tensors, or dicts of them (compared name by name); of any
+    shapes and strides, alike in both; float32 or float64. None in the place of a tensor, as autograd gives it for an
+    unused parameter, counts as zeros of the other list's shape; where both lists have None nothing is counted.
 
-    Raises ValueError (metric; numbers, shapes or devices differ, or nothing given) or TypeError (dtype, or no list of
-    tensors), and RuntimeError where its gradient is differentiated again.
+    Sums are taken in double and in a fixed order: the same input gives the same bits, whatever the number of threads.
+    Differentiable once, in both; the gradient with respect to a row of zeros takes that of its norm as zero. Under
+    `torch.func` and in forward mode the same is computed in plain operations, to rounding, and differentiable any
+    number of times.
+
+    Raises ValueError (metric; numbers, names, shapes or devices differ, or nothing given) or TypeError (dtype, or no
+    list of tensors), and RuntimeError where its gradient is differentiated again.
     """
     if metric not in METRICS:
         raise ValueError(f"metric must be layerwise, mse or cos, got {metric!r}")
-    for name, tensors in (("syn", syn), ("real", real)):
-        if not isinstance(tensors, (list, tuple)) or not all(isinstance(tensor, Tensor) for tensor in tensors):
-            raise TypeError(f"{name} must be a list or tuple of tensors, got {type(tensors).__name__}")
+    syn, real = as_lists({"syn": syn, "real": real}, ALLOWED, missing=True)
+    if type(None) in {*map(type, syn), *map(type, real)}:
+        syn, real = _filled(syn, real)
     if not syn:
         raise ValueError("syn has no tensors")
-    return torch.ops.selmatch_ext.gradient_distance(list(syn), list(real), METRICS.index(metric))[0]
+    if transformed():
+        return plain_gradient_distance(syn, real, metric)
+    return torch.ops.selmatch_ext.gradient_distance(syn, real, METRICS.index(metric))[0]
+
+
+def _filled(syn: list[Tensor | None], real: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
+    """Both lists without the places where both have None, with zeros where one has."""
+    if len(syn) != len(real):
+        raise ValueError(f"gradient_distance: syn has {len(syn)} tensors, real {len(real)}")
+    pairs = [(a, b) for a, b in zip(syn, real, strict=True) if a is not None or b is not None]
+    if not pairs:
+        raise ValueError("syn and real have no tensors, only None")
+    return (
+        [torch.zeros_like(b) if a is None else a for a, b in pairs],
+        [torch.zeros_like(a) if b is None else b for a, b in pairs],
+    )
 
 
 def _save_forward(ctx, inputs, output):
