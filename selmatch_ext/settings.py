@@ -33,6 +33,10 @@ class Data:
     """Let torchvision download what is missing under `root`."""
     resize: int | None = None
     """Resize every image of a folder or archive to this many pixels a side; the other data sets refuse it."""
+    background: str = "white"
+    """Color behind transparent pixels of a folder's or archive's images: a name or #rrggbb."""
+    test_share: float | None = None
+    """Where a folder or archive has neither test nor val: this share of each class, drawn by the seed, becomes it."""
     cache: str | None = None
     """Where the decoded images of a folder or archive are kept, so that the second start is instant."""
     per_class: int | None = None
