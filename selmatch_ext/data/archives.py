@@ -80,7 +80,7 @@ def _read(path: Path, wanted: Callable[[str], bool]) -> ArchiveTree:
         if not parts or any(map(is_junk, parts)):
             continue
         if ".." in parts:
-            skipped["with .. in their path"] += 1
+            skipped["with .. in the path"] += 1
             continue
         name = "/".join(parts)
         files.pop(name, None)  # the last member of a name counts, as when it is unpacked

@@ -26,6 +26,7 @@ TURNS = {  # EXIF orientation -> how the stored picture has to be turned
 }
 ORIENTATION = 0x0112
 DEEP = re.compile("(RGB|RGBA|LA);16[BLN]")  # Pillow's raw modes of 16 bits a channel; BGR;16 has 16 bits a pixel
+EARLY = 1 << 20  # pixels; above this an unequal size is refused before memory is taken, below it after decoding
 LARGE = 1 << 24  # pixels; pictures above this are decoded one at a time, to bound the memory of many threads
 _one_large = threading.Lock()
 
@@ -111,12 +112,13 @@ def decode(
     resize: scale to fill this many pixels a side and cut the center out. same_as: the name and the (width, height) of
     an image that this one has to equal in size when it is not resized. Raises ValueError naming `name`.
     """
+    same_as = same_as if resize is None else None
     try:
         with Image.open(io.BytesIO(content), formats=formats()) as image:
             width, height = image.size
             if width * height > (Image.MAX_IMAGE_PIXELS or width * height):
                 raise ValueError(f"it has {width}x{height} pixels; allowed are {Image.MAX_IMAGE_PIXELS} in all")
-            if same_as is not None and sorted(image.size) != sorted(same_as[1]):  # before memory is taken
+            if same_as and width * height > EARLY and sorted(image.size) != sorted(same_as[1]):
                 raise _Unequal(name, image.size, same_as)
             with _one_large if width * height > LARGE else contextlib.nullcontext():
                 picture = _decoded(image, content, resize, background)

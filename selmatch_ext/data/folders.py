@@ -40,7 +40,7 @@ def load_folder(path: Path, options: Options, cache: str | os.PathLike | None) -
     plan = plan_splits(path, FolderTree(path), options) if path.is_dir() else None
     store = None
     if cache is not None:
-        stem = _stem(path).encode(errors="replace").decode()[:60]
+        stem = readable(_stem(path)).encode()[:100].decode(errors="ignore")
         store = Path(cache) / f"{stem}-{_cache_key(path, plan, options)}.safetensors"
         if store.exists():
             try:

@@ -71,13 +71,13 @@ def class_folders(tree: Tree, node: Any, skipped: Counter, above: frozenset = fr
         if is_junk(entry.name):
             continue
         if entry.kind == "file":
-            skipped["beside the class folders"] += 1
+            skipped["outside class folders"] += 1
         elif entry.kind != "folder":
             skipped[entry.kind] += 1
         elif entry.name.startswith("."):
             skipped["hidden"] += 1
         elif tree.identity(entry.node) in seen:
-            skipped["links that lead back"] += 1
+            skipped["looping"] += 1
         else:
             found.append(entry)
     return found
@@ -98,7 +98,7 @@ def list_split(tree: Tree, prefix: str, node: Any, wanted: frozenset[str]) -> Li
                 if inner.kind == "folder" and not inner.name.startswith("."):
                     identity = tree.identity(inner.node)
                     if identity in seen:
-                        listing.skipped["links that lead back"] += 1
+                        listing.skipped["looping"] += 1
                     elif not is_junk(inner.name):
                         seen.add(identity)
                         waiting.append((f"{path}/{inner.name}", inner.node))
@@ -117,7 +117,7 @@ def _why_skipped(entry: Entry, wanted: frozenset[str]) -> str:
     if entry.kind != "file":
         return entry.kind
     ending = extension(entry.name)
-    return "" if ending in wanted else readable(ending) or "without an extension"
+    return "" if ending in wanted else readable(ending) or "without extension"
 
 
 def skipped_text(skipped: Counter) -> str:
@@ -159,9 +159,9 @@ def _kind(path: os.DirEntry | Path) -> str:
             return "folder"
         if path.is_file():
             return "file"
-        return "links to nothing" if path.is_symlink() else "neither files nor folders"
+        return "dangling" if path.is_symlink() else "special"
     except OSError:
-        return "links to nothing"  # a loop of links
+        return "dangling"  # a loop of links
 
 
 class ArchiveTree:
@@ -231,4 +231,4 @@ class ArchiveTree:
         target = self.resolve(path) if path in self.links else path
         if target in self.files:
             return Entry(name, "file", target)
-        return Entry(name, "folder" if target in self.children else "links to nothing", target)
+        return Entry(name, "folder" if target in self.children else "dangling", target)
