@@ -122,6 +122,8 @@ def _tar_members(path: Path) -> Iterator[Member]:
                         f"{readable(member.name)} is a sparse file of {size_text(member.size)}; no image is one"
                     )
                 if member.isfile() and member.offset_data + member.size > most:
+                    if opener is not None:
+                        raise Refused(f"it unpacks to more than {size_text(most)}, of {size_text(size)}")
                     raise tarfile.ReadError(f"{member.name} declares {size_text(member.size)}, more than it has")
                 yield _tar_member(archive, member, file)
             file.seek(archive.offset)
@@ -177,15 +179,17 @@ def _zip_members(path: Path) -> Iterable[Member]:
             if kind == "file" and stat.S_ISLNK(info.external_attr >> 16):
                 if info.file_size > MOST_OF_A_HEADER:
                     raise Refused(f"{readable(name)} is a link of {size_text(info.file_size)}")
-                kind, target = "link", os.fsdecode(archive.read(info))
+                kind, target = "link", os.fsdecode(_zip_read(archive, info))
             yield Member(name, kind, info.file_size, target, lambda info=info: _zip_read(archive, info))
 
 
 def _zip_read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     if info.flag_bits & 1:
         raise Refused(f"{readable(info.filename)} is encrypted; unpack the archive to a folder")
-    step = 1 << 12  # the other methods unpack whatever a piece holds, at most about 80 MB of this many bytes
-    if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        step = info.file_size + 1  # no more is unpacked, whatever the member holds
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile unpacks others without a bound
+        raise Refused(f"{readable(info.filename)} is not packed by deflate; unpack the archive to a folder")
     with archive.open(info) as file:
-        return b"".join(iter(lambda: file.read(step), b""))
+        content = file.read(info.file_size + 1)  # no more is unpacked, whatever the member holds
+        if len(content) < info.file_size or file.read(1):
+            raise zipfile.BadZipFile(f"{info.filename} has another size than it declares")
+        return content

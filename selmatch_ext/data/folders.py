@@ -50,7 +50,8 @@ def load_folder(path: Path, options: Options, cache: str | os.PathLike | None) -
     if plan is None:
         plan = plan_splits(path, _archive_tree(path), options)
     data, notes = _decode_all(name, plan, options)
-    if bool((data.train.images == data.train.images[:1]).all()):
+    first = data.train.images[0]
+    if all(torch.equal(image, first) for image in data.train.images):
         raise ValueError(f"{name}: the {len(data.train)} training images do not differ; there is nothing to learn")
     _say(notes)
     if store is not None:
@@ -74,6 +75,7 @@ def _archive_tree(path: Path) -> ArchiveTree:
     known = extensions()
     tree = read_archive(path, lambda name: extension(name) in known or name.endswith(ANNOTATIONS))
     roots = [f"{folder}/".lstrip("/") for folder, names in tree.children.items() if "train" in names]
+    roots = [root for root in roots if not any(part.startswith(".") for part in root.split("/"))]
     if roots:
         tree.prefix = min(roots, key=lambda root: (len(root), root))
         return tree
@@ -86,7 +88,10 @@ def _archive_tree(path: Path) -> ArchiveTree:
 
 def _decode_all(name: str, plan: Plan, options: Options) -> tuple[ImageData, list[str]]:
     """Decodes both splits, and what is to be said about it."""
-    images, notes = _Decoding(name, plan, options).run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `decode` refuses such files
+        warnings.filterwarnings("ignore", module="PIL")  # of metadata, which say nothing of the pixels
+        images, notes = _Decoding(name, plan, options).run()
     number = {folder: i for i, folder in enumerate(plan.class_folders)}
     labels = [torch.tensor([number[c] for c in split.classes]) for split in (plan.train, plan.test)]
     n = len(plan.train.paths)
@@ -119,8 +124,7 @@ class _Decoding:
     def run(self) -> tuple[Tensor, list[str]]:
         """The images, and what is to be said about them."""
         starts = range(0, len(self.paths), CHUNK)
-        with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `decode` refuses such files
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             decoded = pool.map(self._work, starts)
             list(tqdm(decoded, total=len(starts), desc=f"decoding {self.name}", disable=None, delay=1, leave=False))
         notes = self._scale_deep()

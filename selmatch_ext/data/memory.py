@@ -11,8 +11,8 @@ CGROUP = Path("/sys/fs/cgroup")
 
 def available_memory() -> int | None:
     """Bytes that this process can still take: the least of what the machine has free, what its control group allows and
-    what its address space (RLIMIT_AS) allows. None where the system says none of them."""
-    found = [value for value in (_machine(), _control_group(), _address_space()) if value is not None]
+    what its limits of memory (RLIMIT_AS, RLIMIT_DATA) allow. None where the system says none of them."""
+    found = [value for value in (_machine(), _control_group(), *_limits()) if value is not None]
     return max(0, min(found)) if found else None
 
 
@@ -40,12 +40,13 @@ def _control_group() -> int | None:
         return None
 
 
-def _address_space() -> int | None:
+def _limits() -> list[int]:
     try:
         import resource
 
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        return None if limit == resource.RLIM_INFINITY else limit - pages * os.sysconf("SC_PAGE_SIZE")
+        pages = [int(count) for count in Path("/proc/self/statm").read_text().split()]
+        pairs = [(resource.RLIMIT_AS, pages[0]), (resource.RLIMIT_DATA, pages[5])]  # total size; data and stack
+        limits = [(resource.getrlimit(kind)[0], used * os.sysconf("SC_PAGE_SIZE")) for kind, used in pairs]
+        return [limit - used for limit, used in limits if limit != resource.RLIM_INFINITY]
     except (ImportError, OSError, ValueError, IndexError):
-        return None
+        return []
