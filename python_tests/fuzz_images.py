@@ -9,16 +9,21 @@ mutant that takes more than a minute ends the process with a traceback of every 
 """
 
 import argparse
+import bz2
 import faulthandler
+import gzip
 import json
 import logging
+import lzma
 import os
 import random
 import resource
+import struct
 import sys
 import tarfile
 import time
 import zipfile
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -29,6 +34,7 @@ from PIL import Image
 from selmatch_ext.data.images import load
 
 GIGABYTE = 1 << 30
+UNCHECKED = ("tar", "tar, headers", "zip")  # whose names or contents may change unnoticed
 SLOW = 60  # seconds
 SEEDS = {
     "a.png": lambda: encoded(pattern(1, 12, 12)),
@@ -43,10 +49,12 @@ SEEDS = {
     "j.tif": lambda: encoded(pattern(10, 12, 12, 1, 65536), "tiff", compression="tiff_adobe_deflate"),
     "k.webp": lambda: encoded(pattern(11, 12, 12, 4), "webp", lossless=True),
     "l.ppm": lambda: encoded(pattern(12, 12, 12), "ppm"),
+    "q.ppm": lambda: b"P6 12 12 65535\n" + pattern(16, 12, 12, top=65536).astype(">u2").tobytes(),
     "m.tga": lambda: encoded(pattern(13, 12, 12, 4), "tga", compression="tga_rle"),
     "n.ico": lambda: encoded(pattern(14, 12, 12, 4), "ico", sizes=[(12, 12)]),
     "o.jp2": lambda: encoded(pattern(15, 12, 12), "jpeg2000"),
 }
+PACK = {"tar": bytes, "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
 ARCHIVES = ("s.tar", "s.tar.gz", "s.tar.bz2", "s.tar.xz", "s.zip")
 
 
@@ -63,7 +71,7 @@ def mutant(content, rng):
         place, size = rng.randrange(len(content)), rng.choice((1, 2, 4, 8, 100))
         # most of what is interesting is in headers
         place = rng.choice((place, place % 64, place % 512))
-        kind = rng.randrange(7)
+        kind = rng.choice((0, 0, 0, 1, 2, 3, 4, 5, 6))
         if kind == 0:
             content[place] ^= 1 << rng.randrange(8)
         elif kind == 1:
@@ -71,7 +79,8 @@ def mutant(content, rng):
         elif kind == 2:
             content[place : place + size] = bytes([rng.choice((0, 1, 127, 128, 255))]) * size
         elif kind == 3:
-            number = rng.choice((0, 1, 255, 65535, 2**31 - 1, 2**32 - 1, len(content), rng.getrandbits(32)))
+            large = (255, 4096, 9000, 65535, 2**31 - 1, 2**32 - 1, rng.getrandbits(32))
+            number = rng.choice((0, 1, len(content), *large))
             content[place : place + 4] = number.to_bytes(4, rng.choice(("little", "big")))
         elif kind == 4:
             del content[place : place + size]
@@ -82,6 +91,37 @@ def mutant(content, rng):
         if not content:
             return b"\0"
     return bytes(content)
+
+
+def mutant_tar(content, rng):
+    """A tar of which one or two headers are damaged and have the right checksum all the same."""
+    content = bytearray(content)
+    places = [i for i in range(0, len(content), tarfile.BLOCKSIZE) if content[i + 257 : i + 262] == b"ustar"]
+    for place in rng.sample(places, rng.choice((1, 2))):
+        block = bytearray(
+            mutant(content[place : place + tarfile.BLOCKSIZE], rng)[: tarfile.BLOCKSIZE].ljust(512, b"\0")
+        )
+        if rng.random() < 0.3:  # the kind of member, sparse ones and long names among them
+            block[156] = rng.choice(b"0123456LKSxgXD\0")
+        if rng.random() < 0.3:
+            block[124:136] = rng.choice((b"77777777777\0", b"\x80" + rng.randbytes(11), b"00000001000\0", b"\xff" * 12))
+        block[148:156] = b" " * 8
+        block[148:156] = b"%06o\0 " % sum(block)
+        content[place : place + tarfile.BLOCKSIZE] = block
+    return bytes(content)
+
+
+def mutant_png(content, rng):
+    """A PNG with damage inside its chunks, whose checksums are right all the same."""
+    content, place, made = bytearray(content), 8, bytearray(content[:8])
+    while place + 12 <= len(content):
+        size = int.from_bytes(content[place : place + 4], "big")
+        kind, data = content[place + 4 : place + 8], content[place + 8 : place + 8 + size]
+        if data and rng.random() < 0.4:
+            data = mutant(data, rng)
+        made += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        place += 12 + size
+    return bytes(made)
 
 
 class Fuzz:
@@ -128,7 +168,8 @@ class Fuzz:
         if rng.random() < 0.6:
             name = rng.choice(sorted(self.files))
             path, kind = self.paths[name], name.partition(".")[2]
-            path.write_bytes(mutant(self.files[name], rng))
+            change = mutant_png if kind == "png" and rng.random() < 0.5 else mutant
+            path.write_bytes(change(self.files[name], rng))
             try:
                 self.outcome(number, self.folder / "set", kind, path, rng.choice((None, None, 7)))
             finally:
@@ -136,8 +177,13 @@ class Fuzz:
         else:
             name = rng.choice(ARCHIVES)
             path = self.folder / name
-            path.write_bytes(mutant(self.archives[name], rng))
-            self.outcome(number, path, name.partition(".")[2], path, None)
+            kind, pack = name.partition(".")[2], PACK.get(name.rpartition(".")[2])
+            if pack is not None and rng.random() < 0.5:
+                path.write_bytes(pack(mutant_tar(self.archives["s.tar"], rng)))
+                kind = "tar, headers"
+            else:
+                path.write_bytes(mutant(self.archives[name], rng))
+            self.outcome(number, path, kind, path, None)
 
     def outcome(self, number, spec, kind, damaged, resize):
         """Reads the data set at `spec`, of which the file `damaged` is a mutant, and checks what comes of it."""
@@ -146,9 +192,9 @@ class Fuzz:
             data = load(f"imagefolder:{spec}", resize=resize, cache=self.folder / "cache")
         except (ValueError, OSError) as error:
             text = str(error)
-            assert "\n" not in text and len(text) < 2000, f"{where}: {text}"
-            named = damaged.name in text or spec.name in text or str(damaged.parent) in text
-            assert named or "image" in text, f"{where}: names no file: {text}"
+            assert "\n" not in text and len(text) < 1000, f"{where}: {text[:500]}"
+            named = damaged.name in text or str(spec) in text or "train/" in text or "test/" in text
+            assert named, f"{where}: names no file: {text}"
             self.counts[f"{kind} refused"] += 1
             return
         self.counts[f"{kind} read"] += 1
@@ -156,19 +202,29 @@ class Fuzz:
             stored.unlink()
         if resize is not None:
             return
-        for path, image in self._by_path(data).items():
-            if not path.endswith(damaged.name) and kind not in ("tar", "zip") and path in self.images:
+        images = self._by_path(data)
+        if kind.startswith("tar."):  # these have checksums of their contents
+            assert images.keys() >= self.images.keys(), f"{where}: {self.images.keys() - images.keys()} are missing"
+        for path, image in images.items():
+            if not path.endswith(damaged.name) and kind not in UNCHECKED and path in self.images:
                 assert self._close(path, image), f"{where}: {path} changed"
 
     def _close(self, path, image):
         """A damaged 16-bit file may change the range that scales the others."""
-        deep = path.rpartition("/")[2] in ("c.png", "i.tif", "j.tif")
+        deep = path.rpartition("/")[2] in ("c.png", "i.tif", "j.tif", "q.ppm")
         return deep or torch.equal(image, self.images[path])
 
     def listing(self):
         """Everything below the folder but for the cache."""
         found = [path for path in self.folder.rglob("*") if self.folder / "cache" not in path.parents]
         return sorted(str(path) for path in found)
+
+
+def peak(reset=False):
+    """Most bytes of memory that the process has had, since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def main(folder, seed, count, seconds):
@@ -178,7 +234,7 @@ def main(folder, seed, count, seconds):
     fuzz = Fuzz(folder, seed)
     os.chdir(folder / "home")
     before, start, number = fuzz.listing(), time.monotonic(), 0
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    used = peak(reset=True)
     data = int(Path("/proc/self/statm").read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_DATA, (data + GIGABYTE, resource.RLIM_INFINITY))
     while number < count if seconds is None else time.monotonic() - start < seconds:
@@ -186,7 +242,7 @@ def main(folder, seed, count, seconds):
         fuzz.step(number)
         number += 1
     faulthandler.cancel_dump_traceback_later()
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used) * 1024
+    grown = peak() - used
     assert grown < GIGABYTE, f"memory grew by {grown} bytes"
     assert fuzz.listing() == before, f"written outside the cache: {set(fuzz.listing()) ^ set(before)}"
     return {"mutants": number, "grown": grown, **dict(sorted(fuzz.counts.items()))}

@@ -62,6 +62,10 @@ def test_all_16_bits_are_read(levels):
     opaque = np.full_like(grey, 65535)
     assert np.array_equal(rows(decode(png_of_16_bits(np.concatenate([x, opaque], 2)), "x")), x)
     assert np.array_equal(rows(decode(png_of_16_bits(np.concatenate([grey, opaque], 2)), "x")), grey[..., 0])
+    ppm = b"P6 5 6 65535\n" + x.astype(">u2").tobytes()
+    assert np.array_equal(rows(decode(ppm, "x")), x)
+    ppm = b"P6 5 6 4095\n" + (x >> 4).astype(">u2").tobytes()  # this file says its range
+    assert np.array_equal(rows(decode(ppm, "x")), (x >> 4).astype(int) * 65535 // 4095)
     deep = Image.fromarray(grey[..., 0].astype(np.uint16))
     assert np.array_equal(rows(decode(encoded(deep, "tiff", compression="tiff_lzw"), "x")), grey[..., 0])
 
@@ -248,6 +252,16 @@ def test_images_that_do_not_fit_into_memory(tmp_path, monkeypatch):
         load(f"imagefolder:{root}", resize=500)
     monkeypatch.setattr("selmatch_ext.data.folders.available_memory", lambda: None)
     assert load(f"imagefolder:{root}", resize=50).image_size == (50, 50)
+
+
+def test_levels_that_16_bits_do_not_hold():
+    negative = Image.fromarray(np.array([[-1024, 3071]], np.int32))
+    with pytest.raises(
+        ValueError, match="x is not a readable image: levels from -1024 to 3071; allowed are 0 to 65535"
+    ):
+        decode(encoded(negative, "tiff"), "x")
+    with pytest.raises(ValueError, match="x is not a readable image: buffer is smaller than requested size"):
+        decode(b"P6 5 6 65535\n1234", "x")
 
 
 def test_resize_has_a_range():

@@ -34,7 +34,8 @@ class Data:
     resize: int | None = None
     """Resize every image of a folder or archive to this many pixels a side; the other data sets refuse it."""
     background: str = "white"
-    """Color behind transparent pixels of a folder's or archive's images: a name or #rrggbb."""
+    """Color behind transparent pixels of a folder's or archive's images, a name or #rrggbb; the other data sets refuse
+    any but white."""
     test_share: float | None = None
     """Where a folder or archive has neither test nor val: this share of each class, drawn by the seed, becomes it."""
     cache: str | None = None

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from selmatch_ext.data.memory import available_memory, size_text
-from selmatch_ext.data.names import readable
+from selmatch_ext.data.names import readable, reason
 from selmatch_ext.data.tree import ArchiveTree, is_junk
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
@@ -63,8 +63,7 @@ def read_archive(path: Path, wanted: Callable[[str], bool]) -> ArchiveTree:
     except Refused as error:
         raise ValueError(f"{path}: {error}") from error
     except Exception as error:  # the readers of archives raise nearly any exception on damaged ones
-        reason = readable(str(error)) or type(error).__name__
-        raise ValueError(f"{path} is truncated or is no archive ({reason})") from error
+        raise ValueError(f"{path} is truncated or is no archive ({reason(error)})") from error
 
 
 def _read(path: Path, wanted: Callable[[str], bool]) -> ArchiveTree:

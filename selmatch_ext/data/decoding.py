@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
+from selmatch_ext.data.names import reason
+
 # Pillow identifies these but has no decoder of its own for their pixels, or runs another program (Ghostscript).
 NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 TURNS = {  # EXIF orientation -> how the stored picture has to be turned
@@ -127,8 +129,7 @@ def decode(
     except _Unequal:
         raise
     except Exception as error:  # Pillow's decoders raise nearly any exception on damaged files
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"{name} is not a readable image: {reason}") from error
+        raise ValueError(f"{name} is not a readable image: {reason(error)}") from error
     size = picture.pixels.shape[2], picture.pixels.shape[1]
     if same_as is not None and size != same_as[1]:
         raise _Unequal(name, size, same_as)
@@ -199,7 +200,7 @@ def _eight_bits(image: Image.Image, background: Color) -> Image.Image:
 
 def _is_deep(image: Image.Image) -> bool:
     """Whether the file has 16 bits a channel. Pillow gives only the high byte of such files when they are in color."""
-    return image.mode.startswith("I") or any(DEEP.fullmatch(_raw_mode(tile)) for tile in image.tile)
+    return image.mode.startswith("I") or any(DEEP.fullmatch(_raw_mode(t)) or _ppm_top(t) > 255 for t in image.tile)
 
 
 def _raw_mode(tile: tuple) -> str:
@@ -208,11 +209,18 @@ def _raw_mode(tile: tuple) -> str:
     return first if isinstance(first, str) else ""
 
 
+def _ppm_top(tile: tuple) -> int:
+    """The largest level of a binary PPM in color; 0 for other files."""
+    return tile[3][1] if tile[0] == "ppm" and _raw_mode(tile) == "RGB" else 0
+
+
 def _deep_planes(image: Image.Image, content: bytes) -> tuple[np.ndarray, np.ndarray | None]:
     """(C, H, W) integer levels of a 16-bit file, and its alpha (H, W) in 0 to 255 where a pixel is transparent."""
     if image.mode.startswith("I"):
         levels = np.asarray(image).astype(np.int64)
-        if levels.min() < 0 or levels.max() > 65535:
+        if levels.min() < 0:
+            raise ValueError(f"levels from {levels.min()} to {levels.max()}; allowed are 0 to 65535")
+        if levels.max() > 65535:
             raise ValueError(f"mode {image.mode} with more than 16 bits; allowed are 8 and 16 bits a channel")
         clear = image.info.get("transparency")
         alpha = (levels != clear) * 255 if isinstance(clear, int) else np.full(levels.shape, 255)
@@ -235,6 +243,10 @@ def _sixteen_bits(image: Image.Image, content: bytes) -> np.ndarray:
     time with the bytes swapped.
     """
     raw = _raw_mode(image.tile[0])
+    if top := _ppm_top(image.tile[0]):
+        size = 3 * image.width * image.height
+        levels = np.frombuffer(content, ">u2", size, image.tile[0][2]).astype(np.int64)
+        return (levels * 65535 // top).clip(max=65535).reshape(image.height, image.width, 3)
     if raw.startswith("LA;16"):  # four bytes a pixel, as RGBA has: one reading gives them all
         image.tile = [_with_raw_mode(tile, "RGBA") for tile in image.tile]
         bytes_ = np.asarray(image).astype(np.int64)

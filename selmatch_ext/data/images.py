@@ -227,6 +227,9 @@ def load(
         raise ValueError(
             f"resize is {resize}, but {spec} has images of one size; resize is for imagefolder: and tinyimagenet:"
         )
+    if test_share is not None or background != "white":
+        given = f"test_share is {test_share}" if test_share is not None else f"background is {background!r}"
+        raise ValueError(f"{given}, but {spec} does not use it; it is for imagefolder: and tinyimagenet:")
     return _digits() if spec == "digits" else _torchvision(spec, Path(root or "data"), download)
 
 

@@ -36,6 +36,12 @@ def shortened(items: list[str], most: int = 3) -> str:
     return ", ".join(map(readable, items[:most])) + more
 
 
+def reason(error: BaseException) -> str:
+    """What an exception of another library says, on one line of bounded length; its type where it says nothing."""
+    text = readable(str(error)) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + " …"
+
+
 def _escaped(character: str) -> str:
     if unicodedata.category(character) not in UNPRINTABLE:
         return character

@@ -10,7 +10,7 @@ import torch
 
 from selmatch_ext.data.decoding import check_color, extensions
 from selmatch_ext.data.names import readable, shortened
-from selmatch_ext.data.tree import Content, Listing, Tree, list_split, skipped_text
+from selmatch_ext.data.tree import Content, Entry, Listing, Tree, list_split, skipped_text
 from selmatch_ext.seeds import generator
 
 ANNOTATIONS = "val_annotations.txt"
@@ -63,58 +63,68 @@ class Plan:
 
 def plan_splits(root: Path, tree: Tree, options: Options) -> Plan:
     """The images of both splits. Raises ValueError where a split or a class has none, and for a single class."""
-    splits = [name for name in ("train", "test", "val") if (top := tree.top(name)) and top.kind == "folder"]
-    known, where = extensions(), readable(str(root))
-    if "train" not in splits and options.test_share is not None and not splits:
-        listing = list_split(tree, "", None, known)
-        train, test = _stratified(where, listing, "", options)
-        class_names, skipped = sorted(listing.classes), listing.skipped
-        contents = listing.files
-    else:
-        listing = _list(tree, "train", known)
-        train, class_names = _split(where, listing, "train")
-        skipped, contents = listing.skipped, dict(listing.files)
-        name = next((n for n in (("val", "test") if options.tiny else ("test", "val")) if n in splits), None)
+    plan = _Planner(readable(str(root)), tree, options).plan()
+    if len(plan.class_folders) < 2:
+        raise ValueError(
+            f"{readable(str(root))} has one class, {readable(plan.class_folders[0])}; at least two are needed"
+        )
+    return plan
+
+
+class _Planner:
+    """Collects the contents of a data set and what is skipped. where: its path, for messages."""
+
+    def __init__(self, where: str, tree: Tree, options: Options) -> None:
+        self.where, self.tree, self.options = where, tree, options
+        self.contents: dict[str, Content] = {}
+        self.skipped = Counter(tree.skipped)
+        self.known = extensions()
+
+    def plan(self) -> Plan:
+        folders = [name for name in ("train", "test", "val") if self._folder(name) is not None]
+        below = "" if not folders and self.options.test_share is not None else "train"
+        train, class_names = _split(self.where, self._list(below), below)
+        tests = ("val", "test") if self.options.tiny else ("test", "val")
+        name = next((name for name in tests if name in folders), None)
         if name is not None:
-            test = _test_split(where, tree, name, class_names, options, contents, skipped)
-        elif options.test_share is not None:
-            train, test = _stratified(where, listing, "train", options)
+            test = self._test_split(name, class_names)
+        elif self.options.test_share is not None:
+            train, test = _stratified(self.where, train, self.options)
         else:
-            raise ValueError(f"{where} has neither a test nor a val folder; test_share splits the training images")
-    if len(class_names) < 2:
-        raise ValueError(f"{where} has one class, {readable(class_names[0])}; at least two are needed")
-    return Plan(train, test, class_names, contents, skipped + tree.skipped)
+            raise ValueError(
+                f"{self.where} has neither a test nor a val folder; test_share would split the train folder"
+            )
+        return Plan(train, test, class_names, self.contents, self.skipped)
 
+    def _folder(self, name: str) -> Entry | None:
+        entry = self.tree.top(name)
+        return entry if entry is not None and entry.kind == "folder" else None
 
-def _list(tree: Tree, name: str, known: frozenset[str]) -> Listing:
-    top = tree.top(name)
-    return Listing() if top is None or top.kind != "folder" else list_split(tree, f"{name}/", top.node, known)
+    def _list(self, name: str, said: bool = True) -> Listing:
+        """The files of a split; of the whole data set where `name` is empty. said: what is skipped is counted."""
+        folder = self._folder(name) if name else None
+        listing = Listing()
+        if folder is not None or not name:
+            listing = list_split(self.tree, f"{name}/" if name else "", folder and folder.node, self.known)
+        self.contents.update(listing.files)
+        if said:
+            self.skipped.update(listing.skipped)
+        return listing
 
-
-def _test_split(
-    where: str,
-    tree: Tree,
-    name: str,
-    class_names: list[str],
-    options: Options,
-    contents: dict[str, Content],
-    skipped: Counter,
-) -> Split:
-    """The images of the test split `name`; adds to contents and skipped."""
-    listing = _list(tree, name, extensions())
-    contents.update(listing.files)
-    table = next((e for e in tree.entries(tree.top(name).node) if e.name == ANNOTATIONS and e.kind == "file"), None)
-    if name == "val" and options.tiny and table is not None:
-        test = _annotated_split(tree.content(table.node), contents)
-        test_names = sorted(set(test.classes))
-    else:
-        skipped.update(listing.skipped)
-        test, test_names = _split(where, listing, name)
-    for there, here, split in ((class_names, test_names, name), (test_names, class_names, "train")):
-        missing = sorted(set(there) - set(here))
-        if missing:
-            raise ValueError(f"{where}: {split} has no folder for class {shortened(missing)}")
-    return test
+    def _test_split(self, name: str, class_names: list[str]) -> Split:
+        inside = self.tree.entries(self._folder(name).node)
+        table = next((entry for entry in inside if entry.name == ANNOTATIONS and entry.kind == "file"), None)
+        if name == "val" and self.options.tiny and table is not None:
+            self._list(name, said=False)
+            test = _annotated_split(self.tree.content(table.node), self.contents)
+            test_names = sorted(set(test.classes))
+        else:
+            test, test_names = _split(self.where, self._list(name), name)
+        for there, here, split in ((class_names, test_names, name), (test_names, class_names, "train")):
+            missing = sorted(set(there) - set(here))
+            if missing:
+                raise ValueError(f"{self.where}: {split} has no folder for class {shortened(missing)}")
+        return test
 
 
 def _split(where: str, listing: Listing, name: str) -> tuple[Split, list[str]]:
@@ -133,11 +143,10 @@ def _split(where: str, listing: Listing, name: str) -> tuple[Split, list[str]]:
     return Split(["/".join(parts) for parts in images], [parts[depth] for parts in images]), sorted(listing.classes)
 
 
-def _stratified(where: str, listing: Listing, name: str, options: Options) -> tuple[Split, Split]:
+def _stratified(where: str, split: Split, options: Options) -> tuple[Split, Split]:
     """Sets `test_share` of the images of each class aside, at least one, drawn from `seed`."""
-    split, class_names = _split(where, listing, name)
     in_test: set[str] = set()
-    for class_name in class_names:
+    for class_name in sorted(set(split.classes)):
         members = [p for p, c in zip(split.paths, split.classes, strict=True) if c == class_name]
         count = max(1, round(options.test_share * len(members)))
         if count >= len(members):
