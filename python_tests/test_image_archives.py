@@ -231,6 +231,14 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
+def test_sparse_files_that_are_no_images_are_passed_over(tmp_path, caplog):
+    path = write_tar(tmp_path / "s.tar")
+    block = sparse_header("train/cat/notes.txt", 3 << 30)
+    path.write_bytes(block + path.read_bytes())
+    assert len(load(f"imagefolder:{path}").train) == 6
+    assert [r.getMessage() for r in caplog.records] == ["s: skipped 1 file: 1 .txt"]
+
+
 def test_declared_sizes_take_no_memory(tmp_path):
     """One process for all of them: what its memory grows by is their most."""
     paths = []

@@ -6,8 +6,9 @@ import torch
 from image_files import encoded, pattern, plain, png_header, png_of_16_bits, tiff_of_16_bits, write_set
 from PIL import Image
 
-from selmatch_ext.data.decoding import Levels, Picture, check_color, decode, extensions, formats
+from selmatch_ext.data.decoding import Levels, Picture, decode, extensions, formats
 from selmatch_ext.data.images import load
+from selmatch_ext.settings import Data, color
 
 
 def rows(picture):
@@ -148,7 +149,11 @@ def test_wrong_background(tmp_path):
     for wrong in ("blau", "", "#12", "#ffffff00", "rgb(1,2)"):
         with pytest.raises(ValueError, match="background is '.*'; allowed is"):
             load(f"imagefolder:{write_set(tmp_path / 's', plain)}", background=wrong)
-    assert check_color("black") == (0, 0, 0)
+        with pytest.raises(ValueError, match="background is '.*'; allowed is"):
+            Data(background=wrong)
+    assert color("black") == (0, 0, 0)
+    with pytest.raises(ValueError, match="background is 'red', but digits does not use it"):
+        load("digits", background="red")
 
 
 # orientation, modes, frames, formats
@@ -184,6 +189,7 @@ def test_orientation_of_16_bit_files():
     assert np.array_equal(rows(decode(encoded(Image.fromarray(x), exif=exif), "x")), np.rot90(x, -1))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_damaged_exif_is_ignored():
     content = encoded(pattern(1), "jpeg", quality=100, exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert decode(content, "x").pixels.shape == (3, 6, 5)
@@ -268,3 +274,5 @@ def test_resize_has_a_range():
     for wrong in (-1, 0, 4097, 100_000):
         with pytest.raises(ValueError, match=f"resize is {wrong}; allowed is a number of pixels from 1 to 4096"):
             load("imagefolder:none", resize=wrong)
+        with pytest.raises(ValueError, match=f"resize is {wrong};"):
+            Data(resize=wrong)

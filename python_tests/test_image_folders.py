@@ -225,6 +225,10 @@ def test_wrong_test_share(tmp_path):
     for wrong in (0.0, 1.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="test_share is .*; allowed is a share of the images above 0 and below 1"):
             load("imagefolder:none", test_share=wrong)
+        with pytest.raises(ValueError, match="test_share is .*;"):
+            Data(test_share=wrong)
+    with pytest.raises(ValueError, match="test_share is 0.5, but digits does not use it"):
+        load("digits", test_share=0.5)
     write_set(tmp_path / "s", plain, counts=(("train", 1),))
     with pytest.raises(ValueError, match="test_share 0.5 of the 1 images of class cat leaves none to train on"):
         load(f"imagefolder:{tmp_path}/s", test_share=0.5)

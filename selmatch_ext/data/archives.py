@@ -116,11 +116,7 @@ def _tar_members(path: Path) -> Iterator[Member]:
         file = _Bounded(raw if opener is None else opener(raw))
         with tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
-                if member.issparse():
-                    raise Refused(
-                        f"{readable(member.name)} is a sparse file of {size_text(member.size)}; no image is one"
-                    )
-                if member.isfile() and member.offset_data + member.size > most:
+                if member.isfile() and not member.issparse() and member.offset_data + member.size > most:
                     if opener is not None:
                         raise Refused(f"it unpacks to more than {size_text(most)}, of {size_text(size)}")
                     raise tarfile.ReadError(f"{member.name} declares {size_text(member.size)}, more than it has")
@@ -136,6 +132,8 @@ def _tar_members(path: Path) -> Iterator[Member]:
 
 def _tar_member(archive: tarfile.TarFile, member: tarfile.TarInfo, file: _Bounded) -> Member:
     def read() -> bytes:
+        if member.issparse():
+            raise Refused(f"{readable(member.name)} is a sparse file of {size_text(member.size)}; no image is one")
         file.most = max(MOST_OF_A_HEADER, member.size)
         try:
             return archive.extractfile(member).read()
@@ -152,7 +150,7 @@ def _tar_member(archive: tarfile.TarFile, member: tarfile.TarInfo, file: _Bounde
     elif member.islnk():  # its target counts from the top of the archive
         depth = len([part for part in member.name.split("/")[:-1] if part not in ("", ".")])
         kind, target = "link", "../" * depth + member.linkname.lstrip("/")
-    return Member(member.name, kind, member.size, target, read)
+    return Member(member.name, kind, 0 if member.issparse() else member.size, target, read)
 
 
 class _Bounded:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from selmatch_ext.data.names import reason
 
@@ -75,19 +75,6 @@ class Levels:
             behind = np.array(background[:1] if grey else background, np.float32).reshape(-1, 1, 1)
             pixels = (pixels + behind * (1 - picture.alpha / np.float32(255))).round().clip(0, 255)
         return pixels.astype(np.uint8)
-
-
-def check_color(background: str) -> Color:
-    """(red, green, blue) of a color's name or #rrggbb. Raises ValueError naming `background`."""
-    try:
-        color = ImageColor.getrgb(background)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"background is {background!r}; allowed is the name of a color (white, black, gray, …) or #rrggbb"
-        ) from error
-    if len(color) != 3:
-        raise ValueError(f"background is {background!r}; allowed is a color without transparency, #rrggbb")
-    return color
 
 
 def formats() -> list[str]:

@@ -16,13 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from selmatch_ext.data.archives import ARCHIVES, read_archive
-from selmatch_ext.data.decoding import Levels, Picture, check_color, decode, extensions
+from selmatch_ext.data.decoding import Levels, Picture, decode, extensions
 from selmatch_ext.data.images import ImageData, ImageSplit
 from selmatch_ext.data.memory import available_memory, size_text
 from selmatch_ext.data.names import readable, shortened, unique_names
 from selmatch_ext.data.splits import ANNOTATIONS, Options, Plan, bytes_of, plan_splits
 from selmatch_ext.data.tree import ArchiveTree, Content, FolderTree, extension, skipped_text
 from selmatch_ext.files import json_field, load_tensors, save_tensors
+from selmatch_ext.settings import color
 
 CHUNK = 256  # images a thread decodes at a time
 
@@ -111,7 +112,7 @@ class _Decoding:
     def __init__(self, name: str, plan: Plan, options: Options) -> None:
         self.name, self.options, self.contents = name, options, plan.contents
         self.paths, self.training = plan.train.paths + plan.test.paths, len(plan.train.paths)
-        self.color = check_color(options.background)
+        self.color = color(options.background)
         self.same_as = None
         first = self._decode(0)
         height, width = first.pixels.shape[1:]

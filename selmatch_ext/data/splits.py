@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from selmatch_ext.data.decoding import check_color, extensions
+from selmatch_ext.data.decoding import extensions
 from selmatch_ext.data.names import readable, shortened
 from selmatch_ext.data.tree import Content, Entry, Listing, Tree, list_split, skipped_text
 from selmatch_ext.seeds import generator
+from selmatch_ext.settings import check_images, color
 
 ANNOTATIONS = "val_annotations.txt"
-MOST_PIXELS = 4096  # of a side after resizing
 DECODER = 2  # part of the cache's key; to be raised when the same files become other pixels
 
 
@@ -30,16 +30,12 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.resize is not None and not 1 <= self.resize <= MOST_PIXELS:
-            raise ValueError(f"resize is {self.resize}; allowed is a number of pixels from 1 to {MOST_PIXELS}")
-        if self.test_share is not None and not 0 < self.test_share < 1:
-            raise ValueError(f"test_share is {self.test_share}; allowed is a share of the images above 0 and below 1")
-        check_color(self.background)
+        check_images(self.resize, self.background, self.test_share)
 
     def key(self) -> list:
         """What the decoded images depend on, JSON-able."""
         split = None if self.test_share is None else [self.test_share, self.seed]
-        return [DECODER, self.tiny, self.resize, check_color(self.background), split]
+        return [DECODER, self.tiny, self.resize, color(self.background), split]
 
 
 @dataclass(frozen=True)
