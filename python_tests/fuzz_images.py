@@ -233,19 +233,18 @@ def main(folder, seed, count, seconds):
     os.environ["HOME"] = os.environ["TMPDIR"] = str(folder / "home")
     fuzz = Fuzz(folder, seed)
     os.chdir(folder / "home")
-    before, start, number = fuzz.listing(), time.monotonic(), 0
-    used = peak(reset=True)
+    before, start, number, grown = fuzz.listing(), time.monotonic(), 0, (0, 0)
     data = int(Path("/proc/self/statm").read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_DATA, (data + GIGABYTE, resource.RLIM_INFINITY))
     while number < count if seconds is None else time.monotonic() - start < seconds:
         faulthandler.dump_traceback_later(SLOW, exit=True)
+        used = peak(reset=True)
         fuzz.step(number)
-        number += 1
+        grown, number = max(grown, (peak() - used, number)), number + 1
+        assert grown[0] < GIGABYTE, f"seed {seed}, number {grown[1]}: memory grew by {grown[0]} bytes"
     faulthandler.cancel_dump_traceback_later()
-    grown = peak() - used
-    assert grown < GIGABYTE, f"memory grew by {grown} bytes"
     assert fuzz.listing() == before, f"written outside the cache: {set(fuzz.listing()) ^ set(before)}"
-    return {"mutants": number, "grown": grown, **dict(sorted(fuzz.counts.items()))}
+    return {"mutants": number, "grown": grown[0], "by": grown[1], **dict(sorted(fuzz.counts.items()))}
 
 
 if __name__ == "__main__":

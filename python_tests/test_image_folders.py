@@ -172,6 +172,12 @@ def test_names_stay_different():
     assert readable("\ud800\u2028\t\x7f é猫") == "\\ud800\\u2028\\x09\\x7f é猫"
 
 
+def test_tables_take_any_name():
+    rows = [["set", "accuracy"], *([name, "1"] for name in NAMES.values())]
+    for text in (report.table(rows), report.markdown(rows)):
+        assert len(text.encode().splitlines()) == len(NAMES) + 2
+
+
 def test_every_picture_takes_any_name(tmp_path):
     names = [*NAMES.values(), "", " ", "\ud800"]
     for function, arguments in (

@@ -238,7 +238,7 @@ def markdown(rows: Sequence[Sequence[Any]]) -> str:
 def _cells(rows: Sequence[Sequence[Any]]) -> tuple[list[list[str]], list[int]]:
     if not rows or any(len(row) != len(rows[0]) for row in rows):
         raise ValueError(f"rows have {sorted({len(row) for row in rows})} cells; all must have as many as the header")
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[readable(str(cell)) for cell in row] for row in rows]  # so that every cell can be printed and encoded
     return cells, [max(len(row[i]) for row in cells) for i in range(len(rows[0]))]
 
 

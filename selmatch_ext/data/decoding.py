@@ -180,8 +180,9 @@ def _eight_bits(image: Image.Image, background: Color) -> Image.Image:
         if image.mode in ("La", "RGBa"):  # premultiplied
             image = image.convert(image.mode.upper())
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image).convert("RGB")
-        grey &= len(set(background)) == 1
+        behind = Image.new("RGB", image.size, background)
+        behind.paste(image, mask=image.getchannel("A"))  # takes less memory than Image.alpha_composite
+        image, grey = behind, grey and len(set(background)) == 1
     return image.convert("L" if grey else "RGB")
 
 
