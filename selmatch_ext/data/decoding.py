@@ -29,6 +29,7 @@ TURNS = {  # EXIF orientation -> how the stored picture has to be turned
 ORIENTATION = 0x0112
 DEEP = re.compile("(RGB|RGBA|LA);16[BLN]")  # Pillow's raw modes of 16 bits a channel; BGR;16 has 16 bits a pixel
 EARLY = 1 << 20  # pixels; above this an unequal size is refused before memory is taken, below it after decoding
+MOST_DEEP = 30_000_000  # pixels of a file of 16 bits a channel, of which each takes about 30 bytes while it is decoded
 LARGE = 1 << 24  # pixels; pictures above this are decoded one at a time, to bound the memory of many threads
 _one_large = threading.Lock()
 
@@ -142,13 +143,11 @@ def _decoded(image: Image.Image, content: bytes, resize: int | None, background:
     if not deep:
         pixels = np.array(_shaped(_eight_bits(image, background), turn, resize))
         return Picture(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), None, frames)
+    weight = 1 if alpha is None else alpha / np.float32(255)
+    planes = [_shaped_plane(plane * weight, turn, resize, 65535).astype(np.uint16) for plane in pixels]
     if alpha is not None:
-        pixels = pixels * (alpha / np.float32(255))
-    shaped = [np.asarray(_shaped(_plane(p), turn, resize)) for p in pixels]
-    pixels = np.stack(shaped).round().clip(0, 65535).astype(np.uint16)
-    if alpha is not None:
-        alpha = np.asarray(_shaped(_plane(alpha), turn, resize)).round().clip(0, 255).astype(np.uint8)
-    return Picture(pixels, alpha, frames)
+        alpha = _shaped_plane(alpha, turn, resize, 255).astype(np.uint8)
+    return Picture(np.stack(planes), alpha, frames)
 
 
 def _quietly(read: Any) -> Any:
@@ -159,8 +158,9 @@ def _quietly(read: Any) -> Any:
         return None
 
 
-def _plane(values: np.ndarray) -> Image.Image:
-    return Image.fromarray(values.astype(np.float32))
+def _shaped_plane(values: np.ndarray, turn: Image.Transpose | None, resize: int | None, top: int) -> np.ndarray:
+    shaped = _shaped(Image.fromarray(values.astype(np.float32)), turn, resize)
+    return np.asarray(shaped).round().clip(0, top)
 
 
 def _shaped(image: Image.Image, turn: Image.Transpose | None, resize: int | None) -> Image.Image:
@@ -203,29 +203,26 @@ def _ppm_top(tile: tuple) -> int:
 
 
 def _deep_planes(image: Image.Image, content: bytes) -> tuple[np.ndarray, np.ndarray | None]:
-    """(C, H, W) integer levels of a 16-bit file, and its alpha (H, W) in 0 to 255 where a pixel is transparent."""
+    """(C, H, W) levels of a 16-bit file, and its alpha (H, W) in 0 to 255 where a pixel is transparent."""
+    if image.width * image.height > MOST_DEEP:
+        raise ValueError(f"it has {image.width}x{image.height} pixels of 16 bits; allowed are {MOST_DEEP} in all")
     if image.mode.startswith("I"):
-        levels = np.asarray(image).astype(np.int64)
+        levels = np.asarray(image)
         if levels.min() < 0:
             raise ValueError(f"levels from {levels.min()} to {levels.max()}; allowed are 0 to 65535")
         if levels.max() > 65535:
             raise ValueError(f"mode {image.mode} with more than 16 bits; allowed are 8 and 16 bits a channel")
         clear = image.info.get("transparency")
-        alpha = (levels != clear) * 255 if isinstance(clear, int) else np.full(levels.shape, 255)
-        channels = [levels]
-    else:
-        channels, alpha = _split_alpha(_sixteen_bits(image, content))
-    return np.stack(channels), None if alpha is None or alpha.min() == 255 else alpha
-
-
-def _split_alpha(levels: np.ndarray) -> tuple[list[np.ndarray], np.ndarray | None]:
-    channels = list(levels.transpose(2, 0, 1))
-    alpha = channels.pop() >> 8 if len(channels) in (2, 4) else None
-    return channels, alpha
+        return levels[None], (levels != clear) * np.uint8(255) if isinstance(clear, int) else None
+    channels = _sixteen_bits(image, content).transpose(2, 0, 1)
+    if len(channels) not in (2, 4):
+        return channels, None
+    alpha = (channels[-1] >> 8).astype(np.uint8)
+    return channels[:-1], None if alpha.min() == 255 else alpha
 
 
 def _sixteen_bits(image: Image.Image, content: bytes) -> np.ndarray:
-    """(H, W, C) int64 levels of a color file, or of a grey one with alpha, of 16 bits a channel.
+    """(H, W, C) uint16 levels of a color file, or of a grey one with alpha, of 16 bits a channel.
 
     Pillow unpacks one byte of each level, and the tiles' raw mode says which one. So the file is read twice, the second
     time with the bytes swapped.
@@ -233,21 +230,21 @@ def _sixteen_bits(image: Image.Image, content: bytes) -> np.ndarray:
     raw = _raw_mode(image.tile[0])
     if top := _ppm_top(image.tile[0]):
         size = 3 * image.width * image.height
-        levels = np.frombuffer(content, ">u2", size, image.tile[0][2]).astype(np.int64)
-        return (levels * 65535 // top).clip(max=65535).reshape(image.height, image.width, 3)
+        levels = np.frombuffer(content, ">u2", size, image.tile[0][2]).astype(np.uint32)
+        return (levels * 65535 // top).clip(max=65535).astype(np.uint16).reshape(image.height, image.width, 3)
     if raw.startswith("LA;16"):  # four bytes a pixel, as RGBA has: one reading gives them all
         image.tile = [_with_raw_mode(tile, "RGBA") for tile in image.tile]
-        bytes_ = np.asarray(image).astype(np.int64)
-        return bytes_[..., 0::2] << 8 | bytes_[..., 1::2]
+        bytes_ = np.asarray(image)
+        return bytes_[..., 0::2].astype(np.uint16) << 8 | bytes_[..., 1::2]
     little = raw.endswith("L") or (raw.endswith("N") and sys.byteorder == "little")
     with Image.open(io.BytesIO(content), formats=formats()) as again:
         other = raw[: raw.index(";16")] + (";16B" if little else ";16L")
         again.tile = [_with_raw_mode(tile, other) for tile in again.tile]
-        low = np.asarray(again).astype(np.int64)
-    high = np.asarray(image).astype(np.int64)
+        low = np.asarray(again)
+    high = np.asarray(image)
     if high.ndim != 3 or high.shape != low.shape:
         raise ValueError(f"16 bits a channel in mode {image.mode}; allowed are grey, RGB and these with alpha")
-    return high << 8 | low
+    return high.astype(np.uint16) << 8 | low
 
 
 def _with_raw_mode(tile: tuple, raw: str) -> tuple:
