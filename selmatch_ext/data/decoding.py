@@ -179,11 +179,16 @@ def _eight_bits(image: Image.Image, background: Color) -> Image.Image:
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         if image.mode in ("La", "RGBa"):  # premultiplied
             image = image.convert(image.mode.upper())
-        image = image.convert("RGBA")
+        image = _in_mode(image, "RGBA")
         behind = Image.new("RGB", image.size, background)
         behind.paste(image, mask=image.getchannel("A"))  # takes less memory than Image.alpha_composite
         image, grey = behind, grey and len(set(background)) == 1
-    return image.convert("L" if grey else "RGB")
+    return _in_mode(image, "L" if grey else "RGB")
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """`image` itself where it has the mode; Image.convert would copy it."""
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _is_deep(image: Image.Image) -> bool:
