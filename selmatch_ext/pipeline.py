@@ -32,7 +32,14 @@ from selmatch_ext.settings import Data, Evaluation, Features, MethodRun, Run, Sc
 def load_data(settings: Data, seed: int) -> tuple[ImageData, Tensor | None]:
     """The data set, and which training images were kept of the full one (None: all)."""
     data = load(
-        settings.dataset, root=settings.root, download=settings.download, resize=settings.resize, cache=settings.cache
+        settings.dataset,
+        root=settings.root,
+        download=settings.download,
+        resize=settings.resize,
+        cache=settings.cache,
+        background=settings.background,
+        test_share=settings.test_share,
+        seed=seed,
     )
     kept = None
     if settings.per_class is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor
 
 from selmatch_ext.data.distilled import folder_names
+from selmatch_ext.data.names import readable
 from selmatch_ext.files import atomic_write
 from selmatch_ext.settings import at_least
 
@@ -23,6 +25,7 @@ DPI = 100
 TILE = 48  # pixels that an image is at least enlarged to, by whole factors
 GAP = 2  # pixels between images
 MOST_ROWS = 20  # classes shown in one picture
+MOST_CHARACTERS = 60  # of a name or title in a picture
 BLUE, ORANGE = "#1f5fa8", "#d9641e"
 
 
@@ -145,9 +148,9 @@ def plot_coverage(results: Mapping[str, Mapping[str, Sequence[float]]], path: st
         axes.spines[["top", "right"]].set_visible(False)
         for (name, found), colour in zip(results.items(), _colours(len(results)), strict=True):
             if len(found["iterations"]) == 1:
-                axes.axhline(found[group][0], color=colour, linestyle="--", linewidth=1.5, label=name)
+                axes.axhline(found[group][0], color=colour, linestyle="--", linewidth=1.5, label=_shown(name))
             else:
-                axes.plot(found["iterations"], found[group], color=colour, marker="o", markersize=4, label=name)
+                axes.plot(found["iterations"], found[group], color=colour, marker="o", markersize=4, label=_shown(name))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(bottom=0)
         if alone:
@@ -171,9 +174,9 @@ def plot_bars(
     for i, (name, values) in enumerate(results.items()):
         x = np.arange(len(groups)) + (i - (len(results) - 1) / 2) * width
         means, stds = zip(*(values[group] for group in groups), strict=True)
-        bars = {"color": _colours(len(results))[i], "ecolor": "#333333", "capsize": 2, "label": name}
+        bars = {"color": _colours(len(results))[i], "ecolor": "#333333", "capsize": 2, "label": _shown(name)}
         axes.bar(x, means, 0.92 * width, yerr=stds, **bars)
-    axes.set_xticks(range(len(groups)), groups, rotation=20 if max(map(len, groups)) > 8 else 0)
+    axes.set_xticks(range(len(groups)), map(_shown, groups), rotation=20 if max(map(len, groups)) > 8 else 0)
     axes.set_axisbelow(True)
     if len(results) > 1:
         figure.legend(loc="outside lower center", ncols=4, frameon=False)
@@ -187,7 +190,8 @@ def plot_curves(
     figure, axes = _plot(xlabel, ylabel)
     for (name, values), colour in zip(results.items(), _colours(len(results)), strict=True):
         means, stds = zip(*values.values(), strict=True)
-        axes.errorbar(list(values), means, yerr=stds, color=colour, marker="o", markersize=5, capsize=3, label=name)
+        line = {"color": colour, "marker": "o", "markersize": 5, "capsize": 3, "label": _shown(name)}
+        axes.errorbar(list(values), means, yerr=stds, **line)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(results) > 1:
         axes.legend(frameon=False)
@@ -205,7 +209,8 @@ def plot_ranking(points: Mapping[str, tuple[float, float]], path: str | os.PathL
         if name not in best:
             axes.plot(*point, "o", color=BLUE, markersize=5)
     for i, name in enumerate(best, 1):
-        axes.plot(*points[name], "o", color=ORANGE, markersize=5, label=f"{i}. {name}: {points[name][1]:.1f} %")
+        label = f"{i}. {_shown(name)}: {points[name][1]:.1f} %"
+        axes.plot(*points[name], "o", color=ORANGE, markersize=5, label=label)
     figure.legend(loc="outside lower center", frameon=False, title="best on the small set")
     _save(figure, path)
 
@@ -233,7 +238,7 @@ def markdown(rows: Sequence[Sequence[Any]]) -> str:
 def _cells(rows: Sequence[Sequence[Any]]) -> tuple[list[list[str]], list[int]]:
     if not rows or any(len(row) != len(rows[0]) for row in rows):
         raise ValueError(f"rows have {sorted({len(row) for row in rows})} cells; all must have as many as the header")
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[readable(str(cell)) for cell in row] for row in rows]  # so that every cell can be printed and encoded
     return cells, [max(len(row[i]) for row in cells) for i in range(len(rows[0]))]
 
 
@@ -283,6 +288,8 @@ def _write_mosaic(
     blocks: list[np.ndarray], names: list[str] | None, titles: Sequence[str] | None, path: str | os.PathLike
 ) -> None:
     """Blocks beside each other, pixel for pixel, with the rows' names on the left and titles above."""
+    names = None if names is None else [_shown(name) for name in names]
+    titles = None if titles is None else [_shown(title) for title in titles]
     between, margin, top = 24, 10, 34 if titles else 10
     left = margin if names is None else 20 + max(_text_width(name, 10) for name in names)
     # a title may need more room than its block
@@ -307,6 +314,15 @@ def _write_mosaic(
     _save(figure, path)
 
 
+def _shown(text: str) -> str:
+    """`text`, whatever it holds, as matplotlib draws it literally: $ starts no formula, bytes that are not UTF-8 and
+    control characters are escapes, a _ at the beginning keeps no name out of a legend, and its length is bounded."""
+    text = readable(text)
+    if len(text) > MOST_CHARACTERS:
+        text = text[: MOST_CHARACTERS // 2] + " … " + text[-MOST_CHARACTERS // 3 :]
+    return (" " * text.startswith("_") + text).replace("$", r"\$")
+
+
 def _text_width(text: str, size: int) -> int:
     """Pixels that `text` takes at `size` points."""
     return math.ceil(TextPath((0, 0), text, size=size).get_extents().width * DPI / 72) if text.strip() else 0
@@ -315,7 +331,7 @@ def _text_width(text: str, size: int) -> int:
 def _plot(xlabel: str, ylabel: str, title: str | None = None):
     figure = Figure(figsize=(7, 4), dpi=DPI, facecolor="white", layout="constrained")
     axes = figure.add_subplot()
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title and _shown(title))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -338,6 +354,7 @@ def _running_mean(values: np.ndarray, reach: int) -> np.ndarray:
 
 
 def _save(figure: Figure, path: str | os.PathLike) -> None:
-    with atomic_write(path) as temporary:
+    with atomic_write(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a box is drawn in its place
         FigureCanvasAgg(figure)
         figure.savefig(temporary, format="png", metadata={"Software": None})

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 DSA = "color_crop_cutout_flip_scale_rotate"
+MOST_PIXELS = 4096  # a side of a resized image
 Precision = Literal["float32", "tf32", "bfloat16"]
 
 
@@ -19,6 +20,30 @@ def at_least(least: int, **counts: int | None) -> None:
     for name, given in counts.items():
         if given is not None and given < least:
             raise ValueError(f"{name} is {given}; allowed is {least} and above")
+
+
+def color(background: str) -> tuple[int, int, int]:
+    """(red, green, blue), 0 to 255, of a color's name or #rrggbb. Raises ValueError naming `background`."""
+    from PIL import ImageColor
+
+    try:
+        found = ImageColor.getrgb(background)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"background is {background!r}; allowed is the name of a color (white, black, gray, …) or #rrggbb"
+        ) from error
+    if len(found) != 3:
+        raise ValueError(f"background is {background!r}; allowed is a color without transparency, #rrggbb")
+    return found
+
+
+def check_images(resize: int | None, background: str, test_share: float | None) -> None:
+    """Raises ValueError naming the first of these settings of `Data` that is out of its range."""
+    if resize is not None and not 1 <= resize <= MOST_PIXELS:
+        raise ValueError(f"resize is {resize}; allowed is a number of pixels from 1 to {MOST_PIXELS}")
+    if test_share is not None and not 0 < test_share < 1:
+        raise ValueError(f"test_share is {test_share}; allowed is a share of the images above 0 and below 1")
+    color(background)
 
 
 @dataclass(frozen=True)
@@ -32,13 +57,22 @@ class Data:
     download: bool = False
     """Let torchvision download what is missing under `root`."""
     resize: int | None = None
-    """Resize every image of a folder or archive to this many pixels a side; the other data sets refuse it."""
+    """Resize every image of a folder or archive to this many pixels a side, at most 4096; other data sets refuse it."""
+    background: str = "white"
+    """Color behind transparent pixels of a folder's or archive's images, a name or #rrggbb; the other data sets refuse
+    any but white."""
+    test_share: float | None = None
+    """Where a folder or archive has neither test nor val: this share of each class, drawn by the seed, becomes it."""
     cache: str | None = None
     """Where the decoded images of a folder or archive are kept, so that the second start is instant."""
     per_class: int | None = None
     """Keep only this many random training images of each class."""
     zca: bool = False
     """Whiten all images by ZCA, fitted on the training images; a distilled set keeps the transform."""
+
+    def __post_init__(self) -> None:
+        check_images(self.resize, self.background, self.test_share)
+        at_least(1, per_class=self.per_class)
 
 
 @dataclass(frozen=True)

@@ -206,8 +206,9 @@ class DistilledSet:
 
 
 def folder_names(class_names: list[str]) -> list[str]:
-    """Class names as folder names that differ and sort in the order of the classes."""
-    names = [re.sub(r"[^\w .+-]", "_", name).strip(" .") for name in class_names]
+    """Class names as folder names that differ, sort in the order of the classes and have at most 100 bytes, but for a
+    number in front."""
+    names = [re.sub(r"[^\w .+-]", "_", name).encode()[:100].decode(errors="ignore").strip(" .") for name in class_names]
     if "" in names or any(a >= b for a, b in zip(names, names[1:], strict=False)):
         width = len(str(len(names) - 1))
         names = [f"{i:0{width}d}_{name}" for i, name in enumerate(names)]

@@ -185,6 +185,9 @@ def load(
     download: bool = False,
     resize: int | None = None,
     cache: str | os.PathLike | None = None,
+    background: str = "white",
+    test_share: float | None = None,
+    seed: int = 0,
 ) -> ImageData:
     """Loads a data set into memory.
 
@@ -194,28 +197,45 @@ def load(
         `data`); fetched there only when `download` is true.
       - `imagefolder:PATH`: PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE (or `val` when there is no `test`). PATH is
         a folder, or an archive (.zip, .tar, .tar.gz, …), which is read without unpacking it. Images are ordered by
-        class name, then file name; hidden files and files without an image extension are ignored. They are RGB, or have
-        one channel when every one of them is greyscale.
+        class name, then file name. They are RGB, or have one channel when every one of them is greyscale. Every still
+        image that Pillow decodes by itself is read: its first frame, turned as EXIF says. Files of 16 bits a channel
+        are scaled by the bits that the training images use. Links are followed, inside an archive, and each folder is
+        visited once. The log says what was skipped, and how 16-bit files were scaled. Class names are the folders'
+        names as `selmatch_ext.data.names.readable` writes them.
       - `tinyimagenet:PATH`: the same, and also Tiny ImageNet's own layout with val/val_annotations.txt; tests on `val`.
     resize: makes every image of a folder or archive this many pixels wide and high (scaled to fill, centre kept).
-    cache: a folder that keeps the decoded images of folders and archives, one file per listing (names, sizes, times).
+    cache: a folder that keeps the decoded images of folders and archives, one file per listing (names, sizes, times)
+    and arguments.
+    background: the color behind transparent pixels, a name (white, black, gray, …) or #rrggbb.
+    test_share: where there is neither `test` nor `val`, this share of each class, drawn from `seed`, becomes the test
+    split, and PATH/CLASS/IMAGE will do. None: such a folder is refused.
 
     Raises ValueError, FileNotFoundError or OSError naming the data set, class or file that is wrong.
     """
     kind, _, path = spec.partition(":")
     if kind in ("imagefolder", "tinyimagenet") and path:
-        from selmatch_ext.data.folders import load_folder
+        from selmatch_ext.data.folders import Options, load_folder
 
-        return load_folder(Path(path).expanduser(), tiny=kind == "tinyimagenet", resize=resize, cache=cache)
+        options = Options(kind == "tinyimagenet", resize, background, test_share, seed)
+        return load_folder(Path(path).expanduser(), options, cache)
     if spec != "digits" and spec not in TORCHVISION:
         raise ValueError(
             f"data set is {spec!r}; allowed are digits, {', '.join(TORCHVISION)}, imagefolder:PATH, tinyimagenet:PATH"
         )
+    _refuse_unused(spec, resize, background, test_share)
+    return _digits() if spec == "digits" else _torchvision(spec, Path(root or "data"), download)
+
+
+def _refuse_unused(spec: str, resize: int | None, background: str, test_share: float | None) -> None:
     if resize is not None:
         raise ValueError(
             f"resize is {resize}, but {spec} has images of one size; resize is for imagefolder: and tinyimagenet:"
         )
-    return _digits() if spec == "digits" else _torchvision(spec, Path(root or "data"), download)
+    for name, given, unused in (("test_share", test_share, None), ("background", background, "white")):
+        if given != unused:
+            raise ValueError(
+                f"{name} is {given!r}, but {spec} does not use it; it is for imagefolder: and tinyimagenet:"
+            )
 
 
 def _digits() -> ImageData:
