@@ -142,7 +142,7 @@ def parsed(parse: Callable[[], object], arguments: list[str]) -> object:
     try:
         with contextlib.redirect_stderr(held):
             return parse()
-    except SystemExit as stop:
+    except (SystemExit, SettingError) as stop:
         error: BaseException | None = stop
         while error is not None and not isinstance(error, SettingError):
             error = error.__cause__ or error.__context__
