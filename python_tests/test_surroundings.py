@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -74,14 +73,16 @@ def test_what_is_said_goes_to_standard_output(capsys):
     assert capsys.readouterr().out == "β\n"
 
 
-def test_a_picture_that_fails_costs_a_warning(tmp_path, monkeypatch, capsys):
+def test_a_picture_that_fails_costs_a_warning(finished, tmp_path, monkeypatch, capsys):
     def fail(*rest, **options):
         raise RuntimeError("no font")
 
     for name in ("plot_loss", "plot_beta", "image_grid", "before_after"):
         monkeypatch.setattr(report, name, fail)
-    results = pipeline.run(tiny_run(), tmp_path, CPU)
-    assert json.loads((tmp_path / "results.json").read_text()) == results
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    results = pipeline.run(tiny_run(), tmp_path / "run", CPU)
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
     shown = capsys.readouterr().err
     assert shown.count("could not be drawn: RuntimeError: no font") == 4 and "loss.png" in shown
 
@@ -132,12 +133,16 @@ def test_debug_goes_with_every_verb(capsys):
         (RuntimeError("cuDNN error"), "cuDNN error"),
     ],
 )
-def test_errors_of_torch_say_the_stage_and_its_sizes(error, what, tmp_path, monkeypatch, capsys):
+def test_errors_of_torch_say_the_stage_and_its_sizes(error, what, digits, experts, tmp_path, monkeypatch, capsys):
     def fail(*rest):
         raise error
 
+    def command(words):
+        pipeline.distil("selmatch", tiny_run().matching, start, digits, 0, CPU, tmp_path, {}, experts)
+
+    start = pipeline.initial_set("real", 6, digits, 0, CPU)
     monkeypatch.setattr("selmatch_ext.methods.loop._iterate", fail)
-    assert surroundings.guarded(lambda words: pipeline.run(tiny_run(), tmp_path, CPU), []) == 1
+    assert surroundings.guarded(command, []) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"selmatch: distillation by selmatch: {what}")
     assert "images 60 of (1, 8, 8), device cpu, batch_syn 25, inner_steps 3" in line
@@ -196,8 +201,10 @@ def test_the_process_that_is_left_says_one_line():
     shown = [process.communicate(timeout=120)[1] for process in started]
     assert [process.returncode for process in started] == [1, -signal.SIGKILL]
     ours = [line for line in shown[0].splitlines() if not line.startswith("[")]  # torch's own warnings
-    assert ours == ["selmatch: another of the 2 processes has ended, and this one, number 0, cannot go on alone; the same "
-                    "command continues"]  # fmt: skip
+    gone = (
+        "another of the 2 processes has ended, and this one, number 0, cannot go on alone; the same command continues"
+    )
+    assert ours == [f"selmatch: {gone}"]
 
 
 def test_the_command_line_alone_chooses_how_threads_wait(monkeypatch):
@@ -262,9 +269,3 @@ def test_a_last_batch_of_one_image_is_trained_on_where_it_can_be():
         model[0].register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(len(inputs[0])))
         train(model, torch.randn(7, 1, 8, 8), torch.arange(7) % 3, 3)
         assert seen[-3:] == [3, 3, 1]
-
-
-def test_importing_the_library_warns_of_nothing():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        openmp.prepare()
