@@ -1,9 +1,10 @@
 """Trajectory matching on digits alone and beside two busy processes, with the command line's policy for OpenMP.
 
-    python -m bench.shared [--repeats 3] [--default]
+    python -m bench.shared [--repeats 3] [--default] [--spins 0 100 1000 10000]
 
 60 iterations of MTT: ConvNetD2W32, N = 10, batches of 50. Each is run in a process of its own, as the runtime reads its
-variables when it is loaded. --default also runs with the runtime's own policy, which takes long beside other processes.
+variables when it is loaded. --default also runs with the runtime's own policy, which takes long beside other processes;
+--spins with other values of GOMP_SPINCOUNT, for the choice of the one in selmatch_ext/openmp.py.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.timing import machine
@@ -29,7 +31,10 @@ OURS, DEFAULT = "command line", "default of the runtime"
 def _environment(policy: str) -> dict[str, str]:
     """This process's environment with as many threads as the machine has cores and with that policy."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
-    return own | (openmp.wait_policy(own) if policy == OURS else {})
+    if policy == DEFAULT:
+        return own
+    own |= openmp.wait_policy(own)
+    return own if policy == OURS else own | {"GOMP_SPINCOUNT": policy.removeprefix("spin ")}
 
 
 @contextlib.contextmanager
@@ -76,9 +81,9 @@ def iterations() -> float:
         return time.perf_counter() - begin
 
 
-def run(repeats: int = 3, default: bool = False) -> dict:
+def run(repeats: int = 3, default: bool = False, spins: Sequence[int] = ()) -> dict:
     """Median seconds alone and beside the busy processes, which take turns; their ratio, of each policy."""
-    policies = [OURS, DEFAULT] if default else [OURS]
+    policies = [OURS, *[DEFAULT] * default, *(f"spin {count}" for count in spins)]
     cases = [(policy, busy) for policy in policies for busy in (0, BUSY)]
     seconds = {case: [] for case in cases}
     for turn in range(repeats):
@@ -112,12 +117,13 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m bench.shared", description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--default", action="store_true", help="also the runtime's own policy")
+    parser.add_argument("--spins", type=int, nargs="*", default=[], help="also these values of GOMP_SPINCOUNT")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         print(iterations())
     else:
-        print(json.dumps(run(options.repeats, options.default), indent=2))
+        print(json.dumps(run(options.repeats, options.default, options.spins), indent=2))
 
 
 if __name__ == "__main__":
