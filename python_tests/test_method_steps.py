@@ -136,7 +136,7 @@ def test_networks_get_no_gradients(digits, tmp_path, monkeypatch, kind):
 
 
 def test_a_diverging_inner_training_leaves_the_last_good_state(digits, tmp_path):
-    settings = DCSettings(model=MODEL, outer_loop=9, inner_loop=9, batch_real=4, lr_network=1e9)
+    settings = DCSettings(model=MODEL, outer_loop=9, inner_loop=9, batch_real=4, lr_network=1e30)
     with pytest.raises(
         FloatingPointError, match=r"dc stopped at iteration \d: training stopped.* lr_network \(1e\+30\)"
     ):

@@ -64,7 +64,7 @@ def test_training_stops_when_the_loss_is_not_finite(digits):
     model = models.build("MLP", 1, 10, (8, 8))
     images = digits.normalise(digits.train.images)
     with pytest.raises(FloatingPointError, match="lr 1e[+]30"):
-        train(model, images.__getitem__, digits.train.labels, Training(epochs=3, lr=1e9), nothing, generator(0))
+        train(model, images.__getitem__, digits.train.labels, Training(epochs=3, lr=1e30), nothing, generator(0))
 
 
 def test_combined_augmentation_treats_real_and_distilled_images_differently():

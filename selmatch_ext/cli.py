@@ -11,13 +11,16 @@ from dataclasses import field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
+from torch import Tensor
 
 from selmatch_ext import cli_studies, models, pipeline, preflight, ranks, recipes, report, surroundings
 from selmatch_ext.claims import claim, other_settings, recognize
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.images import ImageData
 from selmatch_ext.data.trajectories import ExpertStore, import_replay_buffer
+from selmatch_ext.evaluation import Accuracy
 from selmatch_ext.experts import train_experts
 from selmatch_ext.methods import METHODS, Method
 from selmatch_ext.output import attempt, say
@@ -127,14 +130,7 @@ def select(
     elif method in ("herding", "k-center"):
         subset = pipeline.feature_set(method, images, window.ipc, features, seed, where, out / "features")
     else:
-        if method != "window":
-            scores = replace(scores, source=pipeline.score_source(method, scores.source))
-            window = replace(window, beta=window.beta or 0.0)
-        hardness = pipeline.training_difficulty(scores, data, images, kept, seed, where, out / "scores.npz")
-        if window.beta is None:
-            best, tried = pipeline.search_window(images, hardness, window, evaluation, seed, where, out / "window")
-            window = replace(window, beta=best)
-        subset = replace(pipeline.starting_set(images, hardness, window), method=method)
+        subset, scores, window, tried = _by_difficulty(method, parts, images, kept, seed, where, out)
     how = {"data": data, "scores": scores, "window": window, "features": features}
     settings = {name: to_dict(value) for name, value in how.items()} | {"seed": seed}
     distilled, path = split(subset.indices, window.ipc, window.alpha), out / f"{method}.safetensors"
@@ -145,6 +141,28 @@ def select(
     if method not in ("random", "herding", "k-center"):
         say(f"β = {window.beta:.4g}")
     say(path)
+
+
+def _by_difficulty(
+    method: str,
+    parts: dict[str, Any],
+    images: ImageData,
+    kept: Tensor | None,
+    seed: int,
+    where: torch.device,
+    out: Path,
+) -> tuple[DistilledSet, Scores, Window, dict[float, Accuracy]]:
+    """The images that `select` chooses by their scores, the settings with what was decided here (the source of the
+    scores, β), and the accuracies of a search."""
+    scores, window, tried = parts["scores"], parts["window"], {}
+    if method != "window":
+        scores = replace(scores, source=pipeline.score_source(method, scores.source))
+        window = replace(window, beta=window.beta or 0.0)
+    hardness = pipeline.training_difficulty(scores, parts["data"], images, kept, seed, where, out / "scores.npz")
+    if window.beta is None:
+        best, tried = pipeline.search_window(images, hardness, window, parts["evaluation"], seed, where, out / "window")
+        window = replace(window, beta=best)
+    return replace(pipeline.starting_set(images, hardness, window), method=method), scores, window, tried
 
 
 def _check_selection(method: str, parts: dict[str, Any], images: ImageData) -> None:

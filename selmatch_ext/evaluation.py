@@ -85,8 +85,8 @@ def evaluate(
             k, left = len(finished) + ranks.rank(), networks - len(finished)
             seen = torch.zeros(len(names), dtype=torch.float64)
             if k < networks:
-                sizes = {"network": settings.model, "batch": settings.training.batch, "images": len(subset)}
-                with stage(label, "a smaller evaluation.training.batch", **sizes, device=device):
+                less = f"an evaluation.training.batch below {settings.training.batch}"
+                with stage(label, less, network=settings.model, images=len(subset), device=device):
                     model = trained_on(subset, data, settings, seed, device, k)
                     right = {split: correct(model, data, split, device) for split in asked}
                 shown = [right[split] for split in splits] + [right["test"][mask] for mask in groups.values()]

@@ -104,7 +104,8 @@ def attempt(draw: Callable[..., None], *arguments: Any, **options: Any) -> None:
         draw(*arguments, **options)
     except Exception as error:  # whatever it is, no result may be lost to a picture
         path = next((str(a) for a in arguments if isinstance(a, os.PathLike)), draw.__name__)
-        warn(f"{path} could not be drawn: {type(error).__name__}: {error}")
+        why = next(iter(str(error).splitlines()), "")
+        warn(f"{path} could not be drawn: {type(error).__name__}: {why}")
 
 
 def open_descriptors() -> None:

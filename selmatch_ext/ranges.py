@@ -46,8 +46,8 @@ Seed = Annotated[int, Range(-(2**63), 2**63 - 1)]
 Share = Annotated[float, Range(0, 1)]
 Beta = Annotated[float, Range(0, 1e6)]  # a share of the class, or a multiple of ipc
 Spacing = Annotated[float, Range(0.001, 1e6)]  # each value of the grid costs the training of networks
-Rate = Annotated[float, Range(0, 1e9)]  # step sizes; 0 learns nothing
-Positive = Annotated[float, Range(0, 1e9, above=True)]
+Rate = Annotated[float, Range(0, 1e30)]  # step sizes; 0 learns nothing
+Positive = Annotated[float, Range(0, 1e30, above=True)]
 Decay = Annotated[float, Range(0, 1e6)]
 Momentum = Annotated[float, Range(0, 1, below=True)]
 Seconds = Annotated[float, Range(0, 1e9)]

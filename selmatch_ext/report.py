@@ -283,6 +283,8 @@ def _write_mosaic(
     blocks: list[np.ndarray], names: list[str] | None, titles: Sequence[str] | None, path: str | os.PathLike
 ) -> None:
     """Blocks beside each other, pixel for pixel, with the rows' names on the left and titles above."""
+    names = None if names is None else [_printable(name) for name in names]
+    titles = None if titles is None else [_printable(title) for title in titles]
     between, margin, top = 24, 10, 34 if titles else 10
     left = margin if names is None else 20 + max(_text_width(name, 10) for name in names)
     # a title may need more room than its block
@@ -305,6 +307,11 @@ def _write_mosaic(
             y = margin + blocks[0].shape[0] - (i * step + (step - GAP) / 2)
             figure.text((left - 8) / width, y / height, name, ha="right", va="center", fontsize=10)
     _save(figure, path)
+
+
+def _printable(text: str) -> str:
+    """`text` as a font can show it: a name of a file may hold bytes that are no UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _text_width(text: str, size: int) -> int:
