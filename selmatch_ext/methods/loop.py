@@ -66,7 +66,7 @@ def run(
             good, problem = _iterate(method, optimiser, rates, losses, good, draws, seed)
             if problem is not None:
                 checkpoint.save(method, optimiser, losses)
-                raise _stopped(method, losses, checkpoint, problem)
+                raise _stopped(method, iteration, losses, checkpoint, problem)
             keep(method, len(losses))
             progress.update()
             progress.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
@@ -78,9 +78,11 @@ def run(
     return losses
 
 
-def _stopped(method: Method, losses: list[float], checkpoint: Checkpoint, problem: str) -> FloatingPointError:
+def _stopped(
+    method: Method, iteration: int, losses: list[float], checkpoint: Checkpoint, problem: str
+) -> FloatingPointError:
     return FloatingPointError(
-        f"{method.name} stopped at iteration {len(losses) + 1}: {problem}. The last good state, after {len(losses)} "
+        f"{method.name} stopped at iteration {iteration + 1}: {problem}. The last good state, after {len(losses)} "
         f"iterations, is in {checkpoint.path}. {method.advice()} Changed settings need a new folder."
     )
 
