@@ -9,7 +9,7 @@ from torch import Tensor
 
 from selmatch_ext.data.images import check_labels
 
-MOST = 1000  # values of beta in a search, each of which costs the training of networks
+MOST = 10000  # values of beta in a search, each of which costs the training of networks
 
 
 def window(
