@@ -1,6 +1,6 @@
 """Runs every measurement and prints one table, then one JSON line with all figures.
 
-python -m bench [--json FILE] [name ...]      names: augment, block, distance, unroll; all without any
+python -m bench [--json FILE] [name ...]      names: augment, block, distance, shared, unroll; all without any
 """
 
 import argparse

@@ -272,7 +272,7 @@ def test_levels_that_16_bits_do_not_hold():
 
 def test_resize_has_a_range():
     for wrong in (-1, 0, 4097, 100_000):
-        with pytest.raises(ValueError, match=f"resize is {wrong}; allowed is a number of pixels from 1 to 4096"):
+        with pytest.raises(ValueError, match=f"resize is {wrong}; allowed is a whole number from 1 to 4096"):
             load("imagefolder:none", resize=wrong)
         with pytest.raises(ValueError, match=f"resize is {wrong};"):
             Data(resize=wrong)

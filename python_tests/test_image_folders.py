@@ -229,7 +229,7 @@ def test_test_share_is_left_alone_where_there_is_a_test_split(tmp_path):
 
 def test_wrong_test_share(tmp_path):
     for wrong in (0.0, 1.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match="test_share is .*; allowed is a share of the images above 0 and below 1"):
+        with pytest.raises(ValueError, match="test_share is .*; allowed is above 0 to below 1"):
             load("imagefolder:none", test_share=wrong)
         with pytest.raises(ValueError, match="test_share is .*;"):
             Data(test_share=wrong)

@@ -10,19 +10,6 @@ import torch
 from selmatch_ext import cli, models, pipeline, recipes
 from selmatch_ext.methods import METHODS
 from selmatch_ext.settings import (
-    Continual,
-    Coverage,
-    DATMSettings,
-    DDSettings,
-    DMSettings,
-    DSASettings,
-    Evaluation,
-    Experts,
-    Matching,
-    Scores,
-    Search,
-    Training,
-    Window,
     to_dict,
 )
 
@@ -153,38 +140,6 @@ def test_the_list_names_all(capsys):
     assert cli.main(["recipes"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in recipes.RECIPES) and "published" in shown and "ours" not in shown
-
-
-COUNTS = {
-    Training: ("epochs", "batch"),
-    Experts: ("count",),
-    Scores: ("runs",),
-    Window: ("networks",),
-    Matching: ("iterations", "inner_steps", "expert_epochs", "batch_syn"),
-    DATMSettings: ("iterations", "inner_steps", "expert_epochs", "batch_syn"),
-    DSASettings: ("iterations", "batch_real", "batch_train"),
-    DMSettings: ("iterations", "batch_real"),
-    DDSettings: (*("steps", "images_per_class_per_step", "epochs", "networks", "batch_real", "passes", "halve_every"),),
-    Evaluation: ("networks",),
-    Coverage: ("networks",),
-    Continual: ("memory",),
-    Search: ("full_networks",),
-}
-
-
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in COUNTS.items() for name in names])
-def test_counts_are_at_least_one(kind, name):
-    assert getattr(kind(**{name: 1}), name) == 1
-    for given in (0, -1):
-        with pytest.raises(ValueError, match=rf"^{name} is {given}; allowed is 1 and above$"):
-            kind(**{name: given})
-
-
-def test_the_command_line_says_which_count_is_wrong(capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["evaluate", "set.safetensors", "--evaluation.networks", "0"])
-    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert stop.value.code == 2 and "evaluation: networks is 0; allowed is 1 and above" in shown
 
 
 BARE = r"(--[\w.-]+)(?:, --[\w.-]+)?(?: (?:[{\[][^ ]*|[A-Z]+\]*|\.\.\.\]*))* \((?:default|required)"

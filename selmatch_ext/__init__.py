@@ -1,6 +1,18 @@
-"""Dataset distillation that is fast, small in memory and exact: fused operations and methods for PyTorch."""
+"""Dataset distillation that is fast, small in memory and exact: fused operations and methods for PyTorch.
+
+On a machine that other processes use too, set OMP_WAIT_POLICY=passive in the environment before torch is imported:
+otherwise the threads of OpenMP keep the cores busy while they wait, and a step can take ten times as long. The command
+line does so by itself (`openmp.py`).
+"""
+
+# ruff: noqa: E402
+# isort: off
+from selmatch_ext import openmp
+
+openmp.prepare()  # before torch loads the OpenMP runtime
 
 import torch  # noqa: F401  (the extension needs torch's libraries loaded)
+# isort: on
 
 from selmatch_ext import models
 from selmatch_ext._C import build_info

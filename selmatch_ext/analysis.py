@@ -20,6 +20,7 @@ from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.images import ImageData, ImageSplit
 from selmatch_ext.evaluation import Accuracy, evaluate, real_subset, seen_as, training_set
 from selmatch_ext.files import write_json, write_text
+from selmatch_ext.output import attempt, say
 from selmatch_ext.seeds import generator
 from selmatch_ext.settings import Continual, Evaluation, Search, to_dict
 
@@ -59,8 +60,8 @@ def cross(
     if ranks.first():
         rows = [["training set", *networks], *([label, *map(str, r.values())] for label, r in results.items())]
         bars = {label: {name: (a.mean, a.std) for name, a in r.items()} for label, r in results.items()}
-        report.plot_bars(bars, folder / "cross.png", "test accuracy (%)")
         _write(folder, "cross", rows, {"accuracy": _plain(results), "settings": to_dict(settings), "seed": seed})
+        attempt(report.plot_bars, bars, folder / "cross.png", "test accuracy (%)")
     return results
 
 
@@ -104,10 +105,11 @@ def continual(
         rows = [["memory", *(f"{len(c)} classes" for c in seen)]]
         rows += [[label, *map(str, r.values())] for label, r in results.items()]
         curves = {label: {k: (a.mean, a.std) for k, a in r.items()} for label, r in results.items()}
-        report.plot_curves(curves, folder / "continual.png", "classes seen so far", "test accuracy on them (%)")
         how = {"continual": to_dict(settings), "evaluation": to_dict(evaluation), "seed": seed}
         made = {"accuracy": _plain(results), "order": [data.class_names[c] for c in order.tolist()], "settings": how}
         _write(folder, "continual", rows, made)
+        axes = "classes seen so far", "test accuracy on them (%)"
+        attempt(report.plot_curves, curves, folder / "continual.png", *axes)
     return results
 
 
@@ -144,13 +146,13 @@ def search(
     correlation = float(spearmanr(list(points.values())).statistic) if varied else None
     if ranks.first():
         shown = "none" if correlation is None else f"{correlation:.3f}"
-        report.plot_ranking(points, folder / "search.png", f"rank correlation {shown}")
         rows = [["network", "on the set", "on all images"]]
         rows += [[name, *(f"{a:.1f} %" for a in pair)] for name, pair in points.items()]
         how = {"search": to_dict(settings), "evaluation": to_dict(evaluation), "seed": seed}
         made = {"correlation": correlation, "accuracy": points, "left_out": left_out, "settings": how}
         _write(folder, "search", rows, made)
-        print(f"Spearman's rank correlation: {shown}")
+        say(f"Spearman's rank correlation: {shown}")
+        attempt(report.plot_ranking, points, folder / "search.png", f"rank correlation {shown}")
     return correlation, points
 
 
@@ -231,4 +233,4 @@ def _file_name(network: str) -> str:
 def _write(folder: Path, name: str, rows: list[list[str]], made: dict) -> None:
     write_json(folder / f"{name}.json", made)
     write_text(folder / f"{name}.md", report.markdown(rows) + "\n")
-    print(report.table(rows))
+    say(report.table(rows))

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
 import itertools
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import field, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from torch import Tensor
 
-from selmatch_ext import analysis, comparison, models, pipeline, ranks, recipes, report
-from selmatch_ext.coverage import coverage as measure_coverage
+from selmatch_ext import cli_studies, models, pipeline, preflight, ranks, recipes, report, surroundings
+from selmatch_ext.claims import claim, other_settings, recognize
 from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.data.images import ImageData
 from selmatch_ext.data.trajectories import ExpertStore, import_replay_buffer
-from selmatch_ext.evaluation import evaluate as evaluate_set
-from selmatch_ext.evaluation import training_set
+from selmatch_ext.evaluation import Accuracy
 from selmatch_ext.experts import train_experts
 from selmatch_ext.methods import METHODS, Method
-from selmatch_ext.selection.window import split
+from selmatch_ext.output import attempt, say
+from selmatch_ext.selection.window import check_classes, split
 from selmatch_ext.settings import (
-    Continual,
-    Coverage,
     Data,
     Evaluation,
     Experts,
@@ -34,29 +33,13 @@ from selmatch_ext.settings import (
     Matching,
     Run,
     Scores,
-    Search,
     Window,
     digits_demo,
     to_dict,
 )
+from selmatch_ext.surroundings import device_of
 
 Positional = tyro.conf.Positional
-
-
-def device_of(name: str) -> torch.device:
-    """auto = a GPU where there is one; of several processes on a machine each takes the next.
-
-    Raises ValueError for a device that this machine does not have."""
-    if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} is not available here: {error}") from error
-    return device
 
 
 def run(settings: Annotated[Run, tyro.conf.arg(name="")] = Run(), *, out: Path, device: str = "auto") -> None:
@@ -84,7 +67,7 @@ def demo(
         device: auto, cpu, cuda, cuda:1 …
     """
     where = device_of(device)
-    if ranks.first() and pipeline.other_settings(out, to_dict(settings)):
+    if ranks.first() and other_settings(out, to_dict(settings)):
         n = next(n for n in itertools.count(1) if not out.with_name(f"{out.name}.{n}").exists())
         out.rename(out.with_name(f"{out.name}.{n}"))
     ranks.barrier()
@@ -101,9 +84,12 @@ def scores(data: Data = Data(), scores: Scores = Scores(), *, out: Path, seed: i
     """
     if scores.source not in ("forgetting", "el2n"):
         raise ValueError(f"scores.source must be forgetting or el2n here, got {scores.source!r}")
+    where = device_of(device)
+    preflight.check_choices({"scores": scores}, where)
     images, kept = pipeline.load_data(data, seed)
-    pipeline.training_difficulty(scores, data, images, kept, seed, device_of(device), out)
-    print(out)
+    preflight.check_networks({"scores": scores}, images)
+    pipeline.training_difficulty(scores, data, images, kept, seed, where, out)
+    say(out)
 
 
 def select(
@@ -131,31 +117,66 @@ def select(
         device: auto, cpu, cuda, cuda:1 …
     """
     where = device_of(device)
-    images, kept = pipeline.load_data(data, seed)
     parts = {"data": data, "scores": scores, "window": window, "evaluation": evaluation, "features": features}
-    pipeline.claim(out, {name: to_dict(part) for name, part in parts.items()} | {"seed": seed})
+    plain = {name: to_dict(part) for name, part in parts.items()} | {"seed": seed}
+    preflight.check_choices(parts, where)
+    claim(out, plain)
+    images, kept = pipeline.load_data(data, seed)
+    _check_selection(method, parts, images)
+    images = recognize(out, plain, images)
+    tried = {}
     if method == "random":
         subset = pipeline.random_set(images, window.ipc, seed)
     elif method in ("herding", "k-center"):
         subset = pipeline.feature_set(method, images, window.ipc, features, seed, where, out / "features")
     else:
-        if method != "window":
-            scores = replace(scores, source=pipeline.score_source(method, scores.source))
-            window = replace(window, beta=window.beta or 0.0)
-        hardness = pipeline.training_difficulty(scores, data, images, kept, seed, where, out / "scores.npz")
-        if window.beta is None:
-            best, tried = pipeline.search_window(images, hardness, window, evaluation, seed, where, out / "window")
-            if ranks.first():
-                report.plot_beta({b: (r.mean, r.std) for b, r in tried.items()}, out / "beta.png", best)
-            window = replace(window, beta=best)
-        subset = replace(pipeline.starting_set(images, hardness, window), method=method)
-        print(f"β = {window.beta:.4g}")
+        subset, scores, window, tried = _by_difficulty(method, parts, images, kept, seed, where, out)
     how = {"data": data, "scores": scores, "window": window, "features": features}
     settings = {name: to_dict(value) for name, value in how.items()} | {"seed": seed}
     distilled, path = split(subset.indices, window.ipc, window.alpha), out / f"{method}.safetensors"
     if ranks.first():
         replace(subset, distilled=distilled, settings=settings).save(path)
-    print(path)
+        if tried:
+            attempt(report.plot_beta, {b: (r.mean, r.std) for b, r in tried.items()}, out / "beta.png", window.beta)
+    if method not in ("random", "herding", "k-center"):
+        say(f"β = {window.beta:.4g}")
+    say(path)
+
+
+def _by_difficulty(
+    method: str,
+    parts: dict[str, Any],
+    images: ImageData,
+    kept: Tensor | None,
+    seed: int,
+    where: torch.device,
+    out: Path,
+) -> tuple[DistilledSet, Scores, Window, dict[float, Accuracy]]:
+    """The images that `select` chooses by their scores, the settings with what was decided here (the source of the
+    scores, β), and the accuracies of a search."""
+    scores, window, tried = parts["scores"], parts["window"], {}
+    if method != "window":
+        scores = replace(scores, source=pipeline.score_source(method, scores.source))
+        window = replace(window, beta=window.beta or 0.0)
+    hardness = pipeline.training_difficulty(scores, parts["data"], images, kept, seed, where, out / "scores.npz")
+    if window.beta is None:
+        best, tried = pipeline.search_window(images, hardness, window, parts["evaluation"], seed, where, out / "window")
+        window = replace(window, beta=best)
+    return replace(pipeline.starting_set(images, hardness, window), method=method), scores, window, tried
+
+
+def _check_selection(method: str, parts: dict[str, Any], images: ImageData) -> None:
+    """Errors of `select` that are certain before its work."""
+    window = parts["window"]
+    if method in ("random", "herding", "k-center"):
+        check_classes(images.train.labels, window.ipc)
+    else:
+        beta = window.beta if method == "window" else window.beta or 0.0
+        preflight.check_window(replace(window, beta=beta), images)
+    unused = {"random": parts, "herding": ("scores", "evaluation"), "k-center": ("scores", "evaluation")}.get(
+        method, ()
+    )
+    preflight.check_networks({name: part for name, part in parts.items() if name not in unused}, images)
 
 
 def experts(
@@ -175,13 +196,17 @@ def experts(
         seed: Seed of initial weights, order and augmentation.
         device: auto, cpu, cuda, cuda:1 …
     """
+    where = device_of(device)
+    preflight.check_choices({"experts": experts}, where)
     images, _ = pipeline.load_data(data, seed)
     if replay_buffer is None:
-        store = train_experts(images, experts, out, seed, device_of(device))
+        preflight.check_networks({"experts": experts}, images)
+        preflight.check_room({"experts": preflight.PlannedExperts.of(experts, images, out).bytes_missing()}, out)
+        store = train_experts(images, experts, out, seed, where)
     else:
         model = models.build(experts.model, images.channels, images.classes, images.image_size)
         store = import_replay_buffer(replay_buffer, out, model, {"model": experts.model, "dataset": images.name})
-    print(f"{store.count} experts of {store.epochs} epochs in {out}")
+    say(f"{store.count} experts of {store.epochs} epochs in {out}")
 
 
 def distill(
@@ -207,11 +232,13 @@ def distill(
         seed: Seed of every random choice.
         device: auto, cpu, cuda, cuda:1 …
     """
+    where = device_of(device)
+    preflight.check_choices({"matching": matching}, where)
     subset, store = DistilledSet.load(start), ExpertStore(experts)
     images, _ = pipeline.load_data(data, seed)
     context = {"data": to_dict(data), "matching": to_dict(matching), "model": store.model}
-    pipeline.distil("selmatch", matching, subset, images, seed, device_of(device), out, context, store)
-    print(out / "distilled.safetensors")
+    pipeline.distil("selmatch", matching, subset, images, seed, where, out, context, store)
+    say(out / "distilled.safetensors")
 
 
 def distill_by(method: type[Method]) -> Callable[..., None]:
@@ -228,12 +255,13 @@ def distill_by(method: type[Method]) -> Callable[..., None]:
         device: str = "auto",
     ) -> None:
         where = device_of(device)
+        preflight.check_choices({"settings": settings}, where)
         store = None if experts is None else ExpertStore(experts)
         images, _ = pipeline.load_data(data, seed)
         start = pipeline.initial_set(settings.start, settings.ipc, images, seed, where, store)
         context = {"data": to_dict(data), "settings": to_dict(settings)}
         pipeline.distil(method.name, settings, start, images, seed, where, out, context, store)
-        print(out / "distilled.safetensors")
+        say(out / "distilled.safetensors")
 
     verb.__annotations__.update(settings=Annotated[kind, tyro.conf.arg(name="")])
     verb.__doc__ = f"""{kind.__doc__}
@@ -247,159 +275,13 @@ def distill_by(method: type[Method]) -> Callable[..., None]:
     return verb
 
 
-def evaluate(
-    path: Positional[Path],
-    data: Data = Data(),
-    evaluation: Evaluation = Evaluation(),
-    *,
-    record: Path | None = None,
-    seed: int = 0,
-    device: str = "auto",
-) -> None:
-    """Trains networks on a distilled or selected set and tests them on real test images.
-
-    A set of DD comes with its training: network, starting points and learning rates. It is trained on in that way, and
-    the evaluation's settings other than evaluation.networks say nothing; selmatch cross trains other networks on it.
-
-    Args:
-        path: The set (a .safetensors file of selmatch).
-        record: A JSON file for the accuracies; a killed evaluation continues from it.
-        seed: Seed of initial weights, order and augmentation.
-        device: auto, cpu, cuda, cuda:1 …
-    """
-    images, _ = pipeline.load_data(data, seed)
-    subset = training_set(path)
-    result = evaluate_set(subset, images, evaluation, seed, device_of(device), record)["test"]
-    model = evaluation.model if subset.schedule is None else subset.schedule.model
-    print(f"{model}: {result} over {len(result.values)} networks")
-
-
-def coverage(
-    paths: Positional[tuple[Path, ...]],
-    data: Data = Data(),
-    coverage: Coverage = Coverage(),
-    features: Features = Features(),
-    evaluation: Evaluation = Evaluation(),
-    *,
-    out: Path,
-    seed: int = 0,
-    device: str = "auto",
-) -> None:
-    """Share of the test images, of the easy and of the hard half, that lie near an image of a set, and the accuracy on
-    each; over iterations for runs with snapshots.
-
-    Args:
-        paths: Sets (.safetensors files of selmatch), or folders of runs with matching.snapshot-every above 0.
-        out: Folder for coverage.json, coverage.png, accuracy.png and table.md.
-        seed: Seed of initial weights, order and augmentation.
-        device: auto, cpu, cuda, cuda:1 …
-    """
-    images, _ = pipeline.load_data(data, seed)
-    measure_coverage(list(paths), images, coverage, features, evaluation, seed, device_of(device), out)
-
-
-def cross(
-    paths: Positional[tuple[Path, ...]],
-    data: Data = Data(),
-    evaluation: Evaluation = Evaluation(),
-    *,
-    models: tuple[str, ...],
-    out: Path,
-    seed: int = 0,
-    device: str = "auto",
-) -> None:
-    """Cross-architecture table: every network trained on every set, tested on real images.
-
-    Args:
-        paths: Sets (.safetensors files of selmatch).
-        models: Networks: names as in experts.model, or a module of yours, package.module:function.
-        out: Folder for cross.json, cross.md, cross.png and the records that a killed call continues from.
-        seed: Seed of initial weights, order and augmentation.
-        device: auto, cpu, cuda, cuda:1 …
-    """
-    images, _ = pipeline.load_data(data, seed)
-    analysis.cross(list(paths), list(models), images, evaluation, seed, device_of(device), out)
-
-
-def continual(
-    paths: Positional[tuple[Path, ...]],
-    data: Data = Data(),
-    continual: Continual = Continual(),
-    evaluation: Evaluation = Evaluation(),
-    *,
-    out: Path,
-    seed: int = 0,
-    device: str = "auto",
-) -> None:
-    """Continual learning: classes arrive in steps, and networks learn from a set's images of those seen so far.
-
-    Args:
-        paths: Sets (.safetensors files of selmatch) to compare as the memory.
-        out: Folder for continual.json, continual.md, continual.png and the records that a killed call continues from.
-        seed: Seed of the order of classes, initial weights, order and augmentation of images.
-        device: auto, cpu, cuda, cuda:1 …
-    """
-    images, _ = pipeline.load_data(data, seed)
-    analysis.continual(list(paths), images, continual, evaluation, seed, device_of(device), out)
-
-
-def search(
-    path: Positional[Path],
-    data: Data = Data(),
-    search: Search = Search(),
-    evaluation: Evaluation = Evaluation(),
-    *,
-    out: Path,
-    seed: int = 0,
-    device: str = "auto",
-) -> None:
-    """Architecture search: ranks a grid of ConvNets by training on a set, and compares with training on all images.
-
-    Args:
-        path: The set (a .safetensors file of selmatch).
-        out: Folder for search.json, search.md, search.png and the records that a killed call continues from.
-        seed: Seed of initial weights, order and augmentation.
-        device: auto, cpu, cuda, cuda:1 …
-    """
-    images, _ = pipeline.load_data(data, seed)
-    analysis.search(path, images, search, evaluation, seed, device_of(device), out)
-
-
-def report_(path: Positional[Path], *, out: Path, columns: int = 10) -> None:
-    """A PNG of a set's images, a row for each class (20 classes at most); or one of each class, with all its images.
-
-    Args:
-        path: The set (a .safetensors file of selmatch).
-        out: The PNG to write; or, where the name does not end in .png, a new folder for one PNG of each class.
-        columns: Images a class at most, for one PNG.
-    """
-    subset = DistilledSet.load(path)
-    if out.suffix.lower() == ".png":
-        report.image_grid(subset.denormalised(), out, subset.hard_labels, subset.class_names, columns, subset.method)
-    else:
-        report.class_grids(subset.denormalised(), subset.hard_labels, subset.class_names, out)
-    print(out)
-
-
-def export(path: Positional[Path], *, out: Path) -> None:
-    """A set as a folder of PNGs that torchvision's ImageFolder reads; with allow_empty=True where learned labels left a
-    class without images.
-
-    Args:
-        path: The set (a .safetensors file of selmatch).
-        out: The folder to make; it must not exist or be empty.
-    """
-    DistilledSet.load(path).export(out)
-    print(out)
-
-
 def recipes_() -> None:
     """The rows of the papers' tables as named settings, with the published figures.
 
     `selmatch distill --recipe NAME --out FOLDER` runs one from data set to evaluated distilled set; with --reduced at a
     scale for a laptop. All its settings can be changed as in `selmatch run`, and --help lists them.
     """
-    print(report.table(recipes.listing()))
+    say(report.table(recipes.listing()))
 
 
 def _with_recipe(arguments: list[str]) -> None:
@@ -422,26 +304,13 @@ def _with_recipe(arguments: list[str]) -> None:
         ("device", Annotated[str, tyro.conf.arg(help="auto, cpu, cuda, cuda:1 …")], field(default="auto")),
     ]
     prog = f"selmatch {arguments[0]} --recipe {recipe.name}{' --reduced' * chosen.reduced}"
-    given = tyro.cli(make_dataclass("Given", options, kw_only=True), prog=prog, args=rest, description=recipe.name)
+    kind = make_dataclass("Given", options, kw_only=True)
+    given = surroundings.parsed(lambda: tyro.cli(kind, prog=prog, args=rest, description=recipe.name), rest)
     settings, where = replace(settings, **{name: getattr(given, name) for name in parts}), device_of(given.device)
     if isinstance(settings, Run):
         pipeline.run(settings, given.out, where)
     else:
         pipeline.run_method_alone(recipe.method, settings, given.out, where)
-
-
-def methods(
-    names: Positional[tuple[str, ...]] = (), *, out: Path = Path("runs/methods"), seed: int = 0, device: str = "cpu"
-) -> None:
-    """Every method on scikit-learn's digits against random selection; continues after a kill.
-
-    Args:
-        names: Of the methods, by default all.
-        out: Folder for results.json and one folder a run.
-        seed: Seed of every random choice.
-        device: auto, cpu, cuda, cuda:1 …
-    """
-    comparison.run(names or comparison.NAMES, out, seed, device_of(device))
 
 
 DISTILL = {"selmatch": distill} | {n: distill_by(m) for n, m in METHODS.items() if n != "selmatch"}
@@ -452,15 +321,15 @@ VERBS = {
     "select": select,
     "experts": experts,
     "distill": distill,
-    "evaluate": evaluate,
-    "coverage": coverage,
+    "evaluate": cli_studies.evaluate,
+    "coverage": cli_studies.coverage,
     "recipes": recipes_,
-    "cross": cross,
-    "continual": continual,
-    "search": search,
-    "methods": methods,
-    "report": report_,
-    "export": export,
+    "cross": cli_studies.cross,
+    "continual": cli_studies.continual,
+    "search": cli_studies.search,
+    "methods": cli_studies.methods,
+    "report": cli_studies.report_,
+    "export": cli_studies.export,
 }
 
 
@@ -472,26 +341,34 @@ def _check_start(given: list[str]) -> None:
         )
 
 
+def _later(verb: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """A function with the verb's arguments that returns the call, so that parsing is over before work begins."""
+
+    @functools.wraps(verb)
+    def call(*arguments: Any, **options: Any) -> Callable[[], None]:
+        return functools.partial(verb, *arguments, **options)
+
+    return call
+
+
+def command(arguments: list[str]) -> None:
+    """Runs one verb, given the words after `selmatch`."""
+    verbs, prog, words = VERBS, "selmatch", arguments
+    if words[:1] in (["distill"], ["run"]) and any(a.partition("=")[0] == "--recipe" for a in words):
+        _with_recipe(words)
+        return
+    if words[:1] == ["distill"] and set(words[1:2]) & set(DISTILL):
+        verbs, prog, words = DISTILL, "selmatch distill", words[1:]
+    elif words[:1] == ["distill"]:
+        _check_start(words[1:2])
+    later = {name: _later(verb) for name, verb in verbs.items()}
+    about = __doc__ + surroundings.OPTIONS
+    call = surroundings.parsed(
+        lambda: tyro.extras.subcommand_cli_from_dict(later, prog=prog, args=words, description=about), words
+    )
+    call()
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one verb; an error that the user can mend is one line on standard error and exit status 1."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    verbs, prog = VERBS, "selmatch"
-    if arguments[:1] == ["distill"] and set(arguments[1:2]) & set(DISTILL):
-        verbs, prog, arguments = DISTILL, "selmatch distill", arguments[1:]
-    try:
-        with ranks.processes(), contextlib.ExitStack() as stack:
-            if not ranks.first():
-                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-            if arguments[:1] in (["distill"], ["run"]) and any(a.partition("=")[0] == "--recipe" for a in arguments):
-                _with_recipe(arguments)
-                return 0
-            if prog == "selmatch" and arguments[:1] == ["distill"]:
-                _check_start(arguments[1:2])
-            tyro.extras.subcommand_cli_from_dict(verbs, prog=prog, args=arguments, description=__doc__)
-    except (ValueError, TypeError, OSError, FloatingPointError, NotImplementedError, ImportError) as error:
-        print(f"selmatch: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("selmatch: interrupted; the same command continues", file=sys.stderr)
-        return 130
-    return 0
+    return surroundings.guarded(command, sys.argv[1:] if arguments is None else arguments)

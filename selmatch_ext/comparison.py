@@ -18,6 +18,7 @@ from selmatch_ext.data.trajectories import ExpertStore
 from selmatch_ext.evaluation import evaluate, follow_schedule
 from selmatch_ext.experts import real_images, train_experts
 from selmatch_ext.files import write_json
+from selmatch_ext.output import say
 from selmatch_ext.settings import (
     Data,
     DATMSettings,
@@ -122,10 +123,9 @@ def run(names: Sequence[str], folder: Path, seed: int, device: torch.device) -> 
     for r in results:
         seconds = "interrupted" if r["seconds"] is None else f"{r['seconds']:.4g}"
         rows.append([r["method"], str(r["ipc"]), _shown(r, "random"), _shown(r, "ours"), seconds])
-    print(
-        f"\ndigits, {MODEL}, test accuracy in % (dd-attack: share of the class that is flipped)\n{report.table(rows)}"
-    )
     write_json(folder / "results.json", results)
+    title = f"digits, {MODEL}, test accuracy in % (dd-attack: share of the class that is flipped)"
+    say(f"\n{title}\n{report.table(rows)}")
     return results
 
 

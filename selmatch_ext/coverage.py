@@ -20,6 +20,7 @@ from selmatch_ext.evaluation import evaluate, seen_as, training_set
 from selmatch_ext.experts import real_images
 from selmatch_ext.features import split_features, trained_networks
 from selmatch_ext.files import write_json, write_text
+from selmatch_ext.output import attempt, say
 from selmatch_ext.selection.scores import el2n
 from selmatch_ext.settings import Coverage, Evaluation, Features, to_dict
 from selmatch_ext.training import predict
@@ -174,14 +175,14 @@ def _seen_by(data: ImageData, subset: DistilledSet) -> Tensor:
 def _write(result: dict, folder: Path) -> None:
     """coverage.json, the plots and the table, which it prints as well."""
     write_json(folder / "coverage.json", result)
-    report.plot_coverage(result["coverage"], folder / "coverage.png")
     rows = [["set", *(f"covered: {g}" for g in GROUPS), *(f"accuracy: {g}" for g in GROUPS)]]
     for name, found in result["coverage"].items():
         accuracy = result["accuracy"].get(name)
         shown = [f"{accuracy[g]['mean']:.1f} ± {accuracy[g]['std']:.1f} %" if accuracy else "" for g in GROUPS]
         rows.append([name, *(f"{found[g][-1]:.1f} %" for g in GROUPS), *shown])
+    write_text(folder / "table.md", report.markdown(rows) + "\n")
+    say(report.table(rows))
+    attempt(report.plot_coverage, result["coverage"], folder / "coverage.png")
     if result["accuracy"]:
         bars = {n: {g: (a[g]["mean"], a[g]["std"]) for g in GROUPS} for n, a in result["accuracy"].items()}
-        report.plot_bars(bars, folder / "accuracy.png", "test accuracy (%)", "test images")
-    print(report.table(rows))
-    write_text(folder / "table.md", report.markdown(rows) + "\n")
+        attempt(report.plot_bars, bars, folder / "accuracy.png", "test accuracy (%)", "test images")

@@ -21,6 +21,7 @@ from selmatch_ext.precision import precision_scope
 from selmatch_ext.seeds import generator
 from selmatch_ext.selection import coreset
 from selmatch_ext.settings import Evaluation, differences, to_dict
+from selmatch_ext.stages import stage
 from selmatch_ext.training import combined_augmenter, predict, train
 from selmatch_ext.unroll.sgd import unrolled_sgd
 
@@ -84,8 +85,10 @@ def evaluate(
             k, left = len(finished) + ranks.rank(), networks - len(finished)
             seen = torch.zeros(len(names), dtype=torch.float64)
             if k < networks:
-                model = trained_on(subset, data, settings, seed, device, k)
-                right = {split: correct(model, data, split, device) for split in asked}
+                less = f"an evaluation.training.batch below {settings.training.batch}"
+                with stage(label, less, network=settings.model, images=len(subset), device=device):
+                    model = trained_on(subset, data, settings, seed, device, k)
+                    right = {split: correct(model, data, split, device) for split in asked}
                 shown = [right[split] for split in splits] + [right["test"][mask] for mask in groups.values()]
                 seen = torch.stack([100.0 * r.double().mean() for r in shown])
             finished += [row.tolist() for row in ranks.gather(seen)][:left]

@@ -16,6 +16,7 @@ from selmatch_ext.models import flat
 from selmatch_ext.seeds import derive, generator
 from selmatch_ext.selection.scores import el2n, forgetting_events
 from selmatch_ext.settings import Experts, Scores, Training, to_dict
+from selmatch_ext.stages import stage
 from selmatch_ext.training import batch_augmenter, predict, train
 
 
@@ -115,4 +116,6 @@ def train_on_real(
     """`train` on the whole training split with one DSA operation a batch."""
     augmenter = batch_augmenter(strategy, data.image_size)
     labels = data.train.labels.to(device)
-    train(model, real_images(data, device), labels, settings, augmenter, generator, after_epoch)
+    sizes = {"batch": settings.batch, "images": f"{len(labels)} of {tuple(data.train.images.shape[1:])}"}
+    with stage("training on all images", "a smaller training.batch", **sizes, device=device):
+        train(model, real_images(data, device), labels, settings, augmenter, generator, after_epoch)

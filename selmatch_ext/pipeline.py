@@ -11,22 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selmatch_ext import ranks, report
+from selmatch_ext import preflight, ranks, report
+from selmatch_ext.claims import claim, recognize
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.images import ImageData, load
 from selmatch_ext.data.trajectories import ExpertStore
 from selmatch_ext.evaluation import Accuracy, evaluate, real_subset, seen_as
 from selmatch_ext.experts import compute_scores, train_experts
 from selmatch_ext.features import split_features, trained_networks
-from selmatch_ext.files import atomic_write, check_writable, read_json, remove_abandoned, write_json, write_text
+from selmatch_ext.files import atomic_write, check_writable, write_json, write_text
 from selmatch_ext.methods import METHODS, Task
 from selmatch_ext.methods.loop import run as run_method
 from selmatch_ext.methods.trajectory import expert_logits
+from selmatch_ext.output import attempt, say
 from selmatch_ext.seeds import derive, generator
 from selmatch_ext.selection import coreset
 from selmatch_ext.selection.scores import describe, difficulty, load_scores
 from selmatch_ext.selection.window import beta_grid, split, window
-from selmatch_ext.settings import Data, Evaluation, Features, MethodRun, Run, Scores, Window, differences, to_dict
+from selmatch_ext.settings import Data, Evaluation, Experts, Features, MethodRun, Run, Scores, Window, to_dict
+from selmatch_ext.stages import stage
 
 
 def load_data(settings: Data, seed: int) -> tuple[ImageData, Tensor | None]:
@@ -212,8 +215,14 @@ def distil(
         made_from["experts"] = {"count": store.count, **store.metadata}
     draws = getattr(settings, "experts_per_iteration", 1)  # only trajectory matching has experts
     how_often = settings.checkpoint_seconds, draws, settings.snapshot_every
+    # A checkpoint is of these images, wherever they lie, and no evaluation comes before it
+    identity = {key: value for key, value in made_from.items() if key != "evaluation"}
+    if "data" in identity:
+        identity["data"] = {"images": data.train.digest(), "zca": start.whitening is not None}
+    sizes, memory = _sizes(method, settings, start)
     try:
-        losses = run_method(method, method.iterations, folder, made_from, seed, *how_often)
+        with stage(f"distillation by {name}", memory, **sizes):
+            losses = run_method(method, method.iterations, folder, made_from, seed, *how_often, identity)
     except FloatingPointError:
         if ranks.first():
             replace(method.distilled(), settings=made_from).save(folder / "stopped.safetensors")
@@ -221,8 +230,16 @@ def distil(
     result = replace(method.distilled(), settings=made_from)
     if ranks.first():
         result.save(folder / "distilled.safetensors")
-        report.plot_loss(losses, folder / "loss.png")
+        attempt(report.plot_loss, losses, folder / "loss.png")
     return result
+
+
+def _sizes(method: Any, settings: Any, start: DistilledSet) -> tuple[dict[str, Any], str]:
+    """What an error in distillation says of its size, and the settings that take less memory."""
+    names = [name for name in ("batch_syn", "inner_steps", "batch_real", "steps", "keep") if hasattr(settings, name)]
+    sizes = {"images": f"{len(start)} of {tuple(start.images.shape[1:])}", "device": method.task.device}
+    less = " or ".join(f"a smaller {name}" for name in names if name.startswith("batch")) or "fewer steps"
+    return sizes | {name: getattr(settings, name) for name in names}, less
 
 
 def run(settings: Run, folder: str | Path, device: torch.device) -> dict[str, dict[str, float]]:
@@ -231,8 +248,11 @@ def run(settings: Run, folder: str | Path, device: torch.device) -> dict[str, di
     Returns and writes folder/results.json: {"random": {"mean": %, "std": %}, "window": …, "selmatch": …}. The same call
     after a kill continues. Raises ValueError when `folder` holds a run with other settings."""
     folder = Path(folder)
+    preflight.check_choices(settings, device)
     claim(folder, to_dict(settings))
     data, kept = load_data(settings.data, settings.seed)
+    _check_run(settings, data, folder, device)
+    data = recognize(folder, to_dict(settings), data)
     hardness = training_difficulty(
         settings.scores, settings.data, data, kept, settings.seed, device, folder / "scores.npz"
     )
@@ -264,14 +284,50 @@ def run(settings: Run, folder: str | Path, device: torch.device) -> dict[str, di
     return json.loads((folder / "results.json").read_text())
 
 
+def _check_run(settings: Run, data: ImageData, folder: Path, device: torch.device) -> None:
+    """Errors of every stage that are certain before the first."""
+    preflight.check_networks(settings, data)
+    preflight.check_window(settings.window, data)
+    start = random_set(data, settings.window.ipc, settings.seed)
+    start = replace(start, distilled=split(start.indices, settings.window.ipc, settings.window.alpha))
+    _check_distillation("selmatch", settings.matching, start, data, folder, device, settings.experts)
+
+
+def _check_method_run(name: str, settings: MethodRun, data: ImageData, folder: Path, device: torch.device) -> None:
+    """`_check_run` for another method."""
+    preflight.check_networks(settings, data)
+    begin = settings.settings.start
+    if begin == "correct" and settings.experts is None:
+        raise ValueError("start correct needs expert trajectories, whose first expert classifies the images")
+    start = initial_set("real" if begin == "correct" else begin, settings.settings.ipc, data, settings.seed, device)
+    _check_distillation(name, settings.settings, start, data, folder, device, settings.experts)
+
+
+def _check_distillation(
+    name: str,
+    settings: Any,
+    start: DistilledSet,
+    data: ImageData,
+    folder: Path,
+    device: torch.device,
+    experts: Experts | None,
+) -> None:
+    planned = None if experts is None else preflight.PlannedExperts.of(experts, data, folder / "experts")
+    method = preflight.rehearse(name, settings, start, data, device, planned)
+    preflight.check_disk(folder, settings, start, method.iterations, planned)
+
+
 def run_method_alone(name: str, settings: MethodRun, folder: str | Path, device: torch.device) -> dict[str, dict]:
     """A method other than SelMatch from data set to evaluated distilled set, against as many random images.
 
     Returns and writes folder/results.json: {"random": {"mean": %, "std": %}, name: …}; also distilled.png and table.md.
     The same call after a kill continues. Raises ValueError when `folder` holds a run with other settings."""
     folder, seed = Path(folder), settings.seed
+    preflight.check_choices(settings, device)
     claim(folder, to_dict(settings))
     data, _ = load_data(settings.data, seed)
+    _check_method_run(name, settings, data, folder, device)
+    data = recognize(folder, to_dict(settings), data)
     store = settings.experts and train_experts(data, settings.experts, folder / "experts", seed, device)
     start = initial_set(settings.settings.start, settings.settings.ipc, data, seed, device, store)
     distilled = distil(name, settings.settings, start, data, seed, device, folder, to_dict(settings), store)
@@ -283,12 +339,12 @@ def run_method_alone(name: str, settings: MethodRun, folder: str | Path, device:
         record = folder / f"evaluation_{label}.json"
         results[label] = evaluate(subset, data, settings.evaluation, seed, device, record, label)["test"]
     if ranks.first():
-        labels, names = distilled.hard_labels, distilled.class_names
-        pictures = start.denormalised(), distilled.denormalised()
-        report.before_after(*pictures, start.hard_labels, folder / "distilled.png", names)
-        report.image_grid(pictures[1], folder / "all.png", labels, names, title=name)
         title = f"{data.name}, {settings.settings.ipc} images per class, {settings.evaluation.model}"
         write_results(folder, title, results)
+        labels, names = distilled.hard_labels, distilled.class_names
+        pictures = start.denormalised(), distilled.denormalised()
+        attempt(report.before_after, *pictures, start.hard_labels, folder / "distilled.png", names)
+        attempt(report.image_grid, pictures[1], folder / "all.png", labels, names, title=name)
     ranks.barrier()
     return json.loads((folder / "results.json").read_text())
 
@@ -305,41 +361,23 @@ def write_report(
 ) -> None:
     """PNGs, table and results.json of a finished run on the data set of that name. betas: empty where none was
     searched."""
+    title = f"{dataset}, {settings.window.ipc} images per class, β = {beta:.2f}, {settings.evaluation.model}"
+    write_results(folder, title, results)
     if betas:
-        report.plot_beta({b: (r.mean, r.std) for b, r in betas.items()}, folder / "beta.png", beta)
+        attempt(report.plot_beta, {b: (r.mean, r.std) for b, r in betas.items()}, folder / "beta.png", beta)
     learned = distilled.distilled
     names = distilled.class_names
     before, after, labels = start.denormalised(), distilled.denormalised(), start.labels
     if not learned.all():
-        report.image_grid(
-            before[~learned], folder / "selected.png", labels[~learned], names, title="selected: kept as they are"
-        )
-    report.before_after(before[learned], after[learned], labels[learned], folder / "distilled.png", names)
-    title = f"{dataset}, {settings.window.ipc} images per class, β = {beta:.2f}, {settings.evaluation.model}"
-    write_results(folder, title, results)
+        kept = before[~learned], folder / "selected.png", labels[~learned], names
+        attempt(report.image_grid, *kept, title="selected: kept as they are")
+    attempt(report.before_after, before[learned], after[learned], labels[learned], folder / "distilled.png", names)
 
 
 def write_results(folder: Path, title: str, results: dict[str, Accuracy]) -> None:
-    """table.md, which is printed as well, and results.json."""
+    """results.json, and table.md, which is then printed as well."""
+    write_json(folder / "results.json", {name: {"mean": r.mean, "std": r.std} for name, r in results.items()})
     rows = [["training set", "test accuracy", "networks"]]
     rows += [[name, str(r), str(len(r.values))] for name, r in results.items()]
-    print(f"\n{title}\n{report.table(rows)}")
     write_text(folder / "table.md", f"{title}\n\n{report.markdown(rows)}\n")
-    write_json(folder / "results.json", {name: {"mean": r.mean, "std": r.std} for name, r in results.items()})
-
-
-def claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Writes folder/settings.json, or compares with the one there: ValueError naming what differs. Removes what killed
-    runs left half-written."""
-    changed = other_settings(folder, settings)
-    if changed:
-        raise ValueError(f"{folder} holds a run with other settings ({'; '.join(changed)}); choose another --out")
-    if ranks.first():
-        remove_abandoned(folder)
-        write_json(folder / "settings.json", settings)
-
-
-def other_settings(folder: Path, settings: dict[str, Any]) -> list[str]:
-    """What the run in `folder` has been made with that differs from `settings`; nothing if there is no run."""
-    path = folder / "settings.json"
-    return differences(read_json(path), settings) if path.exists() else []
+    say(f"\n{title}\n{report.table(rows)}")

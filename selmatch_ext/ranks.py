@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 from tqdm import tqdm
+
+from selmatch_ext.output import safe
 
 PATIENCE = timedelta(days=30)  # a rank may wait for another's whole expert
 
@@ -47,7 +51,7 @@ def gather(tensor: Tensor) -> list[Tensor]:
         return [tensor]
     here = tensor.detach().cpu().contiguous()
     everyone = [torch.empty_like(here) for _ in range(world())]
-    dist.all_gather(everyone, here)
+    _wait(lambda: dist.all_gather(everyone, here, async_op=True))
     return [t.to(tensor.device) for t in everyone]
 
 
@@ -62,12 +66,28 @@ def collect(mine: dict[int, Tensor], count: int, blank: Tensor) -> list[Tensor]:
 def barrier() -> None:
     """Waits until every rank is here, and so until each one's files are written."""
     if _several():
-        dist.barrier()
+        _wait(lambda: dist.barrier(async_op=True))
+
+
+def _wait(begin: Callable[[], dist.Work]) -> None:
+    """Waits for the others in short naps, so that Ctrl-C and SIGTERM are heard meanwhile. ConnectionError when one of
+    them is gone."""
+    try:
+        work, nap = begin(), 1e-5
+        while not work.is_completed():
+            time.sleep(nap)
+            nap = min(2 * nap, 0.05)
+        work.wait()
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"another of the {world()} processes has ended, and this one, number {rank()}, cannot go on alone; the "
+            "same command continues"
+        ) from error
 
 
 def progress(**options) -> tqdm:
     """A progress bar, shown by rank 0 alone."""
-    return tqdm(**options, disable=not first())
+    return tqdm(**options, disable=not first(), file=safe(sys.stderr))
 
 
 @contextlib.contextmanager
@@ -80,7 +100,8 @@ def processes() -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        with contextlib.suppress(RuntimeError):  # where another process is gone
+            dist.destroy_process_group()
 
 
 def _several() -> bool:

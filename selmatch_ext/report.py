@@ -19,7 +19,6 @@ from torch import Tensor
 from selmatch_ext.data.distilled import folder_names
 from selmatch_ext.data.names import readable
 from selmatch_ext.files import atomic_write
-from selmatch_ext.settings import at_least
 
 DPI = 100
 TILE = 48  # pixels that an image is at least enlarged to, by whole factors
@@ -45,7 +44,8 @@ def image_grid(
     its last. Without labels all images are shown in their order, in `columns` columns (default: as many as rows).
     Raises ValueError for `columns` below 1.
     """
-    at_least(1, columns=columns)
+    if columns is not None and columns < 1:
+        raise ValueError(f"columns is {columns}; allowed is 1 and above")
     pixels = _pixels(images)
     if labels is None:
         columns = columns or math.ceil(math.sqrt(len(pixels)))

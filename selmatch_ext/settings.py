@@ -2,7 +2,8 @@
 two: difficulty is forgetting, counted here over 3 networks of 20 epochs (the paper's C-scores come from a file), and β
 is searched for (the paper's is 0.5). `recipes.py` has the paper's rows as they are.
 
-A result is saved with the settings that made it (`to_dict`); a resumed run is refused when they differ (`differences`).
+A result is saved with the settings that made it (`to_dict`); a resumed run is refused when those of a stage that has
+begun differ (`claims.py`). Each number has a range (`ranges.py`).
 """
 
 from __future__ import annotations
@@ -10,16 +11,28 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from selmatch_ext.ranges import (
+    Beta,
+    Channels,
+    Checked,
+    Count,
+    Decay,
+    Depth,
+    Momentum,
+    Number,
+    Part,
+    Pixels,
+    Positive,
+    Rate,
+    Seconds,
+    Seed,
+    SettingError,
+    Share,
+    Spacing,
+)
+
 DSA = "color_crop_cutout_flip_scale_rotate"
-MOST_PIXELS = 4096  # a side of a resized image
 Precision = Literal["float32", "tf32", "bfloat16"]
-
-
-def at_least(least: int, **counts: int | None) -> None:
-    """Raises ValueError naming the first of `counts` that is smaller than `least`; None passes."""
-    for name, given in counts.items():
-        if given is not None and given < least:
-            raise ValueError(f"{name} is {given}; allowed is {least} and above")
 
 
 def color(background: str) -> tuple[int, int, int]:
@@ -37,17 +50,8 @@ def color(background: str) -> tuple[int, int, int]:
     return found
 
 
-def check_images(resize: int | None, background: str, test_share: float | None) -> None:
-    """Raises ValueError naming the first of these settings of `Data` that is out of its range."""
-    if resize is not None and not 1 <= resize <= MOST_PIXELS:
-        raise ValueError(f"resize is {resize}; allowed is a number of pixels from 1 to {MOST_PIXELS}")
-    if test_share is not None and not 0 < test_share < 1:
-        raise ValueError(f"test_share is {test_share}; allowed is a share of the images above 0 and below 1")
-    color(background)
-
-
 @dataclass(frozen=True)
-class Data:
+class Data(Checked):
     """Which images."""
 
     dataset: str = "CIFAR10"
@@ -56,67 +60,62 @@ class Data:
     """Where torchvision's data sets lie."""
     download: bool = False
     """Let torchvision download what is missing under `root`."""
-    resize: int | None = None
-    """Resize every image of a folder or archive to this many pixels a side, at most 4096; other data sets refuse it."""
+    resize: Pixels | None = None
+    """Resize every image of a folder or archive to this many pixels a side; other data sets refuse it."""
     background: str = "white"
     """Color behind transparent pixels of a folder's or archive's images, a name or #rrggbb; the other data sets refuse
     any but white."""
-    test_share: float | None = None
+    test_share: Part | None = None
     """Where a folder or archive has neither test nor val: this share of each class, drawn by the seed, becomes it."""
     cache: str | None = None
     """Where the decoded images of a folder or archive are kept, so that the second start is instant."""
-    per_class: int | None = None
+    per_class: Count | None = None
     """Keep only this many random training images of each class."""
     zca: bool = False
     """Whiten all images by ZCA, fitted on the training images; a distilled set keeps the transform."""
 
     def __post_init__(self) -> None:
-        check_images(self.resize, self.background, self.test_share)
-        at_least(1, per_class=self.per_class)
+        super().__post_init__()
+        color(self.background)
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Checked):
     """How a network is trained by SGD."""
 
-    epochs: int = 100
+    epochs: Count = 100
     """Passes over the training images."""
-    lr: float = 0.01
+    lr: Positive = 0.01
     """Learning rate, at the start where it falls."""
-    momentum: float = 0.0
+    momentum: Momentum = 0.0
     """Momentum of SGD."""
-    weight_decay: float = 0.0
+    weight_decay: Decay = 0.0
     """This times the weights is added to their gradients."""
-    batch: int = 256
-    """Images per update; the last of an epoch may have fewer."""
+    batch: Count = 256
+    """Images per update; the last of an epoch may have fewer. A last one of a single image is left out where BatchNorm
+    cannot take its statistics."""
     schedule: Literal["constant", "cosine", "step"] = "constant"
     """cosine falls to 1 % of lr at the last epoch; step to a tenth half-way."""
     precision: Precision = "float32"
     """tf32 (GPU only) rounds in convolutions and products, bfloat16 also what lies between them; float32 nowhere."""
 
-    def __post_init__(self) -> None:
-        at_least(1, epochs=self.epochs, batch=self.batch)
-
 
 @dataclass(frozen=True)
-class Experts:
+class Experts(Checked):
     """Expert trajectories (MTT, arXiv 2203.11932, section 3.1)."""
 
     model: str = "ConvNetBN"
     """The network of experts and students; a name of selmatch_ext.models.names(), torchvision:NAME, timm:NAME, or a
     function of yours, package.module:function."""
-    count: int = 100
+    count: Count = 100
     """Trajectories, each from an initialisation of its own."""
     strategy: str = DSA
     """Augmentation while they train: names joined by _, one of them drawn per batch; none for none."""
     training: Training = Training()
 
-    def __post_init__(self) -> None:
-        at_least(1, count=self.count)
-
 
 @dataclass(frozen=True)
-class Scores:
+class Scores(Checked):
     """Difficulty of each training image."""
 
     source: str = "forgetting"
@@ -124,18 +123,15 @@ class Scores:
     easier); or forgetting:PATH or el2n:PATH, a file of such scores (higher = harder)."""
     model: str = "ConvNetBN"
     """The network that is watched; named as in experts.model."""
-    runs: int = 3
+    runs: Count = 3
     """Networks that are watched; their scores are averaged."""
     strategy: str = "none"
     """Augmentation while they train: names joined by _, one of them drawn per batch; none for none."""
     training: Training = Training(epochs=20)
 
-    def __post_init__(self) -> None:
-        at_least(1, runs=self.runs)
-
 
 @dataclass(frozen=True)
-class Features:
+class Features(Checked):
     """The network, trained on all training images, in whose features herding, k-center and coverage measure."""
 
     model: str = "ConvNetBN"
@@ -146,58 +142,60 @@ class Features:
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(Checked):
     """The sliding window of SelMatch (section 3 of the paper)."""
 
-    ipc: int = 250
+    ipc: Count = 250
     """Images per class."""
-    alpha: float = 0.6
+    alpha: Share = 0.6
     """Share of the window that is distilled: its easier part."""
-    beta: float | None = None
+    beta: Beta | None = None
     """Share of the class that is skipped, hardest first; None searches a grid."""
-    step: float = 0.1
+    step: Spacing = 0.1
     """Spacing of that grid, from 0 to 1 − ipc / class size."""
-    networks: int = 1
+    networks: Count = 1
     """Networks trained per β of the grid."""
     beta_unit: Literal["class", "ipc"] = "class"
     """ipc reproduces the public code, which multiplies β by ipc instead of by the class size."""
 
     def __post_init__(self) -> None:
-        at_least(1, networks=self.networks)
+        super().__post_init__()
+        if self.beta is not None and self.beta > 1 and self.beta_unit == "class":
+            raise SettingError("beta", self.beta, "0 to 1, where beta_unit is class")
 
 
 @dataclass(frozen=True)
-class Matching:
+class Matching(Checked):
     """Trajectory matching (MTT, section 3.2 of the paper)."""
 
-    iterations: int = 10000
+    iterations: Count = 10000
     """Updates of the images."""
-    inner_steps: int = 55
+    inner_steps: Count = 55
     """N: student updates per iteration."""
-    expert_epochs: int = 2
+    expert_epochs: Count = 2
     """M: how many epochs ahead of the start the target lies."""
-    max_start_epoch: int = 80
+    max_start_epoch: Count = 80
     """Start epochs are drawn from [min_start_epoch, max_start_epoch)."""
-    min_start_epoch: int = 0
+    min_start_epoch: Number = 0
     """The first of the start epochs."""
-    first_max_start_epoch: int | None = None
+    first_max_start_epoch: Count | None = None
     """Where the upper end of the start epochs stands at first; it grows to max_start_epoch over the run (sequential
     generation, DATM). None: it stands at max_start_epoch all the time."""
-    batch_syn: int = 125
+    batch_syn: Count = 125
     """Synthetic images per student update."""
-    lr_images: float = 1000.0
+    lr_images: Positive = 1000.0
     """Step size of the images."""
-    lr_lr: float = 1e-5
+    lr_lr: Rate = 1e-5
     """Step size of η."""
-    momentum: float = 0.5
+    momentum: Momentum = 0.5
     """Momentum of the images and of η."""
-    lr_init: float = 0.001
+    lr_init: Positive = 0.001
     """η₀, the student's learning rate at the start; it is learned."""
     labels: Literal["hard", "soft", "learned"] = "hard"
     """soft: softmax of the logits that expert 0 gives the starting images; learned: those logits are learned too."""
-    lr_labels: float = 1.0
+    lr_labels: Rate = 1.0
     """Step size of learned logits."""
-    labels_momentum: float = 0.9
+    labels_momentum: Momentum = 0.9
     """Momentum of learned logits."""
     strategy: str = DSA
     """Augmentation of each student update: one of the names, drawn per batch."""
@@ -211,36 +209,32 @@ class Matching:
     """tf32 (GPU only) rounds in convolutions and products, bfloat16 also what lies between them; float32 nowhere."""
     cuda_graphs: bool = False
     """Replay each student update from a CUDA graph; GPU with the fused engine only."""
-    max_loss: float = 100.0
+    max_loss: Positive = 100.0
     """A matching loss above this stops the run: 1 is the distance between the expert's start and target."""
-    experts_per_iteration: int = 1
+    experts_per_iteration: Count = 1
     """Experts whose losses are averaged in each iteration; several processes (torchrun) share them, so it must be a
     multiple of their number."""
-    checkpoint_seconds: float = 30.0
+    checkpoint_seconds: Seconds = 30.0
     """How often the state is saved."""
-    snapshot_every: int = 0
+    snapshot_every: Number = 0
     """Also keep the set as it is after every so many iterations, in snapshots/, for `selmatch coverage`; 0 = never."""
-
-    def __post_init__(self) -> None:
-        at_least(1, iterations=self.iterations, inner_steps=self.inner_steps)
-        at_least(1, expert_epochs=self.expert_epochs, batch_syn=self.batch_syn)
 
 
 @dataclass(frozen=True)
 class MTTSettings(Matching):
     """Matching training trajectories (arXiv 2203.11932); defaults for CIFAR-10."""
 
-    ipc: int = 10
+    ipc: Count = 10
     """Images per class, where they are not from a file."""
     start: str = "real"
     """The images to begin with: noise, real (random training images), correct (random training images that expert 0
     classifies correctly), or the path of a set."""
-    iterations: int = 5000
-    inner_steps: int = 20
-    expert_epochs: int = 3
-    max_start_epoch: int = 25
-    batch_syn: int = 500
-    lr_init: float = 0.01
+    iterations: Count = 5000
+    inner_steps: Count = 20
+    expert_epochs: Count = 3
+    max_start_epoch: Count = 25
+    batch_syn: Count = 500
+    lr_init: Positive = 0.01
 
 
 @dataclass(frozen=True)
@@ -248,40 +242,40 @@ class DATMSettings(MTTSettings):
     """Difficulty-aligned trajectory matching (arXiv 2310.05773); defaults for CIFAR-10 with 10 images per class."""
 
     start: str = "correct"
-    inner_steps: int = 80
-    expert_epochs: int = 2
-    first_max_start_epoch: int | None = 10
-    max_start_epoch: int = 20
-    lr_images: float = 100.0
+    inner_steps: Count = 80
+    expert_epochs: Count = 2
+    first_max_start_epoch: Count | None = 10
+    max_start_epoch: Count = 20
+    lr_images: Positive = 100.0
     labels: Literal["hard", "soft", "learned"] = "learned"
-    lr_labels: float = 2.0
+    lr_labels: Rate = 2.0
 
 
 @dataclass(frozen=True)
-class DCSettings:
+class DCSettings(Checked):
     """Gradient matching (dataset condensation, arXiv 2006.05929)."""
 
-    ipc: int = 10
+    ipc: Count = 10
     """Images per class, where they are not from a file."""
     start: str = "noise"
     """The images to begin with: noise, real (random training images), or the path of a set."""
     model: str = "ConvNet"
     """The network whose gradients are matched; named as in experts.model."""
-    iterations: int = 1000
+    iterations: Count = 1000
     """Outer iterations: fresh networks."""
-    outer_loop: int | None = None
+    outer_loop: Count | None = None
     """Updates of the images per network; None: the paper's for this ipc."""
-    inner_loop: int | None = None
+    inner_loop: Count | None = None
     """Epochs that the network is trained on the images between two updates; None: the paper's for this ipc."""
-    batch_real: int = 256
+    batch_real: Count = 256
     """Real images of a class per update."""
-    batch_train: int = 256
+    batch_train: Count = 256
     """Images per update of the network."""
-    lr_images: float = 0.1
+    lr_images: Positive = 0.1
     """Step size of the images."""
-    momentum: float = 0.5
+    momentum: Momentum = 0.5
     """Momentum of the images."""
-    lr_network: float = 0.01
+    lr_network: Positive = 0.01
     """Learning rate of the network."""
     metric: Literal["layerwise", "mse", "cos"] = "layerwise"
     """Distance of two gradients: 1 − cosine of each output row of each layer, summed; squared difference of the whole;
@@ -289,14 +283,11 @@ class DCSettings:
     strategy: str = "none"
     """Augmentation: one of the names is drawn for each class and update, with one set of parameters for its real and
     its synthetic batch (siamese); the network's training draws its own."""
-    checkpoint_seconds: float = 30.0
+    checkpoint_seconds: Seconds = 30.0
     """How often the state is saved."""
-    snapshot_every: int = 0
+    snapshot_every: Number = 0
     """Also keep the set after every so many updates of the images (outer_loop in each iteration), in snapshots/; 0 =
     never."""
-
-    def __post_init__(self) -> None:
-        at_least(1, iterations=self.iterations, batch_real=self.batch_real, batch_train=self.batch_train)
 
 
 @dataclass(frozen=True)
@@ -308,91 +299,83 @@ class DSASettings(DCSettings):
 
 
 @dataclass(frozen=True)
-class DMSettings:
+class DMSettings(Checked):
     """Distribution matching (arXiv 2110.04181)."""
 
-    ipc: int = 10
+    ipc: Count = 10
     """Images per class, where they are not from a file."""
     start: str = "real"
     """The images to begin with: noise, real (random training images), or the path of a set."""
     model: str = "ConvNet"
     """The network in whose features images are compared; named as in experts.model."""
-    iterations: int = 20000
+    iterations: Count = 20000
     """Updates of the images."""
-    batch_real: int = 256
+    batch_real: Count = 256
     """Real images of a class per update."""
-    lr_images: float = 1.0
+    lr_images: Positive = 1.0
     """Step size of the images."""
-    momentum: float = 0.5
+    momentum: Momentum = 0.5
     """Momentum of the images."""
     strategy: str = DSA
     """Augmentation: one of the names is drawn for each class and update, with one set of parameters for its real and
     its synthetic batch (siamese)."""
-    checkpoint_seconds: float = 30.0
+    checkpoint_seconds: Seconds = 30.0
     """How often the state is saved."""
-    snapshot_every: int = 0
+    snapshot_every: Number = 0
     """Also keep the set after every so many iterations, in snapshots/; 0 = never."""
-
-    def __post_init__(self) -> None:
-        at_least(1, iterations=self.iterations, batch_real=self.batch_real)
 
 
 @dataclass(frozen=True)
-class DDSettings:
+class DDSettings(Checked):
     """Dataset distillation: unrolled training is the objective (arXiv 1811.10959)."""
 
     start: str = "noise"
     """The images to begin with: noise, real (random training images), or the path of a set."""
     model: str = "LeNet"
     """The network that is trained on the images; named as in experts.model."""
-    steps: int = 10
+    steps: Count = 10
     """Batches that the set consists of, each a step of training."""
-    images_per_class_per_step: int = 1
+    images_per_class_per_step: Count = 1
     """Images of each class in a step."""
-    epochs: int = 3
+    epochs: Count = 3
     """How often the steps are gone through."""
-    lr_init: float = 0.02
+    lr_init: Positive = 0.02
     """Every step's learning rate at the start; they are learned through softplus."""
     init: Literal["unknown", "known", "loaded"] = "unknown"
     """Where training starts: fresh Xavier weights each time; one fixed draw of them; trained networks (the experts)."""
     objective: Literal["basic", "adapt", "attack"] = "basic"
     """adapt: the experts were trained on another data set of the same classes. attack: after training on the set,
     images of `attack_class` are to be taken for `target_class`, others for what they are."""
-    attack_class: int = 0
+    attack_class: Number = 0
     """For the attack: the class, counted from 0, that is to be mistaken."""
-    target_class: int = 1
+    target_class: Number = 1
     """For the attack: the class that it is to be taken for."""
-    networks: int = 4
+    networks: Count = 4
     """Initialisations averaged over in each iteration (one where it is known)."""
-    test_networks: int = 1
+    test_networks: Count = 1
     """loaded: the last experts, which no iteration sees; the set is evaluated on them."""
-    pool_epochs: int = 1
+    pool_epochs: Count = 1
     """loaded: the last so many epochs of each expert after which its network is one of those that training starts from;
     1 = trained to the end. With few experts more make the set work on networks that it has not seen."""
-    batch_real: int = 1024
+    batch_real: Count = 1024
     """Real images in the objective."""
-    passes: int = 400
+    passes: Count = 400
     """Passes over the real training images."""
-    lr: float = 0.01
+    lr: Positive = 0.01
     """Adam's, of images and rates, with betas 0.5 and 0.999."""
-    lr_rates: float | None = None
+    lr_rates: Rate | None = None
     """Adam's, of the rates alone; None = lr, 0 = they stay as they are. Where the loss jumps, rates have grown beyond
     what training on the set is stable at: then a tenth of lr."""
-    halve_every: int = 40
+    halve_every: Count = 40
     """Passes after which lr is halved."""
     strategy: str = "none"
     """Augmentation of each training step: one of the names, drawn per batch."""
     engine: Literal["auto", "fused", "autograd"] = "auto"
     """fused is faster and runs networks of known operations; autograd runs any; auto: fused where it can."""
-    checkpoint_seconds: float = 30.0
+    checkpoint_seconds: Seconds = 30.0
     """How often the state is saved."""
-    snapshot_every: int = 0
+    snapshot_every: Number = 0
     """Also keep the set after every so many updates (one for each real batch of a pass), in snapshots/; 0 = never."""
-
-    def __post_init__(self) -> None:
-        at_least(1, steps=self.steps, images_per_class_per_step=self.images_per_class_per_step, epochs=self.epochs)
-        at_least(1, networks=self.networks, batch_real=self.batch_real)
-        at_least(1, passes=self.passes, halve_every=self.halve_every, pool_epochs=self.pool_epochs)
 
     @property
     def ipc(self) -> int:
@@ -401,12 +384,12 @@ class DDSettings:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Checked):
     """Networks trained from scratch on a small set and tested on the real test set."""
 
     model: str = "ResNet18BN"
     """The network that is trained; named as in experts.model."""
-    networks: int = 5
+    networks: Count = 5
     """Networks trained, each from an initialisation of its own."""
     distilled_strategy: str = DSA
     """Augmentation of distilled images: one operation, drawn per sample."""
@@ -415,44 +398,35 @@ class Evaluation:
     horizontal flip."""
     training: Training = Training(epochs=1000, lr=0.1, momentum=0.9, weight_decay=5e-4, batch=128, schedule="cosine")
 
-    def __post_init__(self) -> None:
-        at_least(1, networks=self.networks)
-
 
 @dataclass(frozen=True)
-class Coverage:
+class Coverage(Checked):
     """Which test images a set stands for (SelMatch, arXiv 2406.18561, section 4.3)."""
 
-    networks: int = 3
+    networks: Count = 3
     """Networks trained on all training images: features are those of the first, and the difficulty of a test image, the
     norm of its error, is averaged over all of them."""
     accuracy: bool = True
     """Also train networks on each set, and test them on the easy and the hard half."""
 
-    def __post_init__(self) -> None:
-        at_least(1, networks=self.networks)
-
 
 @dataclass(frozen=True)
-class Continual:
+class Continual(Checked):
     """Class-incremental learning with a small set as the memory."""
 
-    steps: int = 5
+    steps: Count = 5
     """Steps in which the classes arrive, about equally many in each."""
-    memory: int | None = None
+    memory: Count | None = None
     """Images per class that are remembered, the first of each; None: all of the set's."""
-
-    def __post_init__(self) -> None:
-        at_least(1, memory=self.memory)
 
 
 @dataclass(frozen=True)
-class Search:
+class Search(Checked):
     """A grid of ConvNets and how they are trained on all images; the default is DC's (arXiv 2006.05929)."""
 
-    depths: tuple[int, ...] = (1, 2, 3, 4)
+    depths: tuple[Depth, ...] = (1, 2, 3, 4)
     """Numbers of blocks."""
-    widths: tuple[int, ...] = (32, 64, 128, 256)
+    widths: tuple[Channels, ...] = (32, 64, 128, 256)
     """Channels of every block."""
     norms: tuple[str, ...] = ("NN", "BN", "LN", "IN", "GN")
     """Normalisations: NN none, BN batch, LN layer, IN instance, GN group."""
@@ -461,15 +435,12 @@ class Search:
     poolings: tuple[str, ...] = ("NP", "MP", "AP")
     """NP none, MP maximum, AP average."""
     full: Training = Training(epochs=100, lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="cosine")
-    full_networks: int = 1
+    full_networks: Count = 1
     """Networks of each kind trained on all images."""
-
-    def __post_init__(self) -> None:
-        at_least(1, full_networks=self.full_networks)
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Checked):
     """One run from data set to evaluated distilled set."""
 
     data: Data = field(default_factory=Data)
@@ -478,12 +449,12 @@ class Run:
     experts: Experts = field(default_factory=Experts)
     matching: Matching = field(default_factory=Matching)
     evaluation: Evaluation = field(default_factory=Evaluation)
-    seed: int = 0
+    seed: Seed = 0
     """Seed of every random choice."""
 
 
 @dataclass(frozen=True)
-class MethodRun:
+class MethodRun(Checked):
     """One run of a method other than SelMatch, from data set to evaluated distilled set."""
 
     settings: MTTSettings | DATMSettings | DCSettings | DSASettings | DMSettings | DDSettings
@@ -491,7 +462,7 @@ class MethodRun:
     evaluation: Evaluation
     experts: Experts | None = None
     """Expert trajectories, for methods that need them."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of every random choice."""
 
 

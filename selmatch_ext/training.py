@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selmatch_ext.models.fast import fast
+from selmatch_ext.models.statistics import refuses_one_image
 from selmatch_ext.ops.dsa import Augmentation, augment, mix_augmentations
 from selmatch_ext.ops.sampling import sample_augmentation
 from selmatch_ext.precision import precision_scope
@@ -56,8 +57,10 @@ def train(
 
     labels: (n,) int64, or (n, K) float probabilities, on the model's device. Order and augmentation are drawn from
     `generator` (CPU), dropout from a stream of it. after_epoch(epoch) is called after each, counted from 1.
-    Raises FloatingPointError when an epoch ends with a loss that is not finite."""
+    A last batch of one image is left out where BatchNorm cannot take statistics from it. Raises ValueError where all
+    batches are such, and FloatingPointError when an epoch ends with a loss that is not finite."""
     device = labels.device
+    batches = _batches(model, take, labels, settings)
     backward = "tf32" if settings.precision == "tf32" else "float32"  # bfloat16 follows the forward pass
     network = None
     optimiser = torch.optim.SGD(
@@ -68,7 +71,7 @@ def train(
             group["lr"] = learning_rate(settings, epoch)
         model.train()
         with global_stream(generator, device):
-            for indices in torch.randperm(len(labels), generator=generator).split(settings.batch):
+            for indices in torch.randperm(len(labels), generator=generator).split(settings.batch)[:batches]:
                 p = augmenter(indices, generator).to(device)
                 indices = indices.to(device)
                 with precision_scope(settings.precision, device):
@@ -86,6 +89,22 @@ def train(
             )
         if after_epoch is not None:
             after_epoch(epoch + 1)
+
+
+def _batches(model: nn.Module, take: Take, labels: Tensor, settings: Training) -> int:
+    """Batches of an epoch that can be trained on."""
+    count, batches = len(labels), -(-len(labels) // settings.batch)
+    if min(count, settings.batch) > 1 and count % settings.batch != 1:
+        return batches
+    with precision_scope("float32", labels.device):
+        if not refuses_one_image(model, take(torch.zeros(1, dtype=torch.int64, device=labels.device))):
+            return batches
+    if min(count, settings.batch) == 1:
+        raise ValueError(
+            f"batch is {settings.batch} with {count} images: BatchNorm of this network cannot take statistics from one "
+            "image at a time; allowed is 2 and above, with as many images, or a network without BatchNorm"
+        )
+    return batches - 1
 
 
 def learning_rate(settings: Training, epoch: int) -> float:

@@ -12,7 +12,7 @@ from selmatch_ext.data.decoding import extensions
 from selmatch_ext.data.names import readable, shortened
 from selmatch_ext.data.tree import Content, Entry, Listing, Tree, list_split, skipped_text
 from selmatch_ext.seeds import generator
-from selmatch_ext.settings import check_images, color
+from selmatch_ext.settings import Data, color
 
 ANNOTATIONS = "val_annotations.txt"
 DECODER = 2  # part of the cache's key; to be raised when the same files become other pixels
@@ -30,7 +30,7 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_images(self.resize, self.background, self.test_share)
+        Data(resize=self.resize, background=self.background, test_share=self.test_share)  # refuses what is out of range
 
     def key(self) -> list:
         """What the decoded images depend on, JSON-able."""

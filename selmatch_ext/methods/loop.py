@@ -31,6 +31,7 @@ def run(
     checkpoint_seconds: float = 30.0,
     draws: int = 1,
     snapshot_every: int = 0,
+    identity: dict[str, Any] | None = None,
 ) -> list[float]:
     """Runs `method` up to `iterations` iterations and returns the losses of all of them.
 
@@ -43,11 +44,15 @@ def run(
     snapshot_every: the set as it is before the first iteration, after every so many and at the end goes to
     `folder`/snapshots/iteration_000100.safetensors and so on; 0 = never.
 
-    Raises ValueError when the checkpoint was made with other settings, or the processes cannot share `draws` equally;
+    identity: what a checkpoint must have been made from to be continued; None: `settings`, which snapshots are saved
+    with.
+
+    Raises ValueError when the checkpoint was made from something else, or the processes cannot share `draws` equally;
     FloatingPointError (after saving the last good state) when a loss or gradient is not finite or the loss exceeds
     `method.max_loss`."""
-    checkpoint = Checkpoint(Path(folder) / "checkpoint.safetensors", {**settings, "seed": seed, "method": method.name})
-    _check_draws(method, draws)
+    made_from = {**(settings if identity is None else identity), "seed": seed, "method": method.name}
+    checkpoint = Checkpoint(Path(folder) / "checkpoint.safetensors", made_from)
+    check_draws(method, draws)
     optimiser = method.optimiser()
     rates = [group["lr"] for group in optimiser.param_groups]
     losses = checkpoint.restore(method, optimiser)
@@ -62,11 +67,7 @@ def run(
             good, problem = _iterate(method, optimiser, rates, losses, good, draws, seed)
             if problem is not None:
                 checkpoint.save(method, optimiser, losses)
-                raise FloatingPointError(
-                    f"{method.name} stopped at iteration {iteration + 1}: {problem}. The last good state, after "
-                    f"{len(losses)} iterations, is in {checkpoint.path}. {method.advice()} Changed settings need a new "
-                    "folder."
-                )
+                raise _stopped(method, iteration, losses, checkpoint, problem)
             keep(method, len(losses))
             progress.update()
             progress.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
@@ -76,6 +77,15 @@ def run(
     checkpoint.save(method, optimiser, losses)
     ranks.barrier()
     return losses
+
+
+def _stopped(
+    method: Method, iteration: int, losses: list[float], checkpoint: Checkpoint, problem: str
+) -> FloatingPointError:
+    return FloatingPointError(
+        f"{method.name} stopped at iteration {iteration + 1}: {problem}. The last good state, after {len(losses)} "
+        f"iterations, is in {checkpoint.path}. {method.advice()} Changed settings need a new folder."
+    )
 
 
 def _iterate(
@@ -113,7 +123,8 @@ def _iterate(
     return before, problem
 
 
-def _check_draws(method: Method, draws: int) -> None:
+def check_draws(method: Method, draws: int) -> None:
+    """ValueError where the processes cannot share `draws` losses equally, or the method cannot average several."""
     if draws < 1 or draws % ranks.world():
         raise ValueError(
             f"{ranks.world()} processes share the losses of an iteration, so their number must be a multiple of "

@@ -10,6 +10,7 @@ from torch import Tensor
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.methods.base import Method, Task
 from selmatch_ext.methods.trajectory import check_experts, expert_logits, matching_loss, start_epochs
+from selmatch_ext.models.statistics import refuses_one_image
 from selmatch_ext.settings import DATMSettings, Matching, MTTSettings
 
 
@@ -29,12 +30,23 @@ class MTT(Method):
         self.settings, self.iterations, self.max_loss = settings, settings.iterations, settings.max_loss
         self.model = task.network(task.experts.model, "student")
         check_experts(task.experts, self.model, settings)
+        self._check_batches()
         self.lr = torch.tensor(settings.lr_init, device=task.device, dtype=task.dtype, requires_grad=True)
         self.learned["lr"] = self.lr
         if settings.labels != "hard":
             self.logits = expert_logits(task, task.start.images)
         if settings.labels == "learned":
             self.learned["logits"] = self.logits.requires_grad_()
+
+    def _check_batches(self) -> None:
+        """ValueError where the student would train on a batch of one image that BatchNorm refuses."""
+        count, batch = len(self.task.start), self.settings.batch_syn
+        alone = min(count, batch) == 1 or count % batch == 1
+        if alone and refuses_one_image(self.model, self.combined()[:1].detach()):
+            raise ValueError(
+                f"batch_syn {batch} leaves a batch of one of the {count} images, from which BatchNorm of this network "
+                "cannot take statistics; choose another batch_syn"
+            )
 
     def optimiser(self) -> torch.optim.Optimizer:
         s = self.settings

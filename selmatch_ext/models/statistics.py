@@ -1,5 +1,7 @@
 """BatchNorm's statistics, taken from given images."""
 
+import copy
+
 import torch
 from torch import nn
 
@@ -24,3 +26,18 @@ def freeze_statistics(model, x):
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
         layer.eval()
+
+
+@torch.no_grad()
+def refuses_one_image(model, x):
+    """Whether BatchNorm in `model` cannot train on the batch x of one image (1, C, H, W): one of its layers sees a
+    single value per channel. The model and torch's generators stay as they are."""
+    if not batchnorms(model):
+        return False
+    devices = [x.device] if x.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        try:
+            copy.deepcopy(model).train()(x)
+        except ValueError as error:
+            return "more than 1 value per channel" in str(error)
+    return False

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from selmatch_ext.data.images import check_labels
 
+MOST = 10000  # values of beta in a search, each of which costs the training of networks
+
 
 def window(
     difficulty: Tensor, labels: Tensor, ipc: int, beta: float, beta_unit: Literal["class", "ipc"] = "class"
@@ -69,6 +71,8 @@ def beta_grid(
     largest = max(1, last)
     if not 0 < step <= largest:
         raise ValueError(f"step is {step}; allowed is above 0, up to {largest:g}")
+    if last / step > MOST:
+        raise ValueError(f"step is {step}, which makes {last / step:.3g} windows to try; allowed are at most {MOST}")
     inner = [round(i * step, 10) for i in range(int(last / step) + 1)]
     return [beta for beta in inner if beta < last - 1e-9] + [last]
 

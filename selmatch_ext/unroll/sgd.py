@@ -9,6 +9,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from selmatch_ext._C import build_info
 from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.models.unwrap import unwrapped
+from selmatch_ext.precision import warn_if_slow
 from selmatch_ext.unroll.adjoint import Plan, Stepper, unroll
 from selmatch_ext.unroll.autograd import AutogradStepper
 from selmatch_ext.unroll.comparing import steps_of
@@ -97,6 +98,8 @@ def unrolled_sgd(
             raise ValueError(f"augmentations: {len(augmentations)} given for {len(batches)} batches; give one a batch")
     if precision == "tf32" and start.device.type != "cuda":
         raise ValueError(f'precision="tf32" needs CUDA tensors, start is on {start.device}')
+    if precision == "bfloat16":
+        warn_if_slow(start.device)
     plan = Plan(batches, augmentations, label_range, keep, gradient, precision)
     stepper, choice = _choose(model, start, images, plan, engine)
     if cuda_graphs:

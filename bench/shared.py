@@ -1,0 +1,130 @@
+"""Trajectory matching on digits alone and beside two busy processes, with the command line's policy for OpenMP.
+
+    python -m bench.shared [--repeats 3] [--default] [--spins 0 100 1000 10000]
+
+60 iterations of MTT: ConvNetD2W32, N = 10, batches of 50. Each is run in a process of its own, as the runtime reads its
+variables when it is loaded. --default also runs with the runtime's own policy, which takes long beside other processes;
+--spins with other values of GOMP_SPINCOUNT, for the choice of the one in selmatch_ext/openmp.py.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.timing import machine
+from selmatch_ext import openmp
+
+ITERATIONS = 60
+BUSY = 2
+GOAL = 2.5
+OURS, DEFAULT = "command line", "default of the runtime"
+
+
+def _environment(policy: str) -> dict[str, str]:
+    """This process's environment with as many threads as the machine has cores and with that policy."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    if policy == DEFAULT:
+        return own
+    own |= openmp.wait_policy(own)
+    return own if policy == OURS else own | {"GOMP_SPINCOUNT": policy.removeprefix("spin ")}
+
+
+@contextlib.contextmanager
+def _busy(count: int):
+    """`count` processes that keep a core busy each, for as long as the block lasts."""
+    started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def _seconds(policy: str, busy: int) -> float:
+    with _busy(busy):
+        command = [sys.executable, "-m", "bench.shared", "--worker"]
+        done = subprocess.run(command, env=_environment(policy), capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def iterations() -> float:
+    """Seconds of the iterations in this process, after two that do not count."""
+    import torch
+
+    from selmatch_ext import pipeline
+    from selmatch_ext.data.images import load
+    from selmatch_ext.experts import train_experts
+    from selmatch_ext.methods import METHODS, Task
+    from selmatch_ext.methods.loop import run as run_method
+    from selmatch_ext.settings import Experts, MTTSettings, Training
+
+    settings = MTTSettings(inner_steps=10, batch_syn=50, max_start_epoch=1, expert_epochs=1, lr_images=1.0)
+    cpu, data = torch.device("cpu"), load("digits")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        experts = Experts("ConvNetD2W32", count=1, strategy="none", training=Training(epochs=2))
+        store = train_experts(data, experts, folder / "experts", 0, cpu)
+        start = pipeline.initial_set("real", 10, data, 0, cpu)
+        method = METHODS["mtt"](Task(start, data, 0, cpu, store), settings)
+        run_method(method, 2, folder / "run", {}, 0)
+        begin = time.perf_counter()
+        run_method(method, 2 + ITERATIONS, folder / "run", {}, 0)
+        return time.perf_counter() - begin
+
+
+def run(repeats: int = 3, default: bool = False, spins: Sequence[int] = ()) -> dict:
+    """Median seconds alone and beside the busy processes, which take turns; their ratio, of each policy."""
+    policies = [OURS, *[DEFAULT] * default, *(f"spin {count}" for count in spins)]
+    cases = [(policy, busy) for policy in policies for busy in (0, BUSY)]
+    seconds = {case: [] for case in cases}
+    for turn in range(repeats):
+        for policy, busy in cases[turn % len(cases) :] + cases[: turn % len(cases)]:
+            seconds[policy, busy].append(_seconds(policy, busy))
+    found = {}
+    for policy in policies:
+        alone, beside = (statistics.median(seconds[policy, busy]) for busy in (0, BUSY))
+        all_seconds = {"all alone": seconds[policy, 0], "all beside": seconds[policy, BUSY]}
+        found[policy] = {"alone": alone, "beside": beside, "ratio": beside / alone, **all_seconds}
+    return {
+        "machine": machine(),
+        "iterations": ITERATIONS,
+        "busy processes": BUSY,
+        "variables": openmp.POLICY,
+        "policies": found,
+    }
+
+
+def summary(figures: dict) -> list[tuple[str, str, str]]:
+    rows = []
+    for policy, found in figures["policies"].items():
+        rows.append((f"{figures['iterations']} iterations alone ({policy})", f"{found['alone']:.1f} s", ""))
+        what = f"beside {figures['busy processes']} busy processes ({policy})"
+        goal = f"<= {GOAL:g}x" if policy == OURS else ""
+        rows.append((what, f"{found['beside']:.1f} s, {found['ratio']:.2f}x", goal))
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m bench.shared", description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--default", action="store_true", help="also the runtime's own policy")
+    parser.add_argument("--spins", type=int, nargs="*", default=[], help="also these values of GOMP_SPINCOUNT")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(iterations())
+    else:
+        print(json.dumps(run(options.repeats, options.default, options.spins), indent=2))
+
+
+if __name__ == "__main__":
+    main()

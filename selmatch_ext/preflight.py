@@ -1,0 +1,162 @@
+"""What can be checked without work is checked before it: names and choices against the device, sizes against the data,
+the stages of a run against each other, the room on the disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selmatch_ext import models
+from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.data.images import ImageData
+from selmatch_ext.data.trajectories import ExpertStore
+from selmatch_ext.methods import METHODS, Method, Task
+from selmatch_ext.methods.loop import check_draws
+from selmatch_ext.models.flat import parameter_count
+from selmatch_ext.models.statistics import refuses_one_image
+from selmatch_ext.ops.dsa import sample_augmentation
+from selmatch_ext.precision import check_precision
+from selmatch_ext.seeds import generator
+from selmatch_ext.selection.window import beta_grid, check_classes, window
+from selmatch_ext.settings import Experts, Window
+from selmatch_ext.unroll import explain_engine
+
+
+def settings_of(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(name as on the command line, value) of every field of settings classes inside each other, or of a dictionary of
+    them."""
+    items = value.items() if isinstance(value, dict) else ((f.name, getattr(value, f.name)) for f in fields(value))
+    for name, inner in items:
+        full = f"{prefix}{name}"
+        if is_dataclass(inner):
+            yield from settings_of(inner, "" if name == "settings" else f"{full}.")
+        else:
+            yield full, inner
+
+
+def check_choices(settings: Any, device: torch.device) -> None:
+    """ValueError naming the setting where a strategy is none, or `device` cannot do what is asked of it. Looks at no
+    image."""
+    for name, value in settings_of(settings):
+        field = name.rpartition(".")[2]
+        if field == "strategy" or field.endswith("_strategy"):
+            _named(name, sample_augmentation, 1, 8, 8, strategy=value, generator=torch.Generator())
+        elif field == "precision":
+            check_precision(name, value, device)
+        elif field == "cuda_graphs" and value and device.type != "cuda":
+            raise ValueError(f"{name} needs a CUDA device; the device is {device}")
+
+
+def check_networks(settings: Any, data: ImageData) -> None:
+    """ValueError naming the setting where a network is unknown or does not take `data`'s images, or where its training
+    would give BatchNorm one image at a time."""
+    given = list(settings_of(settings))
+    built: dict[str, torch.nn.Module] = {}
+    for name, model in given:
+        if name.rpartition(".")[2] == "model":
+            sizes = data.channels, data.classes, data.image_size
+            if model not in built:
+                built[model] = _named(name, models.build, model, *sizes, generator=generator(0, "preflight"))
+    batches = {name.removesuffix("training.batch"): (name, b) for name, b in given if name.endswith("training.batch")}
+    for name, model in given:
+        prefix, _, field = name.rpartition(".")
+        batch = batches.get(f"{prefix}.")
+        if field == "model" and batch is not None and batch[1] == 1:
+            if refuses_one_image(built[model], data.normalise(data.train.images[:1])):
+                raise ValueError(
+                    f"{batch[0]} is 1, and BatchNorm of {model} needs two images at a time; allowed is 2 and above"
+                )
+
+
+def _named(name: str, function: Any, *arguments: Any, **options: Any) -> Any:
+    try:
+        return function(*arguments, **options)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def check_window(settings: Window, data: ImageData) -> None:
+    """ValueError where ipc, beta or the grid of betas does not fit the classes of `data`."""
+    counts = check_classes(data.train.labels, settings.ipc)
+    if settings.beta is None:
+        beta_grid(min(counts), settings.ipc, settings.step, settings.beta_unit)
+    else:
+        alike = torch.zeros(len(data.train.labels))
+        window(alike, data.train.labels, settings.ipc, settings.beta, settings.beta_unit)
+
+
+@dataclass
+class PlannedExperts:
+    """Stands for the experts that a run is going to train, in checks of what comes after them."""
+
+    folder: Path
+    model: str
+    count: int
+    epochs: int
+    parameters: int
+    metadata: dict[str, Any]
+
+    @classmethod
+    def of(cls, settings: Experts, data: ImageData, folder: Path) -> PlannedExperts:
+        model = models.build(
+            settings.model, data.channels, data.classes, data.image_size, generator=generator(0, "preflight")
+        )
+        about = {"model": settings.model, "dataset": data.name}
+        return cls(folder, settings.model, settings.count, settings.training.epochs, parameter_count(model), about)
+
+    def bytes_missing(self) -> int:
+        """What the experts that `folder` lacks will take there."""
+        there = sum(path.stem[7:].isdecimal() for path in self.folder.glob("expert_*.safetensors"))
+        return max(0, self.count - there) * (self.epochs + 1) * self.parameters * 4
+
+
+def rehearse(
+    name: str,
+    settings: Any,
+    start: DistilledSet,
+    data: ImageData,
+    device: torch.device,
+    experts: ExpertStore | PlannedExperts | None,
+) -> Method:
+    """Builds the method of that name as the run is going to, without its work: what it refuses is refused before the
+    stages that come first. Also checks that its processes can share the work, and that its engine runs the network."""
+    if hasattr(settings, "labels"):
+        settings = replace(settings, labels="hard")  # others take the logits of an expert
+    method = METHODS[name](Task(start, data, 0, device, experts), settings)
+    check_draws(method, getattr(settings, "experts_per_iteration", 1))
+    engine, graphs = getattr(settings, "engine", "auto"), getattr(settings, "cuda_graphs", False)
+    if engine == "fused" or graphs:
+        found = explain_engine(method.model, method.combined()[:2].detach())
+        if found.name != "fused":
+            asked = "engine is fused" if engine == "fused" else "cuda_graphs needs the fused engine"
+            raise ValueError(f"{asked}, but {found.reason}")
+        if engine == "autograd":
+            raise ValueError("cuda_graphs needs the fused engine; engine is autograd")
+    return method
+
+
+def check_disk(folder: Path, settings: Any, start: DistilledSet, updates: int, experts: PlannedExperts | None) -> None:
+    """OSError where the disk of `folder` has less room than the run is going to take there."""
+    one, every = start.images.numel() * 4, getattr(settings, "snapshot_every", 0)
+    needs = {
+        "experts": 0 if experts is None else experts.bytes_missing(),
+        "snapshots": 0 if every == 0 else (updates // every + 2) * one,
+        "set and checkpoint": 6 * one,
+    }
+    check_room(needs, folder)
+
+
+def check_room(needs: dict[str, int], folder: Path) -> None:
+    """OSError where the disk of `folder` has less room than the bytes that are needed there, by what they are for."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free, needed = shutil.disk_usage(there).free, sum(needs.values())
+    if needed > free:
+        shares = ", ".join(f"{what} {size / 1e9:.2f} GB" for what, size in needs.items() if size)
+        raise OSError(
+            f"{folder} will take about {needed / 1e9:.2f} GB ({shares}), and {free / 1e9:.2f} GB are free there"
+        )

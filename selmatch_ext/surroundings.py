@@ -1,0 +1,170 @@
+"""What surrounds a command: options that go with every verb, signals, the device, and errors as one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from selmatch_ext import ranks
+from selmatch_ext.output import safe_streams
+from selmatch_ext.precision import insist_on_bfloat16
+from selmatch_ext.ranges import SettingError
+from selmatch_ext.stages import describe
+
+OPTIONS = """
+Options of every verb: --debug shows where an error comes from; --insist-on-bfloat16 lets a run use bfloat16 on a
+processor without instructions for it.
+"""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where Ctrl-C would be."""
+
+
+class UsageError(Exception):
+    """A command that was not understood; the message is all there is to say."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What goes with every verb."""
+
+    debug: bool
+    insist: bool
+
+
+def split_options(arguments: list[str]) -> tuple[Options, list[str]]:
+    """The options of every verb, wherever they stand, and the other arguments."""
+    flags = {"--debug": "debug", "--insist-on-bfloat16": "insist"}
+    given = {name: flag in arguments for flag, name in flags.items()}
+    return Options(**given), [a for a in arguments if a not in flags]
+
+
+def device_of(name: str) -> torch.device:
+    """auto = a GPU where there is one; of several processes on a machine each takes the next.
+
+    Raises ValueError for a device that this machine does not have, naming those that it has."""
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    there = "auto, cpu" + "".join(
+        f", cuda:{k} ({torch.cuda.get_device_name(k)})" for k in range(torch.cuda.device_count())
+    )
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device {name!r} is not supported; there are {there}")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"device {name!r} is not available here; there are {there} ({why})") from error
+    return device
+
+
+def guarded(command: Callable[[list[str]], None], arguments: list[str]) -> int:
+    """Runs a command and returns its exit status. An error is one line on standard error: 1 for one that the user can
+    mend, 2 for a command that was not understood, 130 after Ctrl-C, 143 after SIGTERM."""
+    options, rest = split_options(arguments)
+    with safe_streams(), _sigterm(), insist_on_bfloat16(options.insist):
+        try:
+            with ranks.processes(), _quiet_unless_first():
+                command(rest)
+            return 0
+        except UsageError as error:
+            return _end(error, str(error), 2, options)
+        except Terminated as error:
+            return _end(error, "terminated; the same command continues", 143, options)
+        except KeyboardInterrupt as error:
+            return _end(error, "interrupted; the same command continues", 130, options)
+        except NotImplementedError as error:
+            return _end(error, str(error), 1, options)
+        except (RuntimeError, MemoryError) as error:
+            return _end(error, describe(error), 1, options)
+        except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
+            return _end(error, str(error), 1, options)
+
+
+def _end(error: BaseException, line: str, status: int, options: Options) -> int:
+    if options.debug:
+        traceback.print_exception(error)
+    print(f"selmatch: {line}", file=sys.stderr)
+    return status
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[None]:
+    """Within, SIGTERM raises `Terminated` in the main thread, as Ctrl-C raises KeyboardInterrupt."""
+
+    def terminate(number, frame):
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _quiet_unless_first() -> Iterator[None]:
+    """Of several processes one reports."""
+    with contextlib.ExitStack() as stack:
+        if not ranks.first():
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        yield
+
+
+class _Held(io.StringIO):
+    """Keeps what is written to standard error."""
+
+    def isatty(self) -> bool:
+        return sys.__stderr__ is not None and not sys.__stderr__.closed and sys.__stderr__.isatty()
+
+
+def parsed(parse: Callable[[], object], arguments: list[str]) -> object:
+    """What `parse`, a call of tyro, returns. UsageError, one line that names the option as it was typed, for a setting
+    that is not in its range; other mistakes in the command are shown as tyro shows them."""
+    held = _Held()
+    try:
+        with contextlib.redirect_stderr(held):
+            return parse()
+    except (SystemExit, SettingError) as stop:
+        error: BaseException | None = stop
+        while error is not None and not isinstance(error, SettingError):
+            error = error.__cause__ or error.__context__
+        if error is not None:
+            raise UsageError(f"{typed(error, arguments)} is {error.given}; allowed is {error.allowed}") from error
+        sys.stderr.write(held.getvalue())
+        raise
+
+
+def typed(error: SettingError, arguments: list[str]) -> str:
+    """The option that gave a setting its value, as it stands in `arguments`; else the setting's name."""
+    named = []
+    for option, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, _, value = option.partition("=")
+        if name.startswith("-") and name.lstrip("-").rpartition(".")[2].replace("-", "_") == error.name:
+            named.append((name, value or following))
+    same = [name for name, value in named if _same(value, error.given)]
+    return (same or [name for name, _ in named] or [error.name])[0]
+
+
+def _same(text: str, value: object) -> bool:
+    try:
+        return text == str(value) or float(text) == value
+    except ValueError:
+        return False
