@@ -62,9 +62,8 @@ def training_difficulty(
                     np.savez(file, scores=scores.numpy(), labels=data.train.labels.numpy(), how=how)
             ranks.barrier()
         scores = load_scores(path, data)
-        with np.load(path) as content:
-            if "how" not in content or str(content["how"]) != how:
-                raise ValueError(f"{path} holds scores made with other settings; choose another or delete it")
+        if describe(path)[1] != json.loads(how):
+            raise ValueError(f"{path} holds scores made with other settings; choose another or delete it")
         return difficulty(scores, settings.source)
     kind, _, source = settings.source.rpartition(":")
     kind = kind or "cscore"
@@ -254,7 +253,7 @@ def run(settings: Run, folder: str | Path, device: torch.device) -> dict[str, di
     if ranks.first():
         write_report(folder, data.name, settings, beta, betas, start, distilled, results)
     ranks.barrier()
-    return json.loads((folder / "results.json").read_text())
+    return read_json(folder / "results.json")
 
 
 def run_method_alone(name: str, settings: MethodRun, folder: str | Path, device: torch.device) -> dict[str, dict]:
@@ -283,7 +282,7 @@ def run_method_alone(name: str, settings: MethodRun, folder: str | Path, device:
         title = f"{data.name}, {settings.settings.ipc} images per class, {settings.evaluation.model}"
         write_results(folder, title, results)
     ranks.barrier()
-    return json.loads((folder / "results.json").read_text())
+    return read_json(folder / "results.json")
 
 
 def write_report(

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from selmatch_ext import strict_json
 from selmatch_ext.data.images import ImageData, ImageSplit
 from selmatch_ext.files import json_field, load_tensors, save_tensors
 
@@ -260,8 +261,12 @@ def _write_cache(store: Path, data: ImageData) -> None:
 def _read_cache(store: Path, name: str) -> ImageData:
     required = ("mean", "std", "train_images", "train_labels", "test_images", "test_labels")
     tensors, metadata = load_tensors(store, "images", *required)
-    train, test = (
-        ImageSplit(tensors[f"{s}_images"], tensors[f"{s}_labels"], json_field(metadata, f"{s}_paths", store))
-        for s in ("train", "test")
-    )
-    return ImageData(name, train, test, json_field(metadata, "class_names", store), tensors["mean"], tensors["std"])
+    described = {field: json_field(metadata, field, store) for field in ("class_names", "train_paths", "test_paths")}
+    try:
+        names = {field: strict_json.strings(value, field) for field, value in described.items()}
+        parts = (
+            ImageSplit(tensors[f"{s}_images"], tensors[f"{s}_labels"], names[f"{s}_paths"]) for s in ("train", "test")
+        )
+        return ImageData(name, *parts, names["class_names"], tensors["mean"], tensors["std"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{store} is damaged: {error}") from error
