@@ -114,6 +114,8 @@ def open_arrays(path: str | os.PathLike, what: str) -> Iterator[Arrays]:
             archive = None
             if file.read(4) in (b"PK\x03\x04", b"PK\x05\x06"):
                 archive = stack.enter_context(zipfile.ZipFile(file))
+                for member in archive.infolist():  # a damaged name must not make an array one that is not there
+                    archive.open(member).close()
             yield Arrays(path, archive, file)
         except (
             ValueError,
