@@ -65,6 +65,8 @@ def evaluate(
     evaluation goes on after them. Raises ValueError when it belongs to another set or other settings, or the set is of
     another kind of images or of other classes than `data`."""
     data = seen_as(subset, data)
+    if subset.schedule is not None:
+        _check_schedule(subset.schedule, data, (settings.model,))
     header = {
         "settings": to_dict(settings),
         "seed": seed,
