@@ -75,7 +75,7 @@ def test_denormalised_and_hard_labels():
     made = example()
     assert torch.equal((made.denormalised() * 255).round().to(torch.uint8), pixels())
     assert replace(made, images=made.images * 100).denormalised().max() == 1
-    soft = torch.eye(3)[made.labels] * 0.5 + 0.1
+    soft = torch.eye(3)[made.labels] * 0.7 + 0.1
     assert torch.equal(replace(made, labels=soft).hard_labels, made.hard_labels) and len(made) == 6
 
 
@@ -167,7 +167,7 @@ def test_export_is_an_image_folder(tmp_path):
 
 
 def test_export_of_one_channel_and_soft_labels(tmp_path):
-    soft = torch.eye(3)[torch.tensor([2, 2, 1, 1, 0, 0])] * 0.5
+    soft = torch.eye(3)[torch.tensor([2, 2, 1, 1, 0, 0])] * 0.7 + 0.1
     grey = pixels(channels=1)
     made = example(images=grey / 127.5 - 1, labels=soft, mean=torch.tensor([0.5]), std=torch.tensor([0.5]))
     made.export(tmp_path / "out")
@@ -301,7 +301,7 @@ def test_a_schedule_is_kept(tmp_path, starts):
 )
 def test_wrong_schedules(rates, batches, message):
     with pytest.raises(ValueError, match=message):
-        example(schedule=Schedule(torch.tensor(rates), torch.tensor(batches), "LeNet"))
+        example(schedule=Schedule(torch.tensor(rates), torch.tensor(batches, dtype=torch.int64), "LeNet"))
 
 
 @pytest.mark.parametrize("starts", [torch.zeros(0, 5), torch.zeros(5), torch.full((1, 5), torch.nan)])

@@ -27,7 +27,7 @@ def test_tensors_and_metadata_come_back(tmp_path):
     tensors, metadata = files.load_tensors(path, "thing", "a", "b")
     assert tensors.keys() == TENSORS.keys()
     assert all(torch.equal(tensors[k], TENSORS[k]) for k in TENSORS)
-    assert metadata == {"note": "hi", "format": "selmatch_ext.thing", "version": "1"}
+    assert metadata == {"note": "hi", "format": "selmatch_ext.thing", "version": "2"}
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -90,8 +90,8 @@ def test_foreign_files(tmp_path):
     files.save_tensors(path, "other", TENSORS)
     with pytest.raises(ValueError, match="is a selmatch_ext other file; expected kind thing"):
         files.load_tensors(path, "thing")
-    save_file(TENSORS, path, metadata={"format": "selmatch_ext.thing", "version": "2"})
-    with pytest.raises(ValueError, match="version 2; this selmatch_ext reads version 1"):
+    save_file(TENSORS, path, metadata={"format": "selmatch_ext.thing", "version": "3"})
+    with pytest.raises(ValueError, match="version 3; this selmatch_ext reads version 2"):
         files.load_tensors(path, "thing")
     files.save_tensors(path, "thing", TENSORS)
     with pytest.raises(ValueError, match="lacks c; the kind thing has a, c"):

@@ -202,7 +202,7 @@ def test_score_files_that_do_not_fit(tmp_path, content, message):
 
 def test_truncated_and_foreign_score_files(tmp_path):
     data = small_data()
-    with pytest.raises(FileNotFoundError, match=r"score file .*none.npy does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"none.npy is not a file; expected score file"):
         load_scores(tmp_path / "none.npy", data)
     for name, save in (("a.npy", np.save), ("b.npz", lambda p, s: np.savez(p, scores=s))):
         save(tmp_path / name, np.zeros(6))

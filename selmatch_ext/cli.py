@@ -216,6 +216,7 @@ def distill(
     *,
     experts: Path,
     out: Path,
+    experts_model: str | None = None,
     seed: int = 0,
     device: str = "auto",
 ) -> None:
@@ -229,12 +230,13 @@ def distill(
         start: The starting set (window.safetensors).
         experts: Folder of the expert store.
         out: Folder of the run.
+        experts_model: The network of the experts, where it is a function of yours (package.module:function).
         seed: Seed of every random choice.
         device: auto, cpu, cuda, cuda:1 …
     """
     where = device_of(device)
     preflight.check_choices({"matching": matching}, where)
-    subset, store = DistilledSet.load(start), ExpertStore(experts)
+    subset, store = DistilledSet.load(start), ExpertStore(experts, trusted=(experts_model,))
     images, _ = pipeline.load_data(data, seed)
     context = {"data": to_dict(data), "matching": to_dict(matching), "model": store.model}
     pipeline.distil("selmatch", matching, subset, images, seed, where, out, context, store)
@@ -251,12 +253,14 @@ def distill_by(method: type[Method]) -> Callable[..., None]:
         *,
         out: Path,
         experts: Path | None = None,
+        experts_model: str | None = None,
         seed: int = 0,
         device: str = "auto",
     ) -> None:
         where = device_of(device)
         preflight.check_choices({"settings": settings}, where)
-        store = None if experts is None else ExpertStore(experts)
+        named = experts_model, getattr(settings, "model", None)
+        store = None if experts is None else ExpertStore(experts, trusted=named)
         images, _ = pipeline.load_data(data, seed)
         start = pipeline.initial_set(settings.start, settings.ipc, images, seed, where, store)
         context = {"data": to_dict(data), "settings": to_dict(settings)}
@@ -269,6 +273,7 @@ def distill_by(method: type[Method]) -> Callable[..., None]:
     Args:
         out: Folder of the run; distilled.safetensors is written there. A killed run continues.
         experts: Folder of the expert store, for methods that match trajectories or start from trained networks.
+        experts_model: The network of the experts, where it is a function of yours (package.module:function).
         seed: Seed of every random choice.
         device: auto, cpu, cuda, cuda:1 …
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,13 +10,13 @@ from typing import Any
 
 import torch
 
-from selmatch_ext import pipeline, report
+from selmatch_ext import pipeline, report, strict_json
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.images import ImageData, load
 from selmatch_ext.data.trajectories import ExpertStore
 from selmatch_ext.evaluation import evaluate, follow_schedule
 from selmatch_ext.experts import real_images, train_experts
-from selmatch_ext.files import write_json
+from selmatch_ext.files import read_json, write_json
 from selmatch_ext.output import say
 from selmatch_ext.settings import (
     Data,
@@ -137,11 +136,7 @@ def _result(
     context = {"settings": to_dict(entry.settings), "seed": seed}
     path, made_with = mine / "result.json", {**context, "evaluation": to_dict(EVALUATION)}
     if path.exists():
-        found = json.loads(path.read_text())
-        changed = differences(found["made_with"], made_with)
-        if changed:
-            raise ValueError(f"{path} was made with other settings ({'; '.join(changed)}); choose another --out")
-        return found["result"]
+        return _finished(path, made_with)
     start = _start(entry, data, store, folder, seed, device)
     resumed, began = (mine / "checkpoint.safetensors").exists(), time.monotonic()
     ours = pipeline.distil(
@@ -168,6 +163,22 @@ def _result(
             found = evaluate(subset, data, how, seed, device, record, f"{name}, ipc {entry.ipc}")["test"]
             result |= {name: found.mean, f"{name}_std": found.std if len(found.values) > 1 else None}
     write_json(path, {"result": result, "made_with": made_with})
+    return result
+
+
+def _finished(path: Path, made_with: dict[str, Any]) -> dict[str, Any]:
+    """The line in the file of a finished entry. ValueError when it was made with other settings, or is no such line."""
+    found = read_json(path, "made_with", "result")
+    changed = differences(strict_json.mapping(found["made_with"], f"{path}: made_with"), made_with)
+    if changed:
+        raise ValueError(f"{path} was made with other settings ({'; '.join(changed)}); choose another --out")
+    result = strict_json.mapping(found["result"], f"{path}: result")
+    for name in ("method", "ipc", "seconds", "random", "random_std", "ours", "ours_std"):
+        value, where = result.get(name), f"{path}: result.{name}"
+        if name == "method":
+            strict_json.string(value, where)
+        elif value is not None or name in ("ipc", "random", "ours"):
+            strict_json.numbers([value], where)
     return result
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from selmatch_ext import ranks
-from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.data.distilled import DistilledSet, Schedule
 from selmatch_ext.data.images import ImageData
 from selmatch_ext.experts import network, real_images
 from selmatch_ext.files import check_writable, read_json, write_json
-from selmatch_ext.models import flat
+from selmatch_ext.models import flat, from_file
 from selmatch_ext.models.initial import xavier
 from selmatch_ext.models.statistics import freeze_statistics
 from selmatch_ext.precision import precision_scope
@@ -22,6 +22,7 @@ from selmatch_ext.seeds import generator
 from selmatch_ext.selection import coreset
 from selmatch_ext.settings import Evaluation, differences, to_dict
 from selmatch_ext.stages import stage
+from selmatch_ext.strict_json import numbers, shown
 from selmatch_ext.training import combined_augmenter, predict, train
 from selmatch_ext.unroll.sgd import unrolled_sgd
 
@@ -65,6 +66,8 @@ def evaluate(
     evaluation goes on after them. Raises ValueError when it belongs to another set or other settings, or the set is of
     another kind of images or of other classes than `data`."""
     data = seen_as(subset, data)
+    if subset.schedule is not None:
+        _check_schedule(subset.schedule, data, (settings.model,))
     header = {
         "settings": to_dict(settings),
         "seed": seed,
@@ -75,11 +78,11 @@ def evaluate(
     groups = groups or {}
     if groups:
         header["groups"] = {name: mask.nonzero().squeeze(1).tolist() for name, mask in groups.items()}
-    finished = [] if record is None else _recorded(Path(record), header)
     names, networks = [*splits, *groups], settings.networks
     asked = {*splits, "test"} if groups else set(splits)
     if subset.schedule is not None and subset.schedule.starts is not None:
         networks = min(networks, len(subset.schedule.starts))
+    finished = [] if record is None else _recorded(Path(record), header, networks, len(names))
     with ranks.progress(total=networks, initial=len(finished), desc=label, unit="network") as progress:
         while len(finished) < networks:  # of several processes each takes every world-th network
             k, left = len(finished) + ranks.rank(), networks - len(finished)
@@ -104,7 +107,7 @@ def trained_on(
     """Network number k, trained on `subset`; it depends on `seed` and k alone. A set with a schedule is trained on as
     that says; then `settings` say nothing about it."""
     if subset.schedule is not None:
-        return follow_schedule(subset, data, seed, device, k)
+        return follow_schedule(subset, data, seed, device, k, trusted=(settings.model,))
     model = network(data, settings.model, seed, device, "evaluation", k)
     images, labels = subset.images.to(device), subset.labels.to(device)
     augmenter = combined_augmenter(
@@ -116,11 +119,20 @@ def trained_on(
 
 @torch.no_grad()
 def follow_schedule(
-    subset: DistilledSet, data: ImageData, seed: int, device: torch.device, k: int = 0
+    subset: DistilledSet,
+    data: ImageData,
+    seed: int,
+    device: torch.device,
+    k: int = 0,
+    trusted: Collection[str] = (),
 ) -> torch.nn.Module:
     """Network number k of a set that comes with its training (DD, arXiv 1811.10959, section 4), trained that way, in
-    evaluation mode. BatchNorm takes its statistics from 16 real training images per class."""
+    evaluation mode. BatchNorm takes its statistics from 16 real training images per class.
+
+    trusted: functions package.module:function that a set's file may name as its network. Raises ValueError for another
+    one, and for a network that does not fit the starts of the schedule."""
     schedule = subset.schedule
+    _check_schedule(schedule, data, trusted)
     model = network(data, schedule.model, seed, device, "evaluation", k)
     if schedule.starts is None:
         start = xavier(model, generator(seed, "evaluation", "xavier", k))
@@ -134,6 +146,15 @@ def follow_schedule(
     return model.eval()
 
 
+def _check_schedule(schedule: Schedule, data: ImageData, trusted: Collection[str]) -> None:
+    where, option = f"{schedule.source}: schedule_model", "--evaluation.model"
+    held = None if schedule.starts is None else schedule.starts.shape[1]
+    if schedule.source is not None:
+        from_file.checked_name(schedule.model, where, option, trusted)
+        like = data.channels, data.classes, data.image_size
+        from_file.check_size(schedule.model, like, where, option, held, trusted)
+
+
 def seen_as(subset: DistilledSet, data: ImageData) -> ImageData:
     """`data` with the normalisation of `subset`. ValueError when image shapes or class names differ."""
     if subset.images.shape[1:] != data.train.images.shape[1:]:
@@ -142,8 +163,14 @@ def seen_as(subset: DistilledSet, data: ImageData) -> ImageData:
             f"{tuple(data.train.images.shape[1:])}"
         )
     if subset.class_names != data.class_names:
-        raise ValueError(f"the set has the classes {subset.class_names}, {data.name} has {data.class_names}")
+        raise ValueError(
+            f"the set has the classes {_some(subset.class_names)}, {data.name} has {_some(data.class_names)}"
+        )
     return replace(data, mean=subset.mean, std=subset.std, whitening=subset.whitening)
+
+
+def _some(names: list[str]) -> str:
+    return str(names) if len(names) <= 100 else f"{names[:5]} and {len(names) - 5} more"
 
 
 def correct(model: torch.nn.Module, data: ImageData, split: str, device: torch.device) -> Tensor:
@@ -178,7 +205,8 @@ def real_subset(data: ImageData, indices: Tensor, method: str) -> DistilledSet:
     )
 
 
-def _recorded(path: Path, header: dict) -> list[list[float]]:
+def _recorded(path: Path, header: dict, networks: int, columns: int) -> list[list[float]]:
+    """The accuracies of the networks that are finished, `columns` in % for each; at most `networks` of them."""
     if not path.exists():
         check_writable(path)
         return []
@@ -188,4 +216,12 @@ def _recorded(path: Path, header: dict) -> list[list[float]]:
         raise ValueError(
             f"{path} was made with other settings ({'; '.join(changed)}); choose another --out or delete it"
         )
-    return old["accuracies"]
+    rows = old["accuracies"]
+    if not isinstance(rows, list) or len(rows) > networks:
+        raise ValueError(
+            f"{path}: accuracies is {shown(rows)}; it must be a list of at most {networks} networks; delete it"
+        )
+    rows = [numbers(row, f"{path}: accuracies[{k}]", columns) for k, row in enumerate(rows)]
+    if any(not 0 <= value <= 100 for row in rows for value in row):
+        raise ValueError(f"{path}: accuracies holds a value that is no percentage; delete it")
+    return rows

@@ -29,7 +29,7 @@ def train_experts(
     missing experts; expert i depends on `seed` and i alone. Of several processes each trains every world-th expert.
     Raises ValueError when the folder holds experts of another network, of other images or labels (even if the data set
     has the same name), of whitened images or plain ones, or made with other settings."""
-    store = ExpertStore(folder)
+    store = ExpertStore(folder, trusted=(settings.model,))
     share = ranks.mine(settings.count)
     how = {key: value for key, value in to_dict(settings).items() if key != "count"}
     metadata = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from selmatch_ext import models, ranks
+from selmatch_ext import models, ranks, strict_json
 from selmatch_ext.data.images import ImageData
 from selmatch_ext.experts import network, real_images, train_on_real
 from selmatch_ext.files import check_writable, json_field, load_tensors, save_tensors
@@ -57,14 +57,30 @@ def _load(
 ) -> torch.nn.Module:
     path = _path(folder, index)
     state, metadata = load_tensors(path, KIND)
-    changed = differences(json_field(metadata, "how", path), json.loads(json.dumps(_how(data, settings, seed, index))))
+    how = strict_json.mapping(json_field(metadata, "how", path), f"{path}: metadata field 'how'")
+    changed = differences(how, json.loads(json.dumps(_how(data, settings, seed, index))))
     if changed:
         raise ValueError(
             f"{path} holds a network made otherwise ({'; '.join(changed)}); choose another --out or delete it"
         )
     model = network(data, settings.model, seed, device, "features", index)
+    _check_state(state, model.state_dict(), path)
     model.load_state_dict(state)
     return model
+
+
+def _check_state(state: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
+    """ValueError naming the first tensor of `state` that is not as the network expects, or not finite."""
+    for name in sorted(state.keys() ^ expected.keys()):
+        raise ValueError(f"{path} {'lacks' if name in expected else 'holds an unknown'} tensor {name!r} of the network")
+    for name, value in expected.items():
+        found = state[name]
+        if found.dtype != value.dtype or found.shape != value.shape:
+            raise ValueError(
+                f"{path}: {name} is {found.dtype} {tuple(found.shape)}; it must be {value.dtype} {tuple(value.shape)}"
+            )
+        if found.is_floating_point() and not found.isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinite values")
 
 
 def _how(data: ImageData, settings: Features, seed: int, index: int) -> dict:

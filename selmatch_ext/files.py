@@ -1,25 +1,35 @@
-"""Files that are either whole or not there: atomic writes, and safetensors files with a kind and clear errors."""
+"""Files that are either whole or not there, and what is read back from them: atomic writes; JSON; and safetensors files
+with a kind, whose tensors and metadata have checksums."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import glob
+import hashlib
 import json
 import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from selmatch_ext import strict_json
+
 FORMAT = "selmatch_ext."
-VERSION = "1"
+VERSION = "2"
+CHECKSUMS = "checksums"
+JSON_BYTES = 2**26  # of a record; its number of values is limited as well
+HEADER_BYTES = 2**24  # of a safetensors file: names, shapes and metadata
+IMAGES_HEADER_BYTES = 10**8  # the paths of all images; what safetensors itself allows
+MOST_TENSORS = 20_000
 
 
 def _host() -> str:
@@ -120,10 +130,29 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: str | os.PathLike, *required: str) -> dict[str, Any]:
-    """The object in a file of `write_json`; ValueError naming the file when it is damaged or lacks a `required` key."""
+def open_for_reading(path: str | os.PathLike, what: str) -> BinaryIO:
+    """The regular file `path`, opened for reading bytes. Raises FileNotFoundError where there is none (a folder or a
+    pipe is none), saying that `what` is expected, and the OSError of another failure, such as a lack of permission,
+    naming the file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not a file; expected {what}")
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        return open(path, "rb")
+    except OSError as error:
+        raise OSError(error.errno, f"cannot read {path}: {error.strerror}") from error
+
+
+def read_json(path: str | os.PathLike, *required: str) -> dict[str, Any]:
+    """The object in a file of `write_json`.
+
+    Raises ValueError naming the file when it is damaged, too large, too deep, or lacks a `required` key;
+    FileNotFoundError and other OSErrors naming it when it cannot be read."""
+    with open_for_reading(path, "a JSON file") as file:
+        content = file.read(JSON_BYTES + 1)
+    if len(content) > JSON_BYTES:
+        raise ValueError(f"{path} is damaged: it has more than {JSON_BYTES >> 20} MiB; delete it")
+    try:
+        value = strict_json.parse(content.decode(), "it")
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); delete it") from error
     if not isinstance(value, dict) or not all(key in value for key in required):
@@ -132,12 +161,17 @@ def read_json(path: str | os.PathLike, *required: str) -> dict[str, Any]:
 
 
 def save_tensors(
-    path: str | os.PathLike, kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike,
+    kind: str,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    by_row: Collection[str] = (),
 ) -> None:
     """Write `tensors` to the safetensors file `path` atomically.
 
     `kind` goes into the metadata as format "selmatch_ext.KIND" and is checked when the file is read; `metadata` holds
-    further strings. Tensors may be views, share memory or lie on any device.
+    further strings. Tensors may be views, share memory or lie on any device. The metadata also gets a checksum of each
+    tensor and each string; a tensor named in `by_row` gets one for each row, so that a row can be checked alone.
     """
     own = {}
     seen = set()
@@ -148,10 +182,27 @@ def save_tensors(
             tensor = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())
         own[name] = tensor
-    header = {**(metadata or {}), "format": FORMAT + kind, "version": VERSION}
+    texts = {name: text for name, text in (metadata or {}).items() if name not in ("format", "version", CHECKSUMS)}
+    checksums = {
+        "tensors": {n: [checksum(row) for row in t] if n in by_row else checksum(t) for n, t in sorted(own.items())},
+        "metadata": {name: _text_checksum(text) for name, text in sorted(texts.items())},
+    }
+    header = {**texts, "format": FORMAT + kind, "version": VERSION, CHECKSUMS: json.dumps(checksums)}
     with atomic_write(path) as temporary:
         save_file(own, temporary, metadata=header)
         _sort_metadata(temporary)
+
+
+def checksum(tensor: Tensor) -> str:
+    """32 hexadecimal digits of SHA-256 over type, shape and bytes of a contiguous CPU tensor. It finds damage; whoever
+    means to change a file can also change its checksums."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def _text_checksum(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def _sort_metadata(path: Path) -> None:
@@ -164,46 +215,157 @@ def _sort_metadata(path: Path) -> None:
         file.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size))
 
 
-@contextlib.contextmanager
-def open_tensors(path: str | os.PathLike, kind: str, *required: str) -> Iterator[Any]:
-    """Open a file of `save_tensors` memory-mapped; yields safetensors' handle (`get_tensor`, `get_slice`, `metadata`).
+class TensorFile:
+    """An open file of `save_tensors`. Whatever is read of it is compared with its checksum first; ValueError naming the
+    file and the tensor or metadata field when they differ."""
 
-    Raises FileNotFoundError when there is no such file, and ValueError when it is truncated, is no safetensors file,
-    holds another kind, comes from a newer version, or lacks one of the `required` tensors.
+    def __init__(self, path: Path, handle: Any, texts: dict[str, str], checksums: dict[str, Any]) -> None:
+        self.path, self._handle, self._texts, self._checksums = path, handle, texts, checksums
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors."""
+        return list(self._checksums)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The strings that were given to `save_tensors`, and format and version."""
+        return dict(self._texts)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, which is not read."""
+        return tuple(self._handle.get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        """A copy of a tensor: the mapped file may be replaced while the tensor is in use."""
+        return self._checked(name, self._read(name, lambda: self._handle.get_tensor(name)), self._checksums[name])
+
+    def row(self, name: str, index: int) -> Tensor:
+        """A copy of a row of a tensor that was saved with its name in `by_row`; no other row is read."""
+        expected = self._checksums[name]
+        if not isinstance(expected, list) or len(expected) != self.shape(name)[0]:
+            raise ValueError(f"{self.path}: {name!r} has no checksum for each of its rows")
+        row = self._read(name, lambda: self._handle.get_slice(name)[index : index + 1][0])
+        return self._checked(f"{name}[{index}]", row, expected[index])
+
+    def _read(self, name: str, read: Callable[[], Tensor]) -> Tensor:
+        try:
+            return read().clone()
+        except (SafetensorError, RuntimeError, TypeError, KeyError, AttributeError, MemoryError) as error:
+            raise ValueError(f"{self.path}: {name!r} cannot be read: {one_line(error)}") from error
+
+    def _checked(self, name: str, tensor: Tensor, expected: Any) -> Tensor:
+        rows = [checksum(row) for row in tensor] if isinstance(expected, list) else checksum(tensor)
+        if rows != expected:
+            raise ValueError(
+                f"{self.path}: tensor {name!r} has changed since the file was written: its checksum differs"
+            )
+        if tensor.dtype == torch.bool and (tensor.view(torch.uint8) > 1).any():
+            raise ValueError(f"{self.path}: tensor {name!r} holds bytes that are neither true nor false")
+        return tensor
+
+
+@contextlib.contextmanager
+def open_tensors(path: str | os.PathLike, kind: str, *required: str) -> Iterator[TensorFile]:
+    """Open a file of `save_tensors` memory-mapped. The metadata's checksums are verified here, a tensor's when it is
+    read.
+
+    Raises FileNotFoundError when there is no such file; OSError naming it when it cannot be read; and ValueError when
+    it is truncated, is no safetensors file, holds another kind, comes from another version, lacks one of the `required`
+    tensors, or has changed since it was written.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; expected a selmatch_ext file of kind {kind}")
+    _check_header_size(path, kind)
     try:
         handle = safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or is no safetensors file ({error})") from error
+    except (SafetensorError, OSError, MemoryError, ValueError) as error:
+        raise ValueError(f"{path} is truncated or is no safetensors file ({one_line(error)})") from error
     with handle:
-        header = handle.metadata() or {}
-        found = header.get("format", "")
+        texts = handle.metadata() or {}
+        found = texts.get("format", "")
         if not found.startswith(FORMAT):
             raise ValueError(f"{path} is a safetensors file, but not one of selmatch_ext's; expected kind {kind}")
         if found != FORMAT + kind:
-            raise ValueError(f"{path} is a selmatch_ext {found[len(FORMAT) :]} file; expected kind {kind}")
-        if header.get("version") != VERSION:
-            raise ValueError(f"{path} has version {header.get('version')}; this selmatch_ext reads version {VERSION}")
-        missing = [name for name in required if name not in handle.keys()]
+            raise ValueError(f"{path} is a selmatch_ext {plain(found[len(FORMAT) :])} file; expected kind {kind}")
+        if texts.get("version") != VERSION:
+            version = plain(texts.get("version", "none"))
+            raise ValueError(f"{path} has version {version}; this selmatch_ext reads version {VERSION}")
+        names = handle.keys()
+        missing = [name for name in required if name not in names]
         if missing:
             raise ValueError(f"{path} lacks {', '.join(missing)}; the kind {kind} has {', '.join(required)}")
-        yield handle
+        yield TensorFile(path, handle, *_verified(path, texts, names))
+
+
+def _check_header_size(path: Path, kind: str) -> None:
+    with open_for_reading(path, f"a selmatch_ext file of kind {kind}") as file:
+        size, allowed = (
+            int.from_bytes(file.read(8), "little"),
+            IMAGES_HEADER_BYTES if kind == "images" else HEADER_BYTES,
+        )
+        if allowed < size <= os.fstat(file.fileno()).st_size:
+            raise ValueError(f"{path} has a header of {size} bytes; allowed are {allowed}")
+
+
+def _verified(path: Path, texts: dict[str, str], names: Collection[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """(metadata, checksums of the tensors). ValueError unless there is a right checksum of each string, and one of each
+    tensor in the file."""
+    if len(names) > MOST_TENSORS:
+        raise ValueError(f"{path} holds {len(names)} tensors; allowed are {MOST_TENSORS}")
+    where = f"{path}: metadata field {CHECKSUMS!r}"
+    found = strict_json.mapping(json_field(texts, CHECKSUMS, path), where)
+    tensors, strings = (strict_json.mapping(found.get(part), f"{where}, {part}") for part in ("tensors", "metadata"))
+    texts = {name: text for name, text in texts.items() if name != CHECKSUMS}
+    own = {name: text for name, text in texts.items() if name not in ("format", "version")}
+    for what, there, expected in (("tensor", set(names), tensors), ("metadata field", own.keys(), strings)):
+        for name in sorted(there ^ expected.keys()):
+            raise ValueError(f"{path} {'has no checksum of' if name in there else 'lacks'} {what} {name!r}")
+    for name, text in own.items():
+        if _text_checksum(text) != strings[name]:
+            raise ValueError(
+                f"{path}: metadata field {name!r} has changed since the file was written: its checksum differs"
+            )
+    return texts, tensors
+
+
+def plain(text: str) -> str:
+    """`text` from a file, in a message of one line."""
+    return text if text.isprintable() and len(text) <= 40 else repr(text[:40])
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error that another library raised, without what it says in further lines."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def load_tensors(path: str | os.PathLike, kind: str, *required: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a whole file of `save_tensors`: (tensors, metadata). Errors as in `open_tensors`."""
-    with open_tensors(path, kind, *required) as handle:
-        # copies: the mapped file may be replaced while the tensors are in use
-        tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}
-        return tensors, dict(handle.metadata())
+    # safetensors opens the path twice, for the header and for the tensors: between them it may have been replaced
+    for last in (False,) * 20 + (True,):
+        before = _identity(path)
+        try:
+            with open_tensors(path, kind, *required) as file:
+                return {name: file.tensor(name) for name in file.names}, file.metadata
+        except ValueError:
+            if last or _identity(path) == before:
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _identity(path: str | os.PathLike) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def json_field(metadata: Mapping[str, str], name: str, path: str | os.PathLike) -> Any:
-    """The JSON value of `metadata[name]`; ValueError naming the file when it is missing or damaged."""
+    """The JSON value of `metadata[name]`; ValueError naming the file and the field when it is missing or damaged."""
+    where = f"{path}: metadata field {name!r} is missing or damaged"
+    if name not in metadata:
+        raise ValueError(where)
     try:
-        return json.loads(metadata[name])
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{path}: metadata field {name!r} is missing or damaged") from error
+        return strict_json.parse(metadata[name], "it")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

@@ -72,9 +72,8 @@ def training_difficulty(
                     np.savez(file, scores=scores.numpy(), labels=data.train.labels.numpy(), how=how)
             ranks.barrier()
         scores = load_scores(path, data)
-        with np.load(path) as content:
-            if "how" not in content or str(content["how"]) != how:
-                raise ValueError(f"{path} holds scores made with other settings; choose another or delete it")
+        if describe(path)[1] != json.loads(how):
+            raise ValueError(f"{path} holds scores made with other settings; choose another or delete it")
         return difficulty(scores, settings.source)
     kind, _, source = settings.source.rpartition(":")
     kind = kind or "cscore"
@@ -281,7 +280,7 @@ def run(settings: Run, folder: str | Path, device: torch.device) -> dict[str, di
     if ranks.first():
         write_report(folder, data.name, settings, beta, betas, start, distilled, results)
     ranks.barrier()
-    return json.loads((folder / "results.json").read_text())
+    return read_json(folder / "results.json")
 
 
 def _check_run(settings: Run, data: ImageData, folder: Path, device: torch.device) -> None:
@@ -346,7 +345,7 @@ def run_method_alone(name: str, settings: MethodRun, folder: str | Path, device:
         attempt(report.before_after, *pictures, start.hard_labels, folder / "distilled.png", names)
         attempt(report.image_grid, pictures[1], folder / "all.png", labels, names, title=name)
     ranks.barrier()
-    return json.loads((folder / "results.json").read_text())
+    return read_json(folder / "results.json")
 
 
 def write_report(

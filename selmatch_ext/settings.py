@@ -508,5 +508,12 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         if isinstance(a, dict) and isinstance(b, dict):
             lines += differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            lines.append(f"{prefix}{key}: {a} → {b}")
-    return lines
+            lines.append(f"{prefix}{_shown(key)}: {_shown(a)} → {_shown(b)}")
+    return lines if len(lines) <= 20 or prefix else [*lines[:20], f"and {len(lines) - 20} more"]
+
+
+def _shown(value: Any) -> str:
+    """In a message of one line, whatever a file holds."""
+    text = str(value)
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= 500 else f"{text[:500]}..."

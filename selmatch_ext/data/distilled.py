@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -14,11 +15,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from selmatch_ext import strict_json
 from selmatch_ext.data.images import check_labels, denormalise
 from selmatch_ext.data.whitening import Whitening
 from selmatch_ext.files import atomic_write, json_field, load_tensors, save_tensors
+from selmatch_ext.strict_json import shown
 
 KIND = "distilled"
+PROBABILITY = 1e-3  # by which the sum of an image's probabilities may differ from 1: they may have been bfloat16
+DESCRIBED = "mean", "std", "class_names", "method", "settings", "schedule_model"  # the metadata, as JSON
+WHITENING = "zca_mean", "zca_transform"
+SCHEDULE = "schedule_rates", "schedule_batches"
 
 
 @dataclass
@@ -26,16 +33,24 @@ class Schedule:
     """The training that a set was made for (DD, arXiv 1811.10959): plain SGD of a network `model`, one batch a step.
 
     rates: (N,) float32, the learning rate of each step. batches: (N, B) int64, the images of each step. starts: (k, P)
-    float32, the parameters from which training starts; None = fresh ones, with Xavier weights and zero biases.
+    float32, the parameters from which training starts; None = fresh ones, with Xavier weights and zero biases. source:
+    the file that the schedule was read from, whose `model` may not be a function of the user's own; None = made here.
     """
 
     rates: Tensor
     batches: Tensor
     model: str
     starts: Tensor | None = None
+    source: str | None = None
 
     def check(self, images: int) -> None:
         """ValueError unless the fields fit together and the batches count through `images` images."""
+        if not isinstance(self.model, str):
+            raise ValueError(f"schedule.model is {shown(self.model)}; it must be the name of a network")
+        for name, dtype in (("rates", torch.float32), ("batches", torch.int64), ("starts", torch.float32)):
+            value = getattr(self, name)
+            if value is not None and value.dtype != dtype:
+                raise ValueError(f"schedule.{name} is {value.dtype}; it must be {dtype}")
         if self.rates.ndim != 1 or not (self.rates > 0).all() or not self.rates.isfinite().all():
             raise ValueError("schedule.rates must be (N,) positive numbers")
         if self.batches.ndim != 2 or len(self.batches) != len(self.rates) or self.batches.numel() == 0:
@@ -53,8 +68,9 @@ class Schedule:
 class DistilledSet:
     """A small training set.
 
-    images: (n, C, H, W) float32, normalised with `mean` and `std`. labels: (n,) int64, or (n, K) float probabilities.
-    distilled: (n,) bool, True where the image was learned, False where it is a real one. lr: the learned step size η.
+    images: (n, C, H, W) float32, normalised with `mean` and `std`. labels: (n,) int64, or (n, K) float probabilities
+    that sum to 1. distilled: (n,) bool, True where the image was learned, False where it is a real one. lr: the learned
+    step size η, above 0, if one was learned.
     mean, std: (C,) float32. class_names: K names. method: how it was made. settings: every setting, JSON-able.
     indices: (n,) int64, the training image that each started from, -1 where there is none (default: all).
     whitening: the ZCA that was applied after mean and std. schedule: the training that the set is made for, if any.
@@ -97,6 +113,13 @@ class DistilledSet:
                 raise ValueError(f"{name} is {value.tolist()}; it must hold a finite number for each channel")
         if not (self.std > 0).all():
             raise ValueError(f"std is {self.std.tolist()}; it must be above 0")
+        if int(self.indices.min()) < -1:
+            raise ValueError(f"indices holds {int(self.indices.min())}; allowed are -1, for none, and above")
+        if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr is {self.lr}; it must be a finite number above 0")
+        pixels = self.images[0].numel()
+        if self.whitening is not None and len(self.whitening.mean) != pixels:
+            raise ValueError(f"whitening is of {len(self.whitening.mean)} values; an image has {pixels}")
         if self.schedule is not None:
             self.schedule.check(n)
 
@@ -107,6 +130,13 @@ class DistilledSet:
                 raise ValueError(f"soft labels have shape {tuple(labels.shape)}; they must be ({n}, {classes})")
             if not labels.isfinite().all():
                 raise ValueError("soft labels hold NaN or infinite values")
+            wrong = (labels < -PROBABILITY).any(1) | ((labels.double().sum(1) - 1).abs() > PROBABILITY)
+            if wrong.any():
+                row = int(wrong.nonzero()[0])
+                raise ValueError(
+                    f"soft labels are not probabilities: those of image {row} sum to {labels[row].sum():.6g}, "
+                    f"the smallest is {labels[row].min():.6g}"
+                )
             return
         check_labels(labels, "labels", classes)
         if len(labels) != n:
@@ -165,20 +195,10 @@ class DistilledSet:
         """Reads what `save` wrote. Raises FileNotFoundError, and ValueError naming the file when it is damaged, of
         another kind, or holds what does not fit together."""
         tensors, metadata = load_tensors(path, KIND, "images", "labels", "distilled", "indices")
-        names = ("mean", "std", "class_names", "method", "settings")
-        fields = {name: json_field(metadata, name, path) for name in names}
-        fields |= {name: torch.tensor(fields[name]) for name in ("mean", "std")}
-        fields |= {name: tensors[name] for name in ("images", "labels", "distilled", "indices")}
-        fields["lr"] = tensors["lr"].item() if "lr" in tensors else None
+        described = {name: json_field(metadata, name, path) for name in DESCRIBED}
         try:
-            if "zca_mean" in tensors:
-                fields["whitening"] = Whitening(tensors["zca_mean"], tensors["zca_transform"])
-            if "schedule_rates" in tensors:
-                model = json_field(metadata, "schedule_model", path)
-                rates, batches = tensors["schedule_rates"], tensors["schedule_batches"]
-                fields["schedule"] = Schedule(rates, batches, model, tensors.get("schedule_starts"))
-            return cls(**fields)
-        except (TypeError, ValueError, KeyError) as error:
+            return cls(**_fields(tensors, described, str(path)))
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 
     def export(self, folder: str | os.PathLike) -> None:
@@ -203,6 +223,32 @@ class DistilledSet:
                 kind = "distilled" if self.distilled[i] else "selected"
                 image = pixels[i, :, :, 0] if pixels.shape[3] == 1 else pixels[i]
                 Image.fromarray(image).save(temporary / names[label] / f"{i:05d}_{kind}.png")
+
+
+def _fields(tensors: dict[str, Tensor], described: dict[str, Any], source: str) -> dict[str, Any]:
+    """Arguments of `DistilledSet` from the tensors and the JSON values of its file `source`. Raises ValueError naming
+    the field that is wrong."""
+    fields: dict[str, Any] = {name: tensors[name] for name in ("images", "labels", "distilled", "indices")}
+    for name in ("mean", "std"):
+        fields[name] = torch.tensor(strict_json.numbers(described[name], name), dtype=torch.float32)
+    fields["class_names"] = strict_json.strings(described["class_names"], "class_names")
+    fields["method"] = strict_json.string(described["method"], "method")
+    fields["settings"] = strict_json.mapping(described["settings"], "settings")
+    fields["lr"] = None
+    if "lr" in tensors:
+        lr = tensors["lr"]
+        if lr.ndim != 0 or not lr.is_floating_point():
+            raise ValueError(f"lr is {lr.dtype} of shape {tuple(lr.shape)}; it must be one floating-point number")
+        fields["lr"] = lr.item()
+    for names in (WHITENING, SCHEDULE):
+        if sum(name in tensors for name in names) == 1:
+            raise ValueError(f"of {' and '.join(names)} one is missing")
+    if WHITENING[0] in tensors:
+        fields["whitening"] = Whitening(*(tensors[name] for name in WHITENING))
+    if SCHEDULE[0] in tensors:
+        parts = (tensors[name] for name in SCHEDULE)
+        fields["schedule"] = Schedule(*parts, described["schedule_model"], tensors.get("schedule_starts"), source)
+    return fields
 
 
 def folder_names(class_names: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from selmatch_ext import strict_json
 from selmatch_ext.data.archives import ARCHIVES, read_archive
 from selmatch_ext.data.decoding import Levels, Picture, decode, extensions
 from selmatch_ext.data.images import ImageData, ImageSplit
@@ -206,11 +207,15 @@ def _write_cache(store: Path, data: ImageData, notes: list[str]) -> None:
 def _read_cache(store: Path, name: str) -> ImageData:
     required = ("mean", "std", "train_images", "train_labels", "test_images", "test_labels")
     tensors, metadata = load_tensors(store, "images", *required)
-    train, test = (
-        ImageSplit(tensors[f"{s}_images"], tensors[f"{s}_labels"], json_field(metadata, f"{s}_paths", store))
-        for s in ("train", "test")
-    )
-    class_names, notes = (json_field(metadata, field, store) for field in ("class_names", "notes"))
-    data = ImageData(name, train, test, class_names, tensors["mean"], tensors["std"])
-    _say(notes)
+    fields = ("class_names", "train_paths", "test_paths", "notes")
+    described = {field: json_field(metadata, field, store) for field in fields}
+    try:
+        names = {field: strict_json.strings(value, field) for field, value in described.items()}
+        parts = (
+            ImageSplit(tensors[f"{s}_images"], tensors[f"{s}_labels"], names[f"{s}_paths"]) for s in ("train", "test")
+        )
+        data = ImageData(name, *parts, names["class_names"], tensors["mean"], tensors["std"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{store} is damaged: {error}") from error
+    _say(names["notes"])
     return data

@@ -96,6 +96,13 @@ class ImageData:
             raise ValueError(f"{self.name}: training images are {shape} (C, H, W), test images {test_shape}")
         if self.mean is None or self.std is None:
             self.mean, self.std = pixel_statistics(self.train.images)
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if tuple(values.shape) != (self.channels,) or not values.isfinite().all():
+                raise ValueError(
+                    f"{self.name}: {name} has shape {tuple(values.shape)}; it must be ({self.channels},), finite"
+                )
+        if not (self.std > 0).all():
+            raise ValueError(f"{self.name}: std is {self.std.tolist()}; it must be above 0")
 
     @property
     def classes(self) -> int:

@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from selmatch_ext.files import json_field, open_tensors, save_tensors
+from selmatch_ext import strict_json
+from selmatch_ext.data.replay import describe, is_list, read_replay_buffer
+from selmatch_ext.files import TensorFile, json_field, open_tensors, save_tensors
+from selmatch_ext.models import from_file
 from selmatch_ext.settings import differences
 
 KIND = "expert"
+OPTION = "--experts-model"
 
 
 class ExpertStore:
     """A folder of expert trajectories, one file `expert_0000.safetensors` each with a (epochs + 1, P) float32 tensor.
 
-    Row 0 is the initialisation, row e the flat parameters after epoch e. Files are opened memory-mapped, so that `row`
-    reads that row alone. All experts of a store have the same epochs, P, model name and data set; those trained here
-    also say of which training images (`images`, the digest of the split) and whether whitened (`zca`), which imported
-    ones cannot.
+    Row 0 is the initialisation, row e the flat parameters after epoch e. Files are opened memory-mapped, and each row
+    has a checksum of its own, so that `row` reads and verifies that row alone: a store may have many gigabytes. All
+    experts of a store have the same epochs, P, model name and data set; those trained here also say of which training
+    images (`images`, the digest of the split) and whether whitened (`zca`), which imported ones cannot.
+
+    trusted: functions package.module:function that the experts' files may name as their network. Files may name our own
+    networks, torchvision's and timm's, but not which code of yours is run.
     """
 
-    def __init__(self, folder: str | os.PathLike) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike, trusted: Collection[str | None] = ()) -> None:
+        self.folder, self.trusted = Path(folder), frozenset(trusted)
 
     def path(self, expert: int) -> Path:
         """File of the expert, whether it exists or not."""
@@ -59,24 +64,56 @@ class ExpertStore:
         return self._metadata(0)
 
     @property
-    def model(self) -> str:
-        """Name of the network. Raises ValueError where the experts do not say it."""
+    def model_name(self) -> str:
+        """Name of the network, for comparing. Raises ValueError where the experts do not say it."""
         if "model" not in self.metadata:
             raise ValueError(f"the experts in {self.folder} do not say of which network they are")
-        return self.metadata["model"]
+        return strict_json.string(self.metadata["model"], f"{self.path(0)}: model")
+
+    @property
+    def model(self) -> str:
+        """Name of the network, for building it. Raises ValueError where the experts do not say it, and where it is a
+        function of a module that is not in `trusted`."""
+        return from_file.checked_name(self.model_name, f"{self.path(0)}: model", OPTION, self.trusted)
+
+    def check_model_size(self, channels: int, classes: int, image_size: tuple[int, int]) -> None:
+        """Raises ValueError where the network of that name has another number of parameters than a row, before any
+        memory is taken for it."""
+        where = f"{self.path(0)}: model"
+        like = channels, classes, image_size
+        from_file.check_size(self.model, like, where, OPTION, self.parameters, self.trusted)
+
+    def check_alike(self) -> None:
+        """Raises ValueError naming the first expert whose epochs, parameters or network are not those of expert 0."""
+        shape, name = self._shape(0), self.metadata.get("model")
+        for expert in range(1, self.count):
+            found, own = self._shape(expert), self._metadata(expert).get("model")
+            if found != shape or own != name:
+                raise ValueError(
+                    f"{self.path(expert)} has {found[0] - 1} epochs, {found[1]} parameters and the network "
+                    f"{strict_json.shown(own)}; expert 0 has {shape[0] - 1}, {shape[1]} and {strict_json.shown(name)}"
+                )
 
     def row(self, expert: int, epoch: int) -> Tensor:
         """Parameters (P,) float32 of an expert after `epoch` epochs; 0 = its initialisation. Reads only that row.
 
-        Raises IndexError for an expert or an epoch that is not there, ValueError for a damaged file.
+        Raises IndexError for an expert or an epoch that is not there, ValueError for a damaged file, and for parameters
+        that are NaN or infinite.
         """
         if not 0 <= expert < self.count:
             raise IndexError(f"expert is {expert}; {self.folder} holds experts 0 to {self.count - 1}")
-        with open_tensors(self.path(expert), KIND, "trajectory") as handle:
-            rows = handle.get_slice("trajectory")
-            if not 0 <= epoch < rows.get_shape()[0]:
-                raise IndexError(f"epoch is {epoch}; {self.path(expert)} has epochs 0 to {rows.get_shape()[0] - 1}")
-            return rows[epoch : epoch + 1][0].clone()  # a copy, so that the file is unmapped again
+        with open_tensors(self.path(expert), KIND, "trajectory") as file:
+            epochs = self._shape_in(file)[0] - 1
+            if not 0 <= epoch <= epochs:
+                raise IndexError(f"epoch is {epoch}; {self.path(expert)} has epochs 0 to {epochs}")
+            row = file.row("trajectory", epoch)
+        if row.dtype != torch.float32:
+            raise ValueError(f"{self.path(expert)}: trajectory is {row.dtype}; it must be torch.float32")
+        if not row.sum().isfinite() and not row.isfinite().all():  # the sum alone costs a tenth
+            raise ValueError(
+                f"{self.path(expert)}: the parameters of epoch {epoch} are not finite; its training diverged"
+            )
+        return row
 
     def save(self, expert: int, trajectory: Tensor, metadata: Mapping[str, Any]) -> None:
         """Writes one expert atomically.
@@ -94,7 +131,8 @@ class ExpertStore:
                     f"in {self.folder} have {shape[0] - 1} and {shape[1]}"
                 )
             self.check(0, {key: metadata[key] for key in ("model", "dataset", "images", "zca") if key in metadata})
-        save_tensors(self.path(expert), KIND, {"trajectory": trajectory}, {KIND: json.dumps(dict(metadata))})
+        described = {KIND: json.dumps(dict(metadata))}
+        save_tensors(self.path(expert), KIND, {"trajectory": trajectory}, described, by_row=("trajectory",))
 
     def check(self, expert: int, metadata: Mapping[str, Any]) -> None:
         """Raises ValueError, naming what differs, unless the expert was saved with these values of these keys. Where an
@@ -110,18 +148,26 @@ class ExpertStore:
                 "Use another folder, or remove the experts in this one"
             )
 
-    def _shape(self, expert: int) -> tuple[int, int]:
+    def _check_exists(self, expert: int) -> None:
         if not self.path(expert).exists():
             raise FileNotFoundError(f"there is no expert in {self.folder}: {self.path(expert).name} does not exist")
-        with open_tensors(self.path(expert), KIND, "trajectory") as handle:
-            shape = tuple(handle.get_slice("trajectory").get_shape())
-        if len(shape) != 2:
-            raise ValueError(f"{self.path(expert)}: trajectory has shape {shape}; it must be (epochs + 1, P)")
+
+    def _shape(self, expert: int) -> tuple[int, int]:
+        self._check_exists(expert)
+        with open_tensors(self.path(expert), KIND, "trajectory") as file:
+            return self._shape_in(file)
+
+    def _shape_in(self, file: TensorFile) -> tuple[int, int]:
+        shape = file.shape("trajectory")
+        if len(shape) != 2 or shape[0] < 2 or shape[1] == 0:
+            raise ValueError(f"{file.path}: trajectory has shape {shape}; it must be (epochs + 1, P)")
         return shape
 
     def _metadata(self, expert: int) -> dict[str, Any]:
-        with open_tensors(self.path(expert), KIND, "trajectory") as handle:
-            return json_field(handle.metadata(), KIND, self.path(expert))
+        self._check_exists(expert)
+        with open_tensors(self.path(expert), KIND, "trajectory") as file:
+            found = json_field(file.metadata, KIND, self.path(expert))
+        return strict_json.mapping(found, f"{self.path(expert)}: metadata field {KIND!r}")
 
 
 def import_replay_buffer(
@@ -135,14 +181,15 @@ def import_replay_buffer(
     (file name and number in it); an expert with the same source and parameters is not added a second time, so that an
     import that was killed can be repeated.
 
-    Raises FileNotFoundError, and ValueError for a file that is truncated or is something else, for tensors that do not
-    fit `model`, for experts of different lengths and for values that are NaN or infinite. The store is then unchanged.
+    Raises FileNotFoundError, other OSErrors for a file that cannot be read, and ValueError for a file that is
+    truncated, damaged or something else, for tensors that do not fit `model`, for experts of different lengths or whose
+    epochs are all equal, and for values that are NaN or infinite. The store is then unchanged.
     """
     path = Path(path)
-    experts = _read_replay_buffer(path)
+    experts, tensors = read_replay_buffer(path)
     shapes = [tuple(parameter.shape) for parameter in model.parameters()]
+    _check_buffer(experts, shapes, tensors, path)
     for i, expert in enumerate(experts):
-        _check_expert(expert, shapes, len(experts[0]), f"{path}: expert {i}")
         _check_trajectory(_flat(expert), f"{path}: expert {i}")
     store = ExpertStore(folder)
     added = []
@@ -159,35 +206,55 @@ def import_replay_buffer(
     return store
 
 
-def _read_replay_buffer(path: Path) -> list:
-    if not path.is_file():
-        raise FileNotFoundError(f"replay buffer {path} does not exist")
-    try:
-        experts = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is truncated or is no replay buffer that can be read safely: {error}") from error
-    if not _is_list(experts):
-        raise ValueError(f"{path} holds {_describe(experts)}; a replay buffer is a list of experts")
-    return experts
-
-
-def _check_expert(expert: Any, shapes: Sequence[tuple], epochs: int, where: str) -> None:
-    if not _is_list(expert) or len(expert) < 2:
-        raise ValueError(f"{where} is {_describe(expert)}; it must be a list of at least two epochs")
-    if len(expert) != epochs:
-        raise ValueError(f"{where} has {len(expert)} epochs, but expert 0 has {epochs}")
-    for number, epoch in enumerate(expert):
-        if not _is_list(epoch) or not all(isinstance(p, Tensor) and p.is_floating_point() for p in epoch):
-            raise ValueError(f"{where}, epoch {number} is {_describe(epoch)}; it must be a list of float tensors")
-        found = [tuple(p.shape) for p in epoch]
-        if found != shapes:
-            pairs = zip(found, shapes, strict=False)
-            i = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(found), len(shapes)))
-            a, b = (str(s[i]) if i < len(s) else "none" for s in (found, shapes))
+def _check_buffer(experts: Sequence[Any], shapes: Sequence[tuple], tensors: int, path: Path) -> None:
+    """tensors: how many the file holds. ValueError where the experts do not fit `shapes`, or their epochs are not
+    really there: nothing of their size is allocated here."""
+    for i, expert in enumerate(experts):
+        where = f"{path}: expert {i}"
+        if not is_list(expert) or len(expert) < 2:
+            raise ValueError(f"{where} is {describe(expert)}; it must be a list of at least two epochs")
+        if len(expert) != len(experts[0]):
+            raise ValueError(f"{where} has {len(expert)} epochs, but expert 0 has {len(experts[0])}")
+        if len(experts) * len(expert) > tensors:
             raise ValueError(
-                f"{where}, epoch {number} does not fit the model: it has {len(found)} tensors, the model "
-                f"{len(shapes)}; number {i} has shape {a}, the model's {b}"
+                f"{where} repeats epochs: the file has {tensors} tensors for {len(experts)} times {len(expert)}"
             )
+        for number, epoch in enumerate(expert):
+            _check_epoch(epoch, shapes, f"{where}, epoch {number}")
+        if all(torch.equal(a, b) for epoch in expert[1:] for a, b in zip(expert[0], epoch, strict=True)):
+            raise ValueError(
+                f"{where}: all {len(expert)} epochs are equal. The public code makes such files on a CPU: there its "
+                "p.detach().cpu() does not copy, and every epoch becomes the last; train them with .clone() added"
+            )
+    repeated = len(experts) * len(experts[0]) * len(shapes) > tensors
+    declared = sum(p.numel() * p.element_size() for expert in experts for epoch in expert for p in epoch)
+    if repeated or declared > path.stat().st_size:
+        raise ValueError(
+            f"{path}: the experts' {len(experts[0])} epochs share tensors or their memory: {declared} bytes of "
+            f"parameters in a file of {path.stat().st_size}"
+        )
+
+
+def _check_epoch(epoch: Any, shapes: Sequence[tuple], where: str) -> None:
+    if is_list(epoch) and len(epoch) > 10 * len(shapes) + 100:
+        raise ValueError(f"{where} does not fit the model: it has {len(epoch)} tensors, the model {len(shapes)}")
+    if not is_list(epoch) or not all(isinstance(p, Tensor) for p in epoch):
+        raise ValueError(f"{where} is {describe(epoch)}; it must be a list of float tensors")
+    for number, p in enumerate(epoch):
+        if not p.is_floating_point() or p.layout != torch.strided or p.is_meta or p.is_nested or p.is_quantized:
+            raise ValueError(
+                f"{where} is {describe(epoch)}; it must be a list of float tensors, dense and with values: number "
+                f"{number} is {p.dtype}, {p.layout}, on {p.device}"
+            )
+    found = [tuple(p.shape) for p in epoch]
+    if found != shapes:
+        pairs = zip(found, shapes, strict=False)
+        i = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(found), len(shapes)))
+        a, b = (str(s[i]) if i < len(s) else "none" for s in (found, shapes))
+        raise ValueError(
+            f"{where} does not fit the model: it has {len(found)} tensors, the model {len(shapes)}; number {i} has "
+            f"shape {a}, the model's {b}"
+        )
 
 
 def _check_trajectory(trajectory: Tensor, where: str) -> None:
@@ -213,12 +280,3 @@ def _holds(store: ExpertStore, trajectory: Tensor, source: str) -> bool:
         and torch.equal(store.row(i, last), trajectory[last])
         for i in range(store.count)
     )
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) > 0
-
-
-def _describe(value: Any) -> str:
-    size = f" of {len(value)}" if isinstance(value, list | tuple | dict) else ""
-    return f"a {type(value).__name__}{size}"

@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 EPS = 0.1
+ASYMMETRY = 1e-4  # of the largest entry; float32 rounds a symmetric matrix to 1e-7 of it
+SINGULAR = 1e-6  # of the Cholesky factor's largest diagonal entry, the smallest
 
 
 @dataclass
 class Whitening:
     """x -> (x - mean) @ transform, for flattened images x.
 
-    mean: (d,) and transform: (d, d) float32, symmetric, d = C * H * W of normalised images."""
+    mean: (d,) and transform: (d, d) float32, symmetric and positive definite, so that it can be undone; d = C * H * W
+    of normalised images. Raises ValueError for anything else.
+    """
 
     mean: Tensor
     transform: Tensor
@@ -27,6 +31,20 @@ class Whitening:
                 f"whitening has a mean of shape {tuple(self.mean.shape)} and a transform of shape "
                 f"{tuple(self.transform.shape)}; they must be (d,) and (d, d)"
             )
+
+        if self.mean.dtype != torch.float32 or self.transform.dtype != torch.float32:
+            raise ValueError(
+                f"whitening is of {self.mean.dtype} and {self.transform.dtype}; both must be torch.float32"
+            )
+        if not (self.mean.isfinite().all() and self.transform.isfinite().all()):
+            raise ValueError("whitening holds NaN or infinite values")
+        largest = self.transform.abs().max()
+        if (self.transform - self.transform.T).abs().max() > ASYMMETRY * largest:
+            raise ValueError("whitening's transform is not symmetric")
+        factor, failed = torch.linalg.cholesky_ex(self.transform.double())
+        diagonal = factor.diagonal()
+        if failed or diagonal.min() < SINGULAR * diagonal.max():
+            raise ValueError("whitening's transform is singular or not positive: it cannot be undone")
 
     def __call__(self, images: Tensor) -> Tensor:
         """Whitened images; images: (…, C, H, W) float, normalised."""

@@ -34,6 +34,12 @@ class Task:
         """A fresh network of that name, in train mode; its weights come from the named random stream."""
         return network(self.data, name, self.seed, self.device, *stream).to(self.dtype)
 
+    def expert_network(self) -> torch.nn.Module:
+        """A fresh network of the kind that the experts are of. Raises ValueError where their files name a function that
+        the store does not trust, or a network with other parameters than they hold."""
+        self.experts.check_model_size(self.data.channels, self.data.classes, self.data.image_size)
+        return self.network(self.experts.model, "student")
+
     def real(self, indices: Tensor) -> Tensor:
         """The training images at `indices` (b,), a CPU tensor: (b, C, H, W)."""
         return self.data.normalise(self.data.train.images[indices], self.device, self.dtype)

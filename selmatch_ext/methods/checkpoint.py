@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selmatch_ext import ranks
+from selmatch_ext import ranks, strict_json
 from selmatch_ext.files import json_field, load_tensors, save_tensors
 from selmatch_ext.methods.base import Method
 from selmatch_ext.settings import differences
@@ -70,17 +70,22 @@ class Checkpoint:
         save_tensors(self.path, "checkpoint", tensors, {"settings": json.dumps(self.settings)})
 
     def restore(self, method: Method, optimiser: torch.optim.Optimizer) -> list[float]:
-        """Loads the state into `method` and `optimiser` where there is a checkpoint; the losses so far."""
+        """Loads the state into `method` and `optimiser` where there is a checkpoint; the losses so far.
+
+        Raises ValueError where the checkpoint was made with other settings, has changed since it was written, or does
+        not hold exactly the tensors that `method` and `optimiser` have; they are then unchanged."""
         if not self.path.exists():
             return []
         own = {f"learned.{name}": t for name, t in method.learned.items()}
         own |= {f"state.{name}": t for name, t in method.state.items()}
         tensors, metadata = load_tensors(self.path, "checkpoint", "losses", *own)
-        changed = differences(json_field(metadata, "settings", self.path), self.settings)
+        where = f"{self.path}: metadata field 'settings'"
+        changed = differences(strict_json.mapping(json_field(metadata, "settings", self.path), where), self.settings)
         if changed:
             raise ValueError(
                 f"{self.path} was made with other settings ({'; '.join(changed)}); choose another --out or delete it"
             )
+        self._check(tensors, own, method, optimiser)
         with torch.no_grad():
             for name, t in own.items():
                 t.copy_(tensors[name])
@@ -91,3 +96,50 @@ class Checkpoint:
                 optimiser.state[t] = state
         optimiser.load_state_dict(optimiser.state_dict())  # moves each tensor to where the optimiser wants it
         return tensors["losses"].tolist()
+
+    def _check(
+        self, tensors: dict[str, Tensor], own: dict[str, Tensor], method: Method, optimiser: torch.optim.Optimizer
+    ) -> None:
+        """ValueError unless `tensors` are those of `method` and `optimiser`, with their shapes and types."""
+        losses = tensors["losses"]
+        if losses.ndim != 1 or losses.dtype != torch.float64 or not losses.isfinite().all():
+            raise ValueError(
+                f"{self.path}: losses is {_kind(losses)}; it must be torch.float64 (iterations,), all finite"
+            )
+        kept = _optimiser_tensors(method, optimiser)
+        for name in sorted(tensors.keys() - own.keys() - kept.keys() - {"losses"}):
+            raise ValueError(f"{self.path} holds {name!r}, which method {method.name} does not have")
+        for name, (learned, _) in kept.items():
+            # What never had a gradient has no state, and is as it was at the beginning
+            if name not in tensors and not torch.equal(tensors[learned], own[learned].detach().cpu()):
+                raise ValueError(f"{self.path} lacks {name!r}, without which the optimiser cannot continue")
+        for name, like in {**own, **{name: value for name, (_, value) in kept.items()}}.items():
+            found = tensors.get(name, like)
+            if found.shape != like.shape or found.dtype != like.dtype:
+                raise ValueError(f"{self.path}: {name} is {_kind(found)}; it must be {_kind(like)}")
+            if not name.startswith("state.") and not found.isfinite().all():
+                raise ValueError(f"{self.path}: {name} holds NaN or infinite values")
+
+
+def _optimiser_tensors(method: Method, optimiser: torch.optim.Optimizer) -> dict[str, tuple[str, Tensor]]:
+    """The tensors that `optimiser` keeps of each learned one, by their names in the file, with the learned one's name:
+    those that a copy of it has after a step."""
+    trial = copy.deepcopy(optimiser)
+    copies = {id(t): copied for t, copied in zip(_parameters(optimiser), _parameters(trial), strict=True)}
+    for copied in copies.values():
+        copied.grad = torch.zeros_like(copied)
+    trial.step()
+    return {
+        f"optimiser.{name}.{key}": (f"learned.{name}", value)
+        for name, t in method.learned.items()
+        for key, value in trial.state.get(copies.get(id(t)), {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _parameters(optimiser: torch.optim.Optimizer) -> list[Tensor]:
+    return [t for group in optimiser.param_groups for t in group["params"]]
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"

@@ -12,9 +12,11 @@ from torch.nn import functional as F
 from selmatch_ext.data.distilled import DistilledSet, Schedule
 from selmatch_ext.methods.base import Method, Task
 from selmatch_ext.models import flat
+from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.models.initial import xavier
 from selmatch_ext.seeds import generator as stream
 from selmatch_ext.settings import DDSettings
+from selmatch_ext.strict_json import shown
 from selmatch_ext.unroll.sgd import unrolled_sgd
 
 
@@ -75,8 +77,15 @@ class DD(Method):
                 f"init loaded needs experts, more than test_networks {s.test_networks}; there are "
                 f"{0 if store is None else store.count}"
             )
-        if store.model != s.model:
-            raise ValueError(f"the experts in {store.folder} are of network {store.model}, the settings say {s.model}")
+        name = store.model_name
+        if name != s.model:
+            raise ValueError(f"the experts in {store.folder} are of network {shown(name)}, the settings say {s.model}")
+        store.check_alike()
+        if store.parameters != parameter_count(self.model):
+            raise ValueError(
+                f"the experts in {store.folder} have {store.parameters} parameters, {s.model} has "
+                f"{parameter_count(self.model)}"
+            )
         if s.pool_epochs > store.epochs:
             raise ValueError(f"pool_epochs is {s.pool_epochs}, but the experts were trained for {store.epochs} epochs")
         same = store.metadata.get("dataset") == self.task.data.name

@@ -28,7 +28,7 @@ class MTT(Method):
         if task.experts is None:
             raise ValueError(f"{self.name} needs expert trajectories; train some with `selmatch experts`")
         self.settings, self.iterations, self.max_loss = settings, settings.iterations, settings.max_loss
-        self.model = task.network(task.experts.model, "student")
+        self.model = task.expert_network()
         check_experts(task.experts, self.model, settings)
         self._check_batches()
         self.lr = torch.tensor(settings.lr_init, device=task.device, dtype=task.dtype, requires_grad=True)

@@ -91,6 +91,7 @@ def check_experts(store: ExpertStore, model: torch.nn.Module, settings: Matching
             f"the experts in {store.folder} have {store.parameters} parameters, {type(model).__name__} has "
             f"{parameter_count(model)}"
         )
+    store.check_alike()
     if not 0 <= settings.min_start_epoch < settings.max_start_epoch:
         raise ValueError(
             f"min_start_epoch must be at least 0 and below max_start_epoch {settings.max_start_epoch}, got "
@@ -113,7 +114,7 @@ def check_experts(store: ExpertStore, model: torch.nn.Module, settings: Matching
 def expert_logits(task: Task, images: Tensor) -> Tensor:
     """(n, K) logits that expert 0 at its last epoch gives normalised images (n, C, H, W); no gradient. BatchNorm, of
     which trajectories keep no statistics, takes them from 16 real images per class."""
-    model = task.network(task.experts.model, "student")
+    model = task.expert_network()
     flat.load(model, task.experts.row(0, task.experts.epochs))
     model.eval()  # first: no dropout in the statistics either
     with torch.no_grad(), precision_scope("float32", task.device):

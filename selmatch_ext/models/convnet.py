@@ -15,6 +15,7 @@ ACTIVATIONS = {
     "AS": nn.Sigmoid,
     "ASwish": nn.SiLU,
 }
+MOST = {"depth": 1000, "width": 2**16}
 POOLINGS = {"AP": nn.AvgPool2d, "MP": nn.MaxPool2d, "NP": None}
 
 
@@ -72,8 +73,8 @@ def parse_name(name):
     for key in ("depth", "width"):
         if key in found:
             found[key] = int(found[key][1:])
-            if found[key] < 1:
-                raise ValueError(f"the {key} of network {name!r} must be at least 1")
+            if not 1 <= found[key] <= MOST[key]:
+                raise ValueError(f"the {key} of network {name!r} must be from 1 to {MOST[key]}")
     return ConvNetSettings(**found)
 
 

@@ -295,6 +295,12 @@ def _construct(name, channels, classes, size):
     raise ValueError(f"no network has this name; near ones: {_near(name, _NAMES)}")
 
 
+def is_user_code(name):
+    """Whether `name` stands for a function in a module of the user's own, which `build` would import and call."""
+    package, _, rest = name.partition(":")
+    return bool(rest) and package not in _PACKAGES
+
+
 def _near(name, known):
     return ", ".join(difflib.get_close_matches(name, known, n=5, cutoff=0.5)) or "none"
 

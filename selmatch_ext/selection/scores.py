@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from selmatch_ext import strict_json
+from selmatch_ext.arrays import Arrays, open_arrays
 from selmatch_ext.data.images import ImageData, check_labels
+from selmatch_ext.files import plain
 
+WHAT = "score file (.npy, or .npz with scores[, labels])"
 HIGHER_IS_EASIER = {"cscore": True, "forgetting": False, "el2n": False}
 
 
@@ -21,19 +24,23 @@ def load_scores(path: str | os.PathLike, data: ImageData) -> Tensor:
 
     path: `.npy` with (n,) numbers, or `.npz` with `scores` (n,) and optionally `labels` (n,), which must be `data`'s.
     Returns (n,) float32; `difficulty` gives them a direction.
-    Raises FileNotFoundError, and ValueError for a file that is not of this kind, is truncated, has another length,
-    other labels, or values that are NaN or infinite.
+    Raises FileNotFoundError, OSError where the file cannot be read, and ValueError for a file that is not of this kind,
+    is truncated or damaged (.npz has checksums, .npy has none), has another length, other labels, or values that are
+    NaN or infinite. What the header declares is compared with the file and the data before memory is taken.
     """
-    path = Path(path)
-    labels = data.train.labels
-    content = _read(path)
-    scores, stored_labels = content["scores"], content.get("labels")
-    if scores.dtype.kind not in "fiu" or scores.shape != (len(labels),):
-        raise ValueError(
-            f"{path}: scores have dtype {scores.dtype} and shape {scores.shape}; "
-            f"{data.name} needs numbers of shape ({len(labels)},), one per training image"
-        )
-    scores = torch.from_numpy(scores.astype(np.float32))
+    path, labels = Path(path), data.train.labels
+    with open_arrays(path, WHAT) as arrays:
+        _check_names(arrays)
+        shape, dtype = arrays.header("scores")
+        if dtype.kind not in "fiu" or shape != (len(labels),):
+            raise ValueError(
+                f"scores have dtype {dtype} and shape {shape}; {data.name} needs numbers of shape ({len(labels)},), "
+                "one per training image"
+            )
+        scores = arrays.read("scores", len(labels) * dtype.itemsize)
+        stored_labels = _stored_labels(arrays, len(labels)) if "labels" in arrays.names else None
+    with np.errstate(over="ignore"):  # said below
+        scores = torch.from_numpy(scores.astype(np.float32))
     if not scores.isfinite().all():
         bad = (~scores.isfinite()).nonzero().squeeze(1)
         raise ValueError(f"{path}: {len(bad)} of {len(scores)} scores are NaN or infinite, the first at {int(bad[0])}")
@@ -45,8 +52,10 @@ def load_scores(path: str | os.PathLike, data: ImageData) -> Tensor:
 def describe(path: str | os.PathLike) -> tuple[int, dict]:
     """The number of scores in a file, and how they were made where they were computed here (else {}). Raises as
     `load_scores` does for a file of another kind."""
-    content = _read(Path(path))
-    return content["scores"].size, json.loads(str(content["how"])) if "how" in content else {}
+    with open_arrays(path, WHAT) as arrays:
+        _check_names(arrays)
+        how = strict_json.parse(arrays.text("how"), "how") if "how" in arrays.names else {}
+        return math.prod(arrays.header("scores")[0]), strict_json.mapping(how, "how")
 
 
 def difficulty(scores: Tensor, kind: str) -> Tensor:
@@ -89,28 +98,19 @@ def el2n(probabilities: Tensor, labels: Tensor) -> Tensor:
     return (probabilities - onehot).norm(dim=2).mean(0).float()
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
-    """`scores`, and `labels` and `how` where the file has them."""
-    if not path.is_file():
-        raise FileNotFoundError(f"score file {path} does not exist")
-    try:
-        content = np.load(path, allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            return {"scores": content}
-        with content:
-            arrays = {name: content[name] for name in content.files if name in ("scores", "labels", "how")}
-            if "scores" not in arrays:
-                raise ValueError(f"it holds {', '.join(content.files) or 'nothing'}, and no 'scores'")
-            return arrays
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no score file (.npy, or .npz with scores[, labels]): {error}") from error
+def _check_names(arrays: Arrays) -> None:
+    if "scores" not in arrays.names:
+        raise ValueError(f"it holds {', '.join(map(plain, arrays.names[:5])) or 'nothing'}, and no 'scores'")
+
+
+def _stored_labels(arrays: Arrays, count: int) -> np.ndarray:
+    shape, dtype = arrays.header("labels")
+    if shape != (count,) or dtype.kind not in "iu":
+        raise ValueError(f"labels have dtype {dtype} and shape {shape}; expected integers ({count},)")
+    return arrays.read("labels", count * dtype.itemsize)
 
 
 def _check_same_labels(path: Path, stored: np.ndarray, labels: Tensor) -> None:
-    if stored.shape != (len(labels),) or stored.dtype.kind not in "iu":
-        raise ValueError(
-            f"{path}: labels have dtype {stored.dtype} and shape {stored.shape}; expected integers ({len(labels)},)"
-        )
     different = np.flatnonzero(stored != labels.numpy())
     if len(different):
         i = int(different[0])
