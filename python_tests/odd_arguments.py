@@ -278,7 +278,7 @@ def expected_gradient_distance_backward(grad, sums, syn, real, metric, *wanted):
         return [torch.zeros_like(t) for w, ts in zip(wanted, leaves, strict=True) if w for t in ts]
     found = torch.autograd.grad(value, [*leaves[0], *leaves[1]], grad, materialize_grads=True)
     if not same_as(sums, OPS.gradient_distance(syn, real, metric)[1]):
-        return [None] * (sum(wanted) * len(syn))
+        return [None] * (sum(map(bool, wanted)) * len(syn))
     halves = found[: len(syn)], found[len(syn) :]
     return [t for w, ts in zip(wanted, halves, strict=True) if w for t in ts]
 

@@ -19,7 +19,7 @@ from selmatch_ext.data.trajectories import ExpertStore
 from selmatch_ext.evaluation import Accuracy, evaluate, real_subset, seen_as
 from selmatch_ext.experts import compute_scores, train_experts
 from selmatch_ext.features import split_features, trained_networks
-from selmatch_ext.files import atomic_write, check_writable, write_json, write_text
+from selmatch_ext.files import atomic_write, check_writable, read_json, write_json, write_text
 from selmatch_ext.methods import METHODS, Task
 from selmatch_ext.methods.loop import run as run_method
 from selmatch_ext.methods.trajectory import expert_logits
