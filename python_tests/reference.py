@@ -315,16 +315,17 @@ def gradient_distance(syn, real, metric="layerwise"):
 # --- one step of each method ------------------------------------------------------------------------------------------
 
 
-def frozen_batchnorm(model, x):
-    """A copy of the model whose BatchNorm layers hold the mean and the unbiased variance of what reaches them of x."""
+def frozen_batchnorm(model, x, momentum=1.0):
+    """A copy of the model whose BatchNorm layers hold the mean and the unbiased variance of what reaches them of x; with
+    momentum below 1 so much of the way there from 0 and 1."""
     model, seen = copy.deepcopy(model).train(), {}
     layers = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     for layer in layers:
         layer.register_forward_pre_hook(lambda layer, inputs: seen.update({layer: inputs[0]}))
     model(x)
     for layer in layers:
-        layer.running_mean.copy_(seen[layer].detach().mean((0, 2, 3)))
-        layer.running_var.copy_(seen[layer].detach().var((0, 2, 3), unbiased=True))
+        layer.running_mean.copy_(momentum * seen[layer].detach().mean((0, 2, 3)))
+        layer.running_var.copy_(1 - momentum + momentum * seen[layer].detach().var((0, 2, 3), unbiased=True))
         layer.eval()
     return model
 

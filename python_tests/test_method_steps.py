@@ -97,6 +97,22 @@ def test_gradient_matching_step(digits, model, strategy, turn):
     assert_same_step(method, reference.gradient_matching(net, batches), got)
 
 
+@pytest.mark.parametrize("momentum", [1.0, 0.1])
+def test_statistics_of_batch_norm(digits, momentum):
+    """Those of the batch, or as the public code takes them."""
+    t, model = task(digits), "ConvNetD1W4BN"
+    settings = DCSettings(model=model, outer_loop=1, inner_loop=1, batch_real=7, bn_momentum=momentum)
+    method = DC(t, settings)
+    got, g = method.loss(0, generator(0, "step", 0)), generator(0, "step", 0)
+    sample = real(t, torch.cat([pick(t, c, 16, g) for c in CLASSES]))
+    net = reference.frozen_batchnorm(t.network(model, "network", 0), sample, momentum)
+    batches, labels = [], t.start.labels
+    for c in CLASSES:
+        i = pick(t, c, 7, g)
+        batches.append((real(t, i), torch.full((7,), c), method.images[labels == c], labels[labels == c]))
+    assert_same_step(method, reference.gradient_matching(net, batches), got)
+
+
 @pytest.mark.parametrize("metric", ["mse", "cos"])
 def test_other_metrics(digits, metric):
     t = task(digits)

@@ -160,7 +160,14 @@ def test_scores_come_back_from_every_kind_of_file(tmp_path):
     np.savez_compressed(tmp_path / "c.npz", scores=scores.astype(int), labels=data.train.labels.numpy(), other=1)
     for name in ("a.npy", "b.npz", "c.npz"):
         loaded = load_scores(tmp_path / name, data)
-        assert loaded.dtype == torch.float32 and loaded.tolist() == scores.tolist()
+        assert loaded.dtype == torch.float64 and loaded.tolist() == scores.tolist()
+
+
+def test_scores_that_differ_in_their_last_bits_are_no_ties(tmp_path):
+    data, scores = small_data(), 0.7 + np.arange(6) * 1e-12
+    np.save(tmp_path / "a.npy", scores)
+    assert difficulty(load_scores(tmp_path / "a.npy", data), "forgetting").argsort().tolist() == list(range(6))
+    assert len(np.unique(scores.astype(np.float32))) == 1
 
 
 def test_direction():

@@ -375,5 +375,8 @@ def command(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one verb; an error that the user can mend is one line on standard error and exit status 1."""
+    """Runs one verb; an error that the user can mend is one line on standard error and exit status 1. Modules in the
+    current folder can be named, as in experts.model my_networks:build."""
+    if "" not in sys.path:
+        sys.path.append("")
     return surroundings.guarded(command, sys.argv[1:] if arguments is None else arguments)

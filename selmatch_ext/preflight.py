@@ -19,7 +19,7 @@ from selmatch_ext.methods import METHODS, Method, Task
 from selmatch_ext.methods.loop import check_draws
 from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.models.statistics import refuses_one_image
-from selmatch_ext.ops.dsa import sample_augmentation
+from selmatch_ext.ops.sampling import sample_augmentation
 from selmatch_ext.precision import check_precision
 from selmatch_ext.seeds import generator
 from selmatch_ext.selection.window import beta_grid, check_classes, window

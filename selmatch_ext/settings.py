@@ -29,6 +29,7 @@ from selmatch_ext.ranges import (
     SettingError,
     Share,
     Spacing,
+    Weight,
 )
 
 DSA = "color_crop_cutout_flip_scale_rotate"
@@ -277,6 +278,9 @@ class DCSettings(Checked):
     """Momentum of the images."""
     lr_network: Positive = 0.01
     """Learning rate of the network."""
+    bn_momentum: Weight = 1.0
+    """BatchNorm is frozen for matching, with statistics from 16 real images per class: 1 = exactly theirs; 0.1 = as the
+    public code, which moves mean 0 and variance 1 a tenth of the way, so that its features are hardly normalized."""
     metric: Literal["layerwise", "mse", "cos"] = "layerwise"
     """Distance of two gradients: 1 − cosine of each output row of each layer, summed; squared difference of the whole;
     1 − cosine of the whole."""

@@ -60,7 +60,8 @@ class DC(Method):
         self._advance_network(iteration, generator)
         self.model.train()
         if batchnorms(self.model):
-            freeze_statistics(self.model, self.task.real(self.task.sample_each(STATISTICS, generator)))
+            real = self.task.real(self.task.sample_each(STATISTICS, generator))
+            freeze_statistics(self.model, real, self.settings.bn_momentum)
         images = self.combined()
         matched = range(len(self.classes))
         return torch.stack([self.class_distance(c, images, generator) for c in matched if len(self.classes[c])]).sum()

@@ -12,19 +12,23 @@ def batchnorms(model):
 
 
 @torch.no_grad()
-def freeze_statistics(model, x):
-    """Makes the statistics of the batch x (B, C, H, W) the running ones of every BatchNorm layer, and puts those layers
-    alone into evaluation mode, so that they keep them. Nothing happens to a model without such layers."""
+def freeze_statistics(model, x, momentum=1.0):
+    """Takes the running statistics of every BatchNorm layer from the batch x (B, C, H, W), and puts those layers alone
+    into evaluation mode, so that they keep them. Nothing happens to a model without such layers.
+
+    momentum: the weight of the batch's statistics against mean 0 and variance 1. With 1 they are exactly the batch's;
+    the public code of DC and DSA has 0.1."""
     layers = batchnorms(model)
     if not layers:
         return
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
-        layer.momentum = 1.0
+        layer.reset_running_stats()
+        layer.momentum = momentum
         layer.train()
     model(x)
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
+    for layer, before in zip(layers, momenta, strict=True):
+        layer.momentum = before
         layer.eval()
 
 

@@ -23,7 +23,8 @@ def load_scores(path: str | os.PathLike, data: ImageData) -> Tensor:
     """Reads one score per training image of `data`, in its order.
 
     path: `.npy` with (n,) numbers, or `.npz` with `scores` (n,) and optionally `labels` (n,), which must be `data`'s.
-    Returns (n,) float32; `difficulty` gives them a direction.
+    Returns (n,) float64: of the published C-scores many differ in their last bits only. `difficulty` gives them a
+    direction.
     Raises FileNotFoundError, OSError where the file cannot be read, and ValueError for a file that is not of this kind,
     is truncated or damaged (.npz has checksums, .npy has none), has another length, other labels, or values that are
     NaN or infinite. What the header declares is compared with the file and the data before memory is taken.
@@ -40,7 +41,7 @@ def load_scores(path: str | os.PathLike, data: ImageData) -> Tensor:
         scores = arrays.read("scores", len(labels) * dtype.itemsize)
         stored_labels = _stored_labels(arrays, len(labels)) if "labels" in arrays.names else None
     with np.errstate(over="ignore"):  # said below
-        scores = torch.from_numpy(scores.astype(np.float32))
+        scores = torch.from_numpy(scores.astype(np.float64))
     if not scores.isfinite().all():
         bad = (~scores.isfinite()).nonzero().squeeze(1)
         raise ValueError(f"{path}: {len(bad)} of {len(scores)} scores are NaN or infinite, the first at {int(bad[0])}")
