@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import selmatch_ext
+
 SEED = os.environ.get("SELMATCH_FUZZ_SEED", "0")
 SECONDS = os.environ.get("SELMATCH_FUZZ_SECONDS", "12")
 
@@ -19,7 +21,10 @@ SECONDS = os.environ.get("SELMATCH_FUZZ_SECONDS", "12")
 def test_mutants_of_every_kind_of_file(tmp_path):
     command = [sys.executable, str(Path(__file__).with_name("mutants.py")), str(tmp_path / "files"), SEED, SECONDS]
     (tmp_path / "files").mkdir()
-    result = subprocess.run(command, capture_output=True, text=True, timeout=float(SECONDS) + 300, cwd=tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(Path(selmatch_ext.__file__).parents[1])}  # this copy of the package
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=float(SECONDS) + 300, cwd=tmp_path, env=environment
+    )
     assert result.returncode == 0, result.stderr[-4000:]
     found = json.loads(result.stdout)
     assert all(sum(counts.values()) > 0 and counts.get("refused") for counts in found["kinds"].values()), found

@@ -190,6 +190,26 @@ def test_npz_members_are_not_unpacked_beyond_what_is_needed(digits, tmp_path):
     assert describe(path) == (n, {})
 
 
+def test_a_directory_that_hides_a_member(digits, tmp_path):
+    """A comment's length in the directory of a .npz, one byte of it, takes the next entry for the comment."""
+    n, path = len(digits.train), tmp_path / "s.npz"
+    np.savez(path, scores=np.zeros(n), labels=np.zeros(n, dtype=np.int64))
+    content = bytearray(path.read_bytes())
+    first = content.index(b"PK\x01\x02")
+    content[first + 32] = content.index(b"PK\x05\x06") - content.index(b"PK\x01\x02", first + 4)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="s.npz is no score file .*its directory lists 1 members; its end says 2"):
+        load_scores(path, digits)
+
+
+@pytest.mark.parametrize(
+    "std", [torch.ones(1, dtype=torch.cfloat), torch.zeros(1), torch.full((1,), torch.nan), torch.ones(2)]
+)
+def test_statistics_of_images_that_make_no_sense(digits, std):
+    with pytest.raises(ValueError, match="digits: std is .*; it must be"):
+        replace(digits, std=std)
+
+
 @pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", "<i2", ">u8", "<f2"])
 def test_numbers_of_any_type_and_order_are_read(digits, tmp_path, dtype):
     scores = (np.arange(len(digits.train)) % 100).astype(dtype)

@@ -102,6 +102,18 @@ class Arrays:
         return shape, dtype, fortran, len(start) + length
 
 
+def _check_directory(file: BinaryIO, archive: zipfile.ZipFile) -> None:
+    """A damaged directory must not make an array one that is not there: ValueError or BadZipFile where it lists fewer
+    members than its end says, or another name than the member has."""
+    file.seek(-min(2**16 + 22, file.seek(0, os.SEEK_END)), os.SEEK_END)
+    end = file.read().rpartition(b"PK\x05\x06")[2]
+    count = int.from_bytes(end[6:8], "little")
+    if count not in (len(archive.infolist()), 2**16 - 1):
+        raise ValueError(f"its directory lists {len(archive.infolist())} members; its end says {count}")
+    for member in archive.infolist():
+        archive.open(member).close()
+
+
 @contextlib.contextmanager
 def open_arrays(path: str | os.PathLike, what: str) -> Iterator[Arrays]:
     """Open a .npy or .npz file, whatever its name ends in. what: what the file is for, in messages.
@@ -114,8 +126,7 @@ def open_arrays(path: str | os.PathLike, what: str) -> Iterator[Arrays]:
             archive = None
             if file.read(4) in (b"PK\x03\x04", b"PK\x05\x06"):
                 archive = stack.enter_context(zipfile.ZipFile(file))
-                for member in archive.infolist():  # a damaged name must not make an array one that is not there
-                    archive.open(member).close()
+                _check_directory(file, archive)
             yield Arrays(path, archive, file)
         except (
             ValueError,

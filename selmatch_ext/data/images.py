@@ -97,9 +97,11 @@ class ImageData:
         if self.mean is None or self.std is None:
             self.mean, self.std = pixel_statistics(self.train.images)
         for name, values in (("mean", self.mean), ("std", self.std)):
-            if tuple(values.shape) != (self.channels,) or not values.isfinite().all():
+            right = tuple(values.shape) == (self.channels,) and values.is_floating_point()
+            if not right or not values.isfinite().all():
                 raise ValueError(
-                    f"{self.name}: {name} has shape {tuple(values.shape)}; it must be ({self.channels},), finite"
+                    f"{self.name}: {name} is {values.dtype} of shape {tuple(values.shape)}; it must be "
+                    f"({self.channels},) finite floating-point numbers"
                 )
         if not (self.std > 0).all():
             raise ValueError(f"{self.name}: std is {self.std.tolist()}; it must be above 0")

@@ -67,7 +67,7 @@ class ExpertStore:
     def model_name(self) -> str:
         """Name of the network, for comparing. Raises ValueError where the experts do not say it."""
         if "model" not in self.metadata:
-            raise ValueError(f"the experts in {self.folder} do not say of which network they are")
+            raise ValueError(f"{self.path(0)}: model is missing; it does not say of which network the experts are")
         return strict_json.string(self.metadata["model"], f"{self.path(0)}: model")
 
     @property
