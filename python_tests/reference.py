@@ -316,8 +316,8 @@ def gradient_distance(syn, real, metric="layerwise"):
 
 
 def frozen_batchnorm(model, x, momentum=1.0):
-    """A copy of the model whose BatchNorm layers hold the mean and the unbiased variance of what reaches them of x; with
-    momentum below 1 so much of the way there from 0 and 1."""
+    """A copy of the model whose BatchNorm layers hold the mean and the unbiased variance of what reaches them of x,
+    or are moved by `momentum` of the way there from 0 and 1."""
     model, seen = copy.deepcopy(model).train(), {}
     layers = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     for layer in layers:
