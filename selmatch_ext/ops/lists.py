@@ -22,11 +22,11 @@ def as_lists(given: dict[str, Any], allowed: str, single: bool = False, missing:
     for argument, value in given.items():
         if isinstance(value, (list, tuple)):
             value = list(value)
+        elif single and isinstance(value, Tensor):
+            value = [value]
         elif isinstance(value, (Mapping, torch.nn.ParameterDict)):
             names = list(value.keys()) if names is None else names
             value = _by_name(argument, value, names)
-        elif single and isinstance(value, Tensor):
-            value = [value]
         elif isinstance(value, Iterable) and not isinstance(value, (Tensor, str, bytes)):
             value = list(value)
         else:
