@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import CPU, tiny_run
 
-from selmatch_ext import cli, openmp, pipeline, report, stages, surroundings, training
+from selmatch_ext import cli, models, openmp, pipeline, report, stages, surroundings, training
 from selmatch_ext.models.statistics import refuses_one_image
 from selmatch_ext.output import SafeStream, say
 from selmatch_ext.settings import Training
@@ -269,3 +269,13 @@ def test_a_last_batch_of_one_image_is_trained_on_where_it_can_be():
         model[0].register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(len(inputs[0])))
         train(model, torch.randn(7, 1, 8, 8), torch.arange(7) % 3, 3)
         assert seen[-3:] == [3, 3, 1]
+
+
+def test_a_module_of_the_current_folder_can_be_named(tmp_path, monkeypatch):
+    text = "from selmatch_ext import models\n\n\ndef build(*shape):\n    return models.build('MLP', *shape)\n"
+    (tmp_path / "networks_of_mine.py").write_text(text)
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder not in ("", os.getcwd())])
+    monkeypatch.chdir(tmp_path)
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert cli.main(["recipes"]) == 0
+    assert type(models.build("networks_of_mine:build", 1, 10, (8, 8))).__name__ == "MLP"
