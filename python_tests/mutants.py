@@ -141,7 +141,7 @@ class ImageCache(Kind):
     file = "images.safetensors"
 
     def make(self):
-        folders._write_cache(self.path, DATA)
+        folders._write_cache(self.path, DATA, [])
 
     def read(self):
         data = folders._read_cache(self.path, "small")

@@ -140,7 +140,7 @@ def test_bad_input_and_empty_batch():
     for error, message, arguments in [
         (ValueError, "multiples of 32 up to 2.20, got 16", (x[:, :16], weight[:, :16], bias)),
         (ValueError, r"weight must have shape \[64, 32, 3, 3\]", (x, weight[:, :, :2], bias)),
-        (ValueError, r"bias must have shape \(64\)", (x, weight, bias[:3])),
+        (ValueError, r"bias must have shape \[64\]", (x, weight, bias[:3])),
         (TypeError, "weight must be float32, got float64", (x, weight.double(), bias)),
         (TypeError, "x must be float32 or float64", (x.bfloat16(), weight.bfloat16(), None)),
         (ValueError, "x must have 4 dimensions", (x[0], weight, bias)),

@@ -109,6 +109,9 @@ class PlannedExperts:
         about = {"model": settings.model, "dataset": data.name}
         return cls(folder, settings.model, settings.count, settings.training.epochs, parameter_count(model), about)
 
+    def check_model_size(self, channels: int, classes: int, image_size: tuple[int, int]) -> None:
+        """Nothing to check: the parameters are counted in the network itself."""
+
     def bytes_missing(self) -> int:
         """What the experts that `folder` lacks will take there."""
         there = sum(path.stem[7:].isdecimal() for path in self.folder.glob("expert_*.safetensors"))

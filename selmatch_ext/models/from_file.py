@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-import torch
-
 from selmatch_ext.models import zoo
 from selmatch_ext.models.flat import parameter_count
 
@@ -51,8 +49,7 @@ def check_size(
     if zoo.is_user_code(name):
         return
     try:
-        with torch.device("meta"):
-            count = parameter_count(zoo.build(name, *like))
+        count = parameter_count(zoo.build_without_memory(name, *like))
     except (RuntimeError, TypeError):  # torchvision's RegNets compute their shapes with tensors
         if name in trusted:
             return

@@ -269,6 +269,12 @@ def _usual_defaults():
         torch.set_default_dtype(before)
 
 
+def build_without_memory(name, channels, classes, image_size):
+    """The network of `build` on the meta device. image_size: (H, W). Raises what its constructor does."""
+    with torch.device("meta"):
+        return _construct(name, channels, classes, tuple(image_size))
+
+
 def _construct(name, channels, classes, size):
     simple = {"MLP": MLP, "LeNet": LeNet, "AlexNet": AlexNet}
     if name in simple:
