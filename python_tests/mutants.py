@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from selmatch_ext import comparison, evaluation, features, files, pipeline
+from selmatch_ext import claims, comparison, evaluation, features, files
 from selmatch_ext.data import folders
 from selmatch_ext.data.distilled import DistilledSet, Schedule
 from selmatch_ext.data.images import ImageData, ImageSplit
@@ -194,7 +194,7 @@ class SettingsFile(Kind):
         files.write_json(self.path, SETTINGS)
 
     def read(self):
-        assert all("\n" not in line for line in pipeline.other_settings(self.folder, SETTINGS))
+        assert all("\n" not in line for line in claims.other_settings(self.folder, SETTINGS))
 
 
 class ResultFile(Kind):

@@ -143,7 +143,7 @@ def test_bad_input_and_empty_batch():
         (ValueError, r"bias must have shape \[64\]", (x, weight, bias[:3])),
         (TypeError, "weight must be float32, got float64", (x, weight.double(), bias)),
         (TypeError, "x must be float32 or float64", (x.bfloat16(), weight.bfloat16(), None)),
-        (ValueError, "x must have 4 dimensions", (x[0], weight, bias)),
+        (ValueError, "x must have shape .batch, channels", (x[0], weight, bias)),
     ]:
         with pytest.raises(error, match=message):
             conv3x3(*arguments)

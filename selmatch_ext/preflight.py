@@ -112,6 +112,9 @@ class PlannedExperts:
     def check_model_size(self, channels: int, classes: int, image_size: tuple[int, int]) -> None:
         """Nothing to check: the parameters are counted in the network itself."""
 
+    def check_alike(self) -> None:
+        """Nothing to check: all of them are trained with the same settings."""
+
     def bytes_missing(self) -> int:
         """What the experts that `folder` lacks will take there."""
         there = sum(path.stem[7:].isdecimal() for path in self.folder.glob("expert_*.safetensors"))
