@@ -472,6 +472,101 @@ def test_what_is_known_of_a_network_is_forgotten_when_it_changes():
     assert engines == ["fused", "autograd", "fused", "autograd", "fused", "autograd"]
 
 
+class Config:
+    act = True
+
+
+class Configured(Base):
+    """Decides by an object, by a buffer and by a variable of the module, none of which has to change its identity."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.nested = Config(), {"inner": {"act": True}}
+        self.register_buffer("flag", torch.tensor(True))
+
+    def middle(self, h):
+        deep = self.config.act and self.nested["inner"]["act"] and bool(self.flag) and SWITCH["act"]
+        return self.second(h) if deep else h
+
+
+SWITCH = {"act": True}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: setattr(module.config, "act", False),
+        lambda module: module.nested["inner"].update(act=False),
+        lambda module: module.flag.fill_(False),
+        lambda module: SWITCH.update(act=False),
+    ],
+    ids=["object", "nested", "buffer", "variable"],
+)
+def test_a_network_is_read_again_at_each_call(change):
+    module = seeded(Configured)
+    gradients(module, unrolled_sgd, engine="fused")
+    try:
+        change(module)
+        assert_same(gradients(module, unrolled_sgd), gradients(module, unrolled_sgd_full_graph))
+    finally:
+        SWITCH.update(act=True)
+
+
+class Meter:
+    count = 0
+
+
+class CounterInAnObject(Base):
+    def __init__(self):
+        super().__init__()
+        self.meter = Meter()
+
+    def middle(self, h):
+        self.meter.count += 1
+        return self.second(h) if self.meter.count < 3 else h
+
+
+class BufferThatDecides(Base):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.tensor(0))
+
+    def middle(self, h):
+        self.calls += 1
+        return self.second(h) if int(self.calls) < 3 else h
+
+
+class Passing(torch.autograd.Function):
+    """The first derivative is that of the identity; the second is none."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.detach()
+
+
+class PassedOn(Base):
+    def middle(self, h):
+        return Passing.apply(self.second(h))
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (CounterInAnObject, "changes its attribute meter"),
+        (BufferThatDecides, "changes its buffer calls"),
+        (PassedOn, "autograd.Function of its own"),
+    ],
+)
+def test_what_torch_fx_cannot_see_is_found(make, reason):
+    choice = sm.explain_engine(seeded(make), torch.randn(4, 3, 8, 8, dtype=torch.float64))
+    assert choice.name == "autograd" and reason in choice.reason, choice
+    assert_same(gradients(seeded(make), unrolled_sgd), gradients(seeded(make), unrolled_sgd_full_graph))
+
+
 class Checkpointed(Base):
     """The sizes keep the fused engine away."""
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _REASONS = (
@@ -55,7 +56,7 @@ def check_differentiable_again(gradients: Iterable[Tensor]) -> None:
 def _hard_sigmoid_backward(g: Tensor, x: Tensor) -> Tensor:
     """The gradient of hard sigmoid, min(max(x + 3, 0), 6) / 6: g times a slope that is constant almost everywhere."""
     with torch._C._AutoDispatchBelowAutograd():
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and forward_ad._current_level < 0:
             return torch.ops.aten.hardsigmoid_backward(g, x)
         slope = torch.ops.aten.hardsigmoid_backward(torch.ones_like(g), x)
     return g * slope.detach()

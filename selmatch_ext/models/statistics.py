@@ -26,10 +26,12 @@ def freeze_statistics(model, x, momentum=1.0):
         layer.reset_running_stats()
         layer.momentum = momentum
         layer.train()
-    model(x)
-    for layer, before in zip(layers, momenta, strict=True):
-        layer.momentum = before
-        layer.eval()
+    try:
+        model(x)
+    finally:
+        for layer, before in zip(layers, momenta, strict=True):
+            layer.momentum = before
+            layer.eval()
 
 
 @torch.no_grad()

@@ -25,6 +25,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
         raise TypeError("model holds a torch.jit.ScriptModule; give the Python module that it was made from")
     if any(map(is_lazy, model.parameters())):
         raise TypeError("model has parameters that are not initialized; call it once on images first")
-    if [name for name, _ in model.named_parameters()] == ["flat_param"] and isinstance(model.module, nn.Module):
+    if [name for name, _ in model.named_parameters()] == ["flat_param"] and isinstance(
+        getattr(model, "module", None), nn.Module
+    ):
         raise TypeError("model is a ReparamModule, which takes its parameters as flat_param; pass the network inside")
     return model

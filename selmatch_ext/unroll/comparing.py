@@ -34,34 +34,35 @@ def steps_of(model: nn.Module, images: Tensor, training: bool) -> list[Step]:
     images: (n, C, H, W), some like those that it will run on. training: for ordinary training, in the mode that the
     model has, with the buffers that a call leaves; else for unrolled steps, in train mode. Raises Unsupported where the
     module itself has to run."""
-    key = training, images.shape[1:], images.device
-    now = signature(model)
-    if training:
-        now.append([m.training for m in model.modules()])
-    known = _known.setdefault(model, {})
-    if key not in known or not same(known[key][0], now):
-        try:
-            known[key] = now, _read_and_compare(model, images, training)
-        except Unsupported as problem:
-            known[key] = now, str(problem)
-    outcome = known[key][1]
-    if isinstance(outcome, str):
-        raise Unsupported(outcome)
-    return outcome
-
-
-def _read_and_compare(model: nn.Module, images: Tensor, training: bool) -> list[Step]:
     private = PrivateModel(model, images.new_empty((), dtype=torch.float64))
     hooked = next((name for name, hooks in zip(private.names, private.hooks, strict=True) if hooks), None)
     if hooked is not None:
         raise Unsupported(f"the parameter {hooked} has hooks, which the fused engine does not call")
     if not training:
         private.module.train()
+    # Read at each call, which takes milliseconds: what a forward decides by, such as an object, a buffer or a variable
+    # of its module, may have changed where no signature shows it.
     with _called_once(private):
         steps = read(private.module)
+    key = training, images.shape[1:], images.device
+    now = [steps, *signature(model), [m.training for m in model.modules()] if training else None]
+    known = _known.setdefault(model, {})
+    if key not in known or not same(known[key][0], now):
+        try:
+            _compare(model, private, steps, images.detach(), training)
+            known[key] = now, None
+        except Unsupported as problem:
+            known[key] = now, str(problem)
+    if known[key][1] is not None:
+        raise Unsupported(known[key][1])
+    return steps
+
+
+def _compare(model: nn.Module, private: PrivateModel, steps: list[Step], images: Tensor, training: bool) -> None:
+    """Raises Unsupported where the steps do not compute what the module computes."""
     draw = torch.Generator().manual_seed(0)
     for number, count in enumerate(_BATCHES):
-        x, theta = _small_batch(model, images.detach(), count, draw)
+        x, theta = _small_batch(model, images, count, draw)
         try:
             with _called_once(private, number):
                 expected = _results(private, private, x, theta)
@@ -74,13 +75,12 @@ def _read_and_compare(model: nn.Module, images: Tensor, training: bool) -> list[
         if not training:  # then nothing reads the buffers that the steps leave
             expected = {name: t for name, t in expected.items() if not name.startswith("buffer")}
         _check_near(found, expected)
-    return steps
 
 
 @contextlib.contextmanager
 def _called_once(private: PrivateModel, seed: int | None = None) -> Iterator[None]:
     """Puts everything back that a call of the module changes, and raises Unsupported where that would matter to another
-    call. (Buffers do not: what reads one has no rule.) seed: what the global random generators begin with."""
+    call. (The running statistics of norms do not.) seed: what the global random generators begin with."""
     before = private.state()
     try:
         if seed is not None:
@@ -138,10 +138,27 @@ def _results(private: PrivateModel, network: Callable, x: Tensor, theta: Tensor)
         # A function of the logits whose derivative is another one at each of them.
         weights = torch.linspace(-1, 2, logits.numel(), dtype=logits.dtype, device=logits.device)
         loss = (logits * weights.view_as(logits)).sum()
+    if network is private:
+        _refuse_custom_functions(loss)
     gradients = torch.autograd.grad(loss, [*parameters, x], materialize_grads=True)
     results = {"output": logits.detach(), "gradient of the images": gradients[-1]}
     results |= {f"gradient of {name}": g for name, g in zip(private.names, gradients, strict=False)}
     return results | {f"buffer {name}": b.detach().double() for name, b in private.module.named_buffers()}
+
+
+def _refuse_custom_functions(result: Tensor) -> None:
+    """Unsupported where a torch.autograd.Function in Python took part: its second derivative may be any."""
+    waiting, seen = [result.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            raise Unsupported(
+                f"it has an autograd.Function of its own ({type(node).__name__.removesuffix('Backward')})"
+            )
+        seen.add(node)
+        waiting += [before for before, _ in node.next_functions]
 
 
 def _check_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -24,6 +24,7 @@ GRADIENT = ("exact", "tesla")
 PRECISION = ("float32", "tf32", "bfloat16")
 
 
+@torch.compiler.disable(reason="unrolled_sgd reads the network in Python; it runs as it is in compiled code")
 def unrolled_sgd(
     model,
     start,

@@ -35,15 +35,16 @@ class State:
             self.values[key] = picture if isinstance(value, Tensor) else value, picture
 
     def change(self, later: State) -> str | None:
-        """What has happened since, buffers apart, in words: "draws random numbers" or "changes ..."."""
+        """What has happened since, in words: "draws random numbers" or "changes ...". The running statistics of norms
+        do not count."""
         if self.random != later.random:
             return "draws random numbers"
         if self.of_classes != later.of_classes:
             return "changes an attribute of a class"
         for key in self.values.keys() | later.values.keys():
             mine, other = self.values.get(key), later.values.get(key)
-            if key[1] == "attribute" and (mine is None or other is None or not _alike(mine, other)):
-                return f"changes its attribute {key[2]}"
+            if key[1] != "statistics" and (mine is None or other is None or not _alike(mine, other)):
+                return f"changes its {key[1]} {key[2]}"
         return None
 
     def restore(self, module: nn.Module) -> None:
@@ -65,7 +66,8 @@ def _places(module: nn.Module) -> Iterator[tuple[tuple, dict, Any]]:
             if name not in _OF_EVERY_MODULE:
                 yield (number, "attribute", name), vars(m), value
         for name, value in m._buffers.items():
-            yield (number, "buffer", name), m._buffers, value
+            where = "statistics" if isinstance(m, nn.modules.batchnorm._NormBase) else "buffer"
+            yield (number, where, name), m._buffers, value
 
 
 def _picture(value: Any, before: Any) -> Any:
@@ -78,7 +80,7 @@ def _picture(value: Any, before: Any) -> Any:
         return value.copy()
     if type(value) in _CONTAINERS:
         return value.copy()
-    return _generator_state(value)
+    return dict(vars(value)) if _is_plain_object(value) else _generator_state(value)
 
 
 def _put_back(value: Any, picture: Any) -> Any:
@@ -92,9 +94,27 @@ def _put_back(value: Any, picture: Any) -> Any:
     elif type(value) in (dict, set, deque):
         value.clear()
         (value.extend if isinstance(value, deque) else value.update)(picture)
+    elif _is_plain_object(value):
+        vars(value).clear()
+        vars(value).update(picture)
     elif picture is not None:
         _set_generator(value, picture)
     return value
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether a value is an object of a class of the user's, such as a configuration or a counter."""
+    foreign = type(value).__module__.partition(".")[0] in (
+        "torch",
+        "numpy",
+        "logging",
+        "threading",
+        "random",
+        "builtins",
+    )
+    return (
+        hasattr(value, "__dict__") and not foreign and not isinstance(value, (nn.Module, type)) and not callable(value)
+    )
 
 
 def _generator_state(value: Any) -> Any:
