@@ -4,24 +4,44 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 import tyro
 
-from selmatch_ext import analysis, comparison, pipeline, report
-from selmatch_ext.coverage import coverage as measure_coverage
-from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext import report
+from selmatch_ext.cli_settings import OF_THE_SET, data_of
+from selmatch_ext.context import Context
+from selmatch_ext.data.distilled import DistilledSet, training_set
+from selmatch_ext.data.load import load_data
 from selmatch_ext.evaluation import evaluate as evaluate_set
-from selmatch_ext.evaluation import training_set
 from selmatch_ext.output import say
 from selmatch_ext.preflight import check_choices
 from selmatch_ext.settings import Continual, Coverage, Data, Evaluation, Features, Search
+from selmatch_ext.studies.comparison import compare
+from selmatch_ext.studies.continual import continual as learn_continually
+from selmatch_ext.studies.coverage import coverage as measure_coverage
+from selmatch_ext.studies.coverage import snapshots
+from selmatch_ext.studies.cross import cross as cross_table
+from selmatch_ext.studies.search import search as search_networks
 from selmatch_ext.surroundings import device_of
 
 Positional = tyro.conf.Positional
 
 
+def _context(data: Data, path: Path, seed: int, device: torch.device) -> Context:
+    """The data set that `data` names, or else the one that the set in the file `path` was made from."""
+    return Context(load_data(data_of(data, path), seed), seed, device)
+
+
+def _first(paths: tuple[Path, ...]) -> Path:
+    """The file of the first set; of a run's folder, of its last snapshot."""
+    if not paths:
+        raise ValueError("no set is given; it takes one or more .safetensors files")
+    return list(snapshots(paths[0]).values())[-1]
+
+
 def evaluate(
     path: Positional[Path],
-    data: Data = Data(),
+    data: Data = OF_THE_SET,
     evaluation: Evaluation = Evaluation(),
     *,
     record: Path | None = None,
@@ -41,16 +61,15 @@ def evaluate(
     """
     where = device_of(device)
     check_choices({"evaluation": evaluation}, where)
-    images, _ = pipeline.load_data(data, seed)
     subset = training_set(path)
-    result = evaluate_set(subset, images, evaluation, seed, where, record)["test"]
+    result = evaluate_set(subset, _context(data, path, seed, where), evaluation, record)["test"]
     model = evaluation.model if subset.schedule is None else subset.schedule.model
     say(f"{model}: {result} over {len(result.values)} networks")
 
 
 def coverage(
     paths: Positional[tuple[Path, ...]],
-    data: Data = Data(),
+    data: Data = OF_THE_SET,
     coverage: Coverage = Coverage(),
     features: Features = Features(),
     evaluation: Evaluation = Evaluation(),
@@ -70,13 +89,13 @@ def coverage(
     """
     where = device_of(device)
     check_choices({"coverage": coverage, "features": features, "evaluation": evaluation}, where)
-    images, _ = pipeline.load_data(data, seed)
-    measure_coverage(list(paths), images, coverage, features, evaluation, seed, where, out)
+    context = _context(data, _first(paths), seed, where)
+    measure_coverage(list(paths), context, coverage, features, evaluation, out)
 
 
 def cross(
     paths: Positional[tuple[Path, ...]],
-    data: Data = Data(),
+    data: Data = OF_THE_SET,
     evaluation: Evaluation = Evaluation(),
     *,
     models: tuple[str, ...],
@@ -95,13 +114,12 @@ def cross(
     """
     where = device_of(device)
     check_choices({"evaluation": evaluation}, where)
-    images, _ = pipeline.load_data(data, seed)
-    analysis.cross(list(paths), list(models), images, evaluation, seed, where, out)
+    cross_table(list(paths), list(models), _context(data, _first(paths), seed, where), evaluation, out)
 
 
 def continual(
     paths: Positional[tuple[Path, ...]],
-    data: Data = Data(),
+    data: Data = OF_THE_SET,
     continual: Continual = Continual(),
     evaluation: Evaluation = Evaluation(),
     *,
@@ -119,13 +137,13 @@ def continual(
     """
     where = device_of(device)
     check_choices({"continual": continual, "evaluation": evaluation}, where)
-    images, _ = pipeline.load_data(data, seed)
-    analysis.continual(list(paths), images, continual, evaluation, seed, where, out)
+    context = _context(data, _first(paths), seed, where)
+    learn_continually(list(paths), context, continual, evaluation, out)
 
 
 def search(
     path: Positional[Path],
-    data: Data = Data(),
+    data: Data = OF_THE_SET,
     search: Search = Search(),
     evaluation: Evaluation = Evaluation(),
     *,
@@ -143,8 +161,7 @@ def search(
     """
     where = device_of(device)
     check_choices({"search": search, "evaluation": evaluation}, where)
-    images, _ = pipeline.load_data(data, seed)
-    analysis.search(path, images, search, evaluation, seed, where, out)
+    search_networks(path, _context(data, path, seed, where), search, evaluation, out)
 
 
 def report_(path: Positional[Path], *, out: Path, columns: int = 10) -> None:
@@ -186,4 +203,4 @@ def methods(
         seed: Seed of every random choice.
         device: auto, cpu, cuda, cuda:1 …
     """
-    comparison.run(names or comparison.NAMES, out, seed, device_of(device))
+    compare(names, out, seed, device_of(device))

@@ -7,24 +7,29 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from selmatch_ext import models
-from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.context import Context
+from selmatch_ext.data.distilled import DistilledSet, seen_as
 from selmatch_ext.data.images import ImageData
 from selmatch_ext.data.trajectories import ExpertStore
-from selmatch_ext.methods import METHODS, Method, Task
+from selmatch_ext.methods import Method, Task, find_method
 from selmatch_ext.methods.loop import check_draws
 from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.models.statistics import refuses_one_image
 from selmatch_ext.ops.sampling import sample_augmentation
 from selmatch_ext.precision import check_precision
 from selmatch_ext.seeds import generator
-from selmatch_ext.selection.window import beta_grid, check_classes, window
-from selmatch_ext.settings import Experts, Window
-from selmatch_ext.unroll import explain_engine
+from selmatch_ext.selection import coreset
+from selmatch_ext.selection.difficulty import COMPUTED
+from selmatch_ext.selection.start import prototype
+from selmatch_ext.settings import Evaluation, Experts, Start
+
+if TYPE_CHECKING:
+    from selmatch_ext.run import Run
 
 
 def settings_of(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -33,7 +38,7 @@ def settings_of(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     items = value.items() if isinstance(value, dict) else ((f.name, getattr(value, f.name)) for f in fields(value))
     for name, inner in items:
         full = f"{prefix}{name}"
-        if is_dataclass(inner):
+        if is_dataclass(inner) or isinstance(inner, dict):
             yield from settings_of(inner, "" if name == "settings" else f"{full}.")
         else:
             yield full, inner
@@ -44,7 +49,7 @@ def check_choices(settings: Any, device: torch.device) -> None:
     image."""
     for name, value in settings_of(settings):
         field = name.rpartition(".")[2]
-        if field == "strategy" or field.endswith("_strategy"):
+        if value is not None and (field == "strategy" or field.endswith("_strategy")):
             _named(name, sample_augmentation, 1, 8, 8, strategy=value, generator=torch.Generator())
         elif field == "precision":
             check_precision(name, value, device)
@@ -80,14 +85,38 @@ def _named(name: str, function: Any, *arguments: Any, **options: Any) -> Any:
         raise ValueError(f"{name}: {error}") from error
 
 
-def check_window(settings: Window, data: ImageData) -> None:
-    """ValueError where ipc, beta or the grid of betas does not fit the classes of `data`."""
-    counts = check_classes(data.train.labels, settings.ipc)
-    if settings.beta is None:
-        beta_grid(min(counts), settings.ipc, settings.step, settings.beta_unit)
-    else:
-        alike = torch.zeros(len(data.train.labels))
-        window(alike, data.train.labels, settings.ipc, settings.beta, settings.beta_unit)
+def check_start(settings: Start, evaluation: Evaluation, context: Context) -> DistilledSet:
+    """ValueError naming the setting where the choice of the start is certain to fail. Returns a set like the start."""
+    used: dict[str, Any] = {}
+    by_difficulty = settings.select == "window" or settings.select in coreset.BY_SCORE
+    if by_difficulty and settings.scores.source in COMPUTED:
+        used["start"] = {"scores": settings.scores}
+    if settings.select in coreset.BY_FEATURES:
+        used["start"] = {"features": settings.features}
+    if settings.select == "window" and settings.window.beta is None:
+        used["evaluation"] = evaluation
+    check_networks(used, context.data)
+    return prototype(settings, context)
+
+
+def check_run(settings: Run, context: Context, folder: Path, store: ExpertStore | None = None) -> None:
+    """Errors of every stage that are certain before the first. store: experts that are there; None: the run is going to
+    train those that it needs."""
+    used: dict[str, Any] = {"settings": settings.settings, "evaluation": settings.evaluation}
+    planned = None
+    if settings.needs_experts() and store is None:
+        used["experts"] = settings.experts
+    check_networks(used, context.data)
+    if "experts" in used:
+        planned = PlannedExperts.of(settings.experts, context.data, folder / "experts")
+    start = check_start(settings.start, settings.evaluation, context)
+    task = Task(start, replace(context, data=seen_as(start, context.data)), planned if store is None else store)
+    kind = find_method(settings.method)
+    own = kind.rehearsed(settings.settings) if store is None else settings.settings
+    method = kind(task, own)
+    check_draws(method)
+    method.rehearse()
+    check_disk(folder, method, planned)
 
 
 @dataclass
@@ -121,37 +150,18 @@ class PlannedExperts:
         return max(0, self.count - there) * (self.epochs + 1) * self.parameters * 4
 
 
-def rehearse(
-    name: str,
-    settings: Any,
-    start: DistilledSet,
-    data: ImageData,
-    device: torch.device,
-    experts: ExpertStore | PlannedExperts | None,
-) -> Method:
-    """Builds the method of that name as the run is going to, without its work: what it refuses is refused before the
-    stages that come first. Also checks that its processes can share the work, and that its engine runs the network."""
-    if hasattr(settings, "labels"):
-        settings = replace(settings, labels="hard")  # others take the logits of an expert
-    method = METHODS[name](Task(start, data, 0, device, experts), settings)
-    check_draws(method, getattr(settings, "experts_per_iteration", 1))
-    engine, graphs = getattr(settings, "engine", "auto"), getattr(settings, "cuda_graphs", False)
-    if engine == "fused" or graphs:
-        found = explain_engine(method.model, method.combined()[:2].detach())
-        if found.name != "fused":
-            asked = "engine is fused" if engine == "fused" else "cuda_graphs needs the fused engine"
-            raise ValueError(f"{asked}, but {found.reason}")
-        if engine == "autograd":
-            raise ValueError("cuda_graphs needs the fused engine; engine is autograd")
-    return method
+def check_experts(settings: Experts, data: ImageData, folder: Path) -> None:
+    """Errors of training experts into `folder` that are certain before it."""
+    check_networks({"experts": settings}, data)
+    check_room({"experts": PlannedExperts.of(settings, data, folder).bytes_missing()}, folder)
 
 
-def check_disk(folder: Path, settings: Any, start: DistilledSet, updates: int, experts: PlannedExperts | None) -> None:
+def check_disk(folder: Path, method: Method, experts: PlannedExperts | None) -> None:
     """OSError where the disk of `folder` has less room than the run is going to take there."""
-    one, every = start.images.numel() * 4, getattr(settings, "snapshot_every", 0)
+    one, every = method.task.start.images.numel() * 4, method.settings.snapshot_every
     needs = {
         "experts": 0 if experts is None else experts.bytes_missing(),
-        "snapshots": 0 if every == 0 else (updates // every + 2) * one,
+        "snapshots": 0 if every == 0 else (method.iterations // every + 2) * one,
         "set and checkpoint": 6 * one,
     }
     check_room(needs, folder)

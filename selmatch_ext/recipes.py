@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
-from selmatch_ext.settings import (
-    DSA,
-    Data,
-    DATMSettings,
-    DCSettings,
-    DDSettings,
-    DMSettings,
-    DSASettings,
-    Evaluation,
-    Experts,
-    Matching,
-    MethodRun,
-    MTTSettings,
-    Run,
-    Scores,
-    Training,
-    Window,
-)
+from selmatch_ext.methods.base import CONVNET, MethodSettings
+from selmatch_ext.methods.dd import DDSettings
+from selmatch_ext.methods.distribution import DMSettings
+from selmatch_ext.methods.gradient import DCSettings
+from selmatch_ext.methods.mtt import MTTSettings
+from selmatch_ext.methods.selmatch import SelMatchSettings
+from selmatch_ext.run import Run
+from selmatch_ext.settings import DSA, Data, Evaluation, Experts, Scores, Start, Training, Window
 
 
 @dataclass(frozen=True)
@@ -31,9 +22,13 @@ class Recipe:
     """One row. settings: what it is run with; published: test accuracy in %, None where there is none."""
 
     name: str
-    method: str
-    settings: Run | MethodRun
+    settings: Run
     published: float | None = None
+
+    @property
+    def method(self) -> str:
+        """Its method's name."""
+        return self.settings.method
 
 
 # --- SelMatch (arXiv 2406.18561): ipc -> alpha, beta, epochs of evaluation --------------------------------------------
@@ -47,42 +42,40 @@ def _selmatch() -> Iterator[Recipe]:
     evaluation = Evaluation()
     for name, dataset, rows in (("cifar10", "CIFAR10", _CIFAR10), ("cifar100", "CIFAR100", _CIFAR100)):
         for ipc, (alpha, beta, epochs) in rows.items():
-            settings = Run(
+            settings = Run.of(
+                "selmatch",
                 data=Data(dataset),
-                scores=Scores(f"{name}-cscore.npz"),
-                window=Window(ipc, alpha, beta),
-                matching=Matching(lr_images=10000.0 if name == "cifar10" and ipc >= 1000 else 1000.0),
+                start=Start("window", ipc, alpha, Window(beta), Scores(f"{name}-cscore.npz")),
+                settings=SelMatchSettings(lr_images=10000.0 if name == "cifar10" and ipc >= 1000 else 1000.0),
                 evaluation=replace(evaluation, training=replace(evaluation.training, epochs=epochs)),
             )
-            yield Recipe(f"selmatch-{name}-ipc{ipc}", "selmatch", settings)
+            yield Recipe(f"selmatch-{name}-ipc{ipc}", settings)
     for ipc, (alpha, beta, epochs) in _TINY.items():
         training = replace(evaluation.training, epochs=epochs)
-        settings = Run(
+        scores = Scores("forgetting", "ConvNetD4BN", training=Training(epochs=100))
+        settings = Run.of(
+            "selmatch",
             data=Data("tinyimagenet:tiny-imagenet-200"),
-            scores=Scores("forgetting", "ConvNetD4BN", training=Training(epochs=100)),
-            window=Window(ipc, alpha, beta),
+            start=Start("window", ipc, alpha, Window(beta), scores),
             experts=Experts("ConvNetD4BN"),
-            matching=Matching(inner_steps=20),
+            settings=SelMatchSettings(inner_steps=20),
             evaluation=replace(evaluation, model="ResNet18BN_Tiny", training=training),
         )
-        yield Recipe(f"selmatch-tinyimagenet-ipc{ipc}", "selmatch", settings)
+        yield Recipe(f"selmatch-tinyimagenet-ipc{ipc}", settings)
 
 
 # --- MTT (arXiv 2203.11932) and DATM (arXiv 2310.05773) ---------------------------------------------------------------
 
-_CONVNET = Experts("ConvNet", training=Training(epochs=50))
-_STEP = Training(epochs=300, lr=0.01, momentum=0.9, weight_decay=5e-4, batch=256, schedule="step")
-_PLAIN = Evaluation("ConvNet", networks=20, distilled_strategy="none", training=_STEP)
-_AUGMENTED = replace(_PLAIN, distilled_strategy=DSA, training=replace(_STEP, epochs=1000))
+# In these papers random images are augmented as distilled ones are.
+_AUGMENTED = replace(CONVNET, selected_strategy=None)
+_PLAIN = replace(_AUGMENTED, networks=20, distilled_strategy="none", training=replace(CONVNET.training, epochs=300))
 
 
 def _trajectories() -> Iterator[Recipe]:
-    evaluation = replace(_AUGMENTED, networks=5)
-    data = Data("CIFAR10", zca=True)
+    row = {"data": Data("CIFAR10", zca=True), "evaluation": _AUGMENTED}
     for ipc, published in ((1, 46.3), (10, 65.3), (50, 71.6)):
-        row = MethodRun(MTTSettings(ipc=ipc), data, evaluation, _CONVNET)
-        yield Recipe(f"mtt-cifar10-ipc{ipc}", "mtt", row, published)
-    yield Recipe("datm-cifar10-ipc10", "datm", MethodRun(DATMSettings(ipc=10), data, evaluation, _CONVNET))
+        yield Recipe(f"mtt-cifar10-ipc{ipc}", Run.of("mtt", start=Start(ipc=ipc), **row), published)
+    yield Recipe("datm-cifar10-ipc10", Run.of("datm", **row))
 
 
 # --- DC (arXiv 2006.05929), DSA (arXiv 2102.08259), DM (arXiv 2110.04181): % at ipc 1, 10 and 50 ----------------------
@@ -103,16 +96,16 @@ _DM = {"CIFAR10": (None, None, None)}
 
 
 def _matching() -> Iterator[Recipe]:
-    for method, kind, table in (("dc", DCSettings, _DC), ("dsa", DSASettings, _DSA), ("dm", DMSettings, _DM)):
+    for method, table in (("dc", _DC), ("dsa", _DSA), ("dm", _DM)):
         for dataset, figures in table.items():
             for ipc, published in zip((1, 10, 50), figures, strict=True):
-                settings, evaluation = kind(ipc=ipc), _PLAIN
+                row = Run.of(method, data=Data(dataset), evaluation=_PLAIN)
+                row = replace(row, start=replace(row.start, ipc=ipc))
                 if method != "dc":
                     strategy = DSA.replace("_flip", "") if dataset in ("MNIST", "SVHN") else DSA
-                    settings = replace(settings, strategy=strategy)
-                    evaluation = replace(_AUGMENTED, distilled_strategy=strategy)
-                row = MethodRun(settings, Data(dataset), evaluation)
-                yield Recipe(f"{method}-{dataset.lower()}-ipc{ipc}", method, row, published)
+                    evaluation = replace(_AUGMENTED, networks=20, distilled_strategy=strategy)
+                    row = replace(row, settings=replace(row.settings, strategy=strategy), evaluation=evaluation)
+                yield Recipe(f"{method}-{dataset.lower()}-ipc{ipc}", row, published)
 
 
 # --- DD (arXiv 1811.10959) --------------------------------------------------------------------------------------------
@@ -120,16 +113,58 @@ def _matching() -> Iterator[Recipe]:
 
 def _unrolled() -> Iterator[Recipe]:
     rows = (
-        ("dd-mnist-known-10", "MNIST", DDSettings(steps=1, init="known"), 1, 94.0),
-        ("dd-mnist-unknown-100", "MNIST", DDSettings(steps=10, init="unknown"), 20, 80.0),
-        ("dd-cifar10-known-100", "CIFAR10", DDSettings(model="AlexNet", init="known", lr_init=0.001), 1, 54.0),
+        ("dd-mnist-known-10", "MNIST", 1, DDSettings(steps=1, init="known"), 1, 94.0),
+        ("dd-mnist-unknown-100", "MNIST", 10, DDSettings(steps=10, init="unknown"), 20, 80.0),
+        ("dd-cifar10-known-100", "CIFAR10", 10, DDSettings(model="AlexNet", init="known", lr_init=0.001), 1, 54.0),
     )
-    for name, dataset, settings, networks, published in rows:
+    for name, dataset, ipc, settings, networks, published in rows:
         evaluation = replace(_PLAIN, model=settings.model, networks=networks)
-        yield Recipe(name, "dd", MethodRun(settings, Data(dataset), evaluation), published)
+        start = Start("noise", ipc=ipc)
+        yield Recipe(
+            name, Run.of("dd", settings=settings, data=Data(dataset), start=start, evaluation=evaluation), published
+        )
 
 
-RECIPES = {r.name: r for rows in (_selmatch, _trajectories, _matching, _unrolled) for r in rows()}
+# --- a demonstration --------------------------------------------------------------------------------------------------
+
+
+def _digits() -> Iterator[Recipe]:
+    """SelMatch on scikit-learn's digits (8x8, one channel; no flips) within minutes on two CPU cores."""
+    strategy, model = "color_crop_cutout_scale_rotate", "ConvNetW32"
+    settings = Run.of(
+        "selmatch",
+        data=Data("digits"),
+        start=Start(
+            "window",
+            ipc=6,
+            alpha=0.85,
+            window=Window(step=0.2, networks=2),
+            scores=Scores("el2n", model, training=Training(epochs=10, lr=0.02, momentum=0.9, batch=64)),
+        ),
+        experts=Experts(model, count=4, strategy=strategy, training=Training(epochs=20, lr=0.02, batch=64)),
+        settings=SelMatchSettings(
+            iterations=300,
+            inner_steps=20,
+            expert_epochs=2,
+            max_start_epoch=16,
+            batch_syn=30,
+            lr_images=300.0,
+            lr_init=0.02,
+            strategy=strategy,
+        ),
+        evaluation=Evaluation(
+            model=model,
+            networks=10,
+            distilled_strategy=strategy,
+            selected_strategy="crop",
+            training=Training(epochs=150, lr=0.02, momentum=0.9, weight_decay=5e-4, batch=30, schedule="cosine"),
+        ),
+    )
+    yield Recipe(DEMO, settings)
+
+
+DEMO = "selmatch-digits-ipc6"
+RECIPES = {r.name: r for rows in (_selmatch, _trajectories, _matching, _unrolled, _digits) for r in rows()}
 
 
 def find(name: str) -> Recipe:
@@ -167,28 +202,30 @@ def narrow(model: str) -> str:
     return model
 
 
-def reduced(settings: Run | MethodRun) -> Run | MethodRun:
+def reduced(settings: Run) -> Run:
     """The same at the scale described above."""
     kind = settings.data.dataset.partition(":")[0]
+    if kind not in _CLASS_SIZE:
+        raise ValueError(f"the recipe on {kind} has no reduced scale: it is small already")
     per_class = _CLASS_SIZE[kind] // (5 if kind in _MANY_CLASSES else 10)
     training = Training(epochs=15, lr=0.02, momentum=0.9, batch=128)
-    changes = {"data": replace(settings.data, per_class=per_class), "evaluation": _brief(settings.evaluation)}
-    if settings.experts is not None:
-        model = narrow(settings.experts.model)
-        changes["experts"] = replace(settings.experts, model=model, count=3, training=training)
-    if isinstance(settings, MethodRun):
-        return replace(settings, settings=_brief_method(settings.settings), **changes)
-    share = settings.window.ipc / _CLASS_SIZE[kind]
+    start, scores = settings.start, settings.start.scores
+    if start.select == "window":
+        scores = Scores("forgetting", narrow(scores.model), runs=1, training=training)
+        ipc = max(2, round(start.ipc / _CLASS_SIZE[kind] * per_class))
+        start = replace(start, scores=scores, ipc=ipc)
+    experts = replace(settings.experts, model=narrow(settings.experts.model), count=3, training=training)
     return replace(
         settings,
-        scores=Scores("forgetting", narrow(settings.scores.model), runs=1, training=training),
-        window=replace(settings.window, ipc=max(2, round(share * per_class))),
-        matching=_brief_matching(settings.matching),
-        **changes,
+        data=replace(settings.data, per_class=per_class),
+        start=start,
+        experts=experts,
+        settings=_BRIEF[settings.method](settings.settings, start.ipc),
+        evaluation=_brief(settings.evaluation),
     )
 
 
-def _brief_matching(settings: Matching) -> Matching:
+def _brief_matching(settings: MTTSettings, ipc: int) -> MTTSettings:
     first = None if settings.first_max_start_epoch is None else 6
     return replace(
         settings,
@@ -204,17 +241,25 @@ def _brief_matching(settings: Matching) -> Matching:
     )
 
 
-def _brief_method(settings):
-    """The settings of a method other than SelMatch at the scale described above."""
-    if isinstance(settings, Matching):
-        return _brief_matching(settings)
-    if isinstance(settings, DDSettings):
-        return replace(settings, passes=40, halve_every=10, networks=1)
-    settings = replace(settings, model=narrow(settings.model), batch_real=64)
-    if isinstance(settings, DMSettings):
-        return replace(settings, iterations=200)
-    loops = {} if settings.ipc == 1 else {"outer_loop": 4, "inner_loop": 10}
-    return replace(settings, iterations=20, **loops)
+def _brief_gradients(settings: DCSettings, ipc: int) -> DCSettings:
+    loops = {} if ipc == 1 else {"outer_loop": 4, "inner_loop": 10}
+    return replace(settings, model=narrow(settings.model), batch_real=64, iterations=20, **loops)
+
+
+def _brief_features(settings: DMSettings, ipc: int) -> DMSettings:
+    return replace(settings, model=narrow(settings.model), batch_real=64, iterations=200)
+
+
+def _brief_unrolled(settings: DDSettings, ipc: int) -> DDSettings:
+    return replace(settings, passes=40, halve_every=10, networks=1)
+
+
+_BRIEF: dict[str, Callable[[Any, int], MethodSettings]] = {
+    **dict.fromkeys(("mtt", "datm", "selmatch"), _brief_matching),
+    **dict.fromkeys(("dc", "dsa"), _brief_gradients),
+    "dm": _brief_features,
+    "dd": _brief_unrolled,
+}
 
 
 def _brief(evaluation: Evaluation) -> Evaluation:

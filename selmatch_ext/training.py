@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selmatch_ext.context import Context
 from selmatch_ext.models.fast import fast
 from selmatch_ext.models.statistics import refuses_one_image
 from selmatch_ext.ops.dsa import Augmentation, augment, mix_augmentations
@@ -17,6 +18,7 @@ from selmatch_ext.ops.sampling import sample_augmentation
 from selmatch_ext.precision import precision_scope
 from selmatch_ext.seeds import global_stream
 from selmatch_ext.settings import Training
+from selmatch_ext.stages import stage
 
 Take = Callable[[Tensor], Tensor]  # indices (b,) -> images (b, C, H, W), normalised
 Augmenter = Callable[[Tensor, torch.Generator], Augmentation]  # indices (b,), generator -> what to do with each image
@@ -29,15 +31,17 @@ def batch_augmenter(strategy: str, image_size: tuple[int, int]) -> Augmenter:
     )
 
 
-def combined_augmenter(distilled: Tensor, dsa: str, simple: str, image_size: tuple[int, int]) -> Augmenter:
+def combined_augmenter(distilled: Tensor, dsa: str, simple: str | None, image_size: tuple[int, int]) -> Augmenter:
     """SelMatch's combined augmentation (section 3 of the paper): distilled images get one operation of `dsa` each,
-    drawn per sample, real ones get `simple`. One table, so one launch a batch.
+    drawn per sample, real ones get all of `simple`; None: the same as distilled ones. One table, so one launch a batch.
 
     distilled: (n,) bool on the CPU, over the set that the indices count through."""
 
     def sample(indices: Tensor, generator: torch.Generator) -> Augmentation:
         size = (len(indices), *image_size)
         mine = sample_augmentation(*size, strategy=dsa, per_sample=True, generator=generator)
+        if simple is None:
+            return mine
         other = sample_augmentation(*size, strategy=simple, mode="multi", generator=generator)
         return mix_augmentations(distilled[indices], mine, other)
 
@@ -89,6 +93,22 @@ def train(
             )
         if after_epoch is not None:
             after_epoch(epoch + 1)
+
+
+def train_on_real(
+    model: nn.Module,
+    context: Context,
+    settings: Training,
+    strategy: str,
+    generator: torch.Generator,
+    after_epoch: Callable[[int], None],
+) -> None:
+    """`train` on the whole training split, with one operation of `strategy` for each batch."""
+    augmenter = batch_augmenter(strategy, context.data.image_size)
+    labels = context.data.train.labels.to(context.device)
+    sizes = {"batch": settings.batch, "images": f"{len(labels)} of {tuple(context.data.train.images.shape[1:])}"}
+    with stage("training on all images", "a smaller training.batch", **sizes, device=context.device):
+        train(model, context.real_images(), labels, settings, augmenter, generator, after_epoch)
 
 
 def _batches(model: nn.Module, take: Take, labels: Tensor, settings: Training) -> int:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from selmatch_ext import strict_json
-from selmatch_ext.data.images import check_labels, denormalise
+from selmatch_ext.data.images import ImageData, check_labels, denormalise
 from selmatch_ext.data.whitening import Whitening
 from selmatch_ext.files import atomic_write, json_field, load_tensors, save_tensors
+from selmatch_ext.settings import SELECTIONS
 from selmatch_ext.strict_json import shown
 
 KIND = "distilled"
@@ -259,3 +260,50 @@ def folder_names(class_names: list[str]) -> list[str]:
         width = len(str(len(names) - 1))
         names = [f"{i:0{width}d}_{name}" for i, name in enumerate(names)]
     return names
+
+
+def real_subset(data: ImageData, indices: Tensor, method: str) -> DistilledSet:
+    """The training images at `indices` (n,) as a set with nothing distilled in it."""
+    return DistilledSet(
+        images=data.normalise(data.train.images[indices]),
+        labels=data.train.labels[indices],
+        distilled=torch.zeros(len(indices), dtype=torch.bool),
+        lr=None,
+        mean=data.mean,
+        std=data.std,
+        class_names=data.class_names,
+        method=method,
+        settings={},
+        indices=indices,
+        whitening=data.whitening,
+    )
+
+
+def as_selected(subset: DistilledSet) -> DistilledSet:
+    """The same set with none of its images marked as learned."""
+    return replace(subset, distilled=torch.zeros_like(subset.distilled))
+
+
+def training_set(path: str | Path) -> DistilledSet:
+    """The set in a file, to be trained on. In one that was only selected nothing is learned yet, so none of its images
+    counts as distilled, whatever is to become of them."""
+    subset = DistilledSet.load(path)
+    return as_selected(subset) if subset.method in SELECTIONS else subset
+
+
+def seen_as(subset: DistilledSet, data: ImageData) -> ImageData:
+    """`data` with the normalisation of `subset`. ValueError when image shapes or class names differ."""
+    if subset.images.shape[1:] != data.train.images.shape[1:]:
+        raise ValueError(
+            f"the set has images of shape {tuple(subset.images.shape[1:])}, {data.name} of "
+            f"{tuple(data.train.images.shape[1:])}"
+        )
+    if subset.class_names != data.class_names:
+        raise ValueError(
+            f"the set has the classes {_some(subset.class_names)}, {data.name} has {_some(data.class_names)}"
+        )
+    return replace(data, mean=subset.mean, std=subset.std, whitening=subset.whitening)
+
+
+def _some(names: list[str]) -> str:
+    return str(names) if len(names) <= 100 else f"{names[:5]} and {len(names) - 5} more"

@@ -1,19 +1,15 @@
-"""Image data sets as uint8 tensors in memory: digits, torchvision's, Tiny ImageNet, any folder or archive of images."""
+"""Image data sets as uint8 tensors in memory, and their normalization. `load.py` reads them."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from selmatch_ext.data.whitening import Whitening, fit_whitening
-
-TORCHVISION = ("MNIST", "FashionMNIST", "SVHN", "CIFAR10", "CIFAR100")
 
 
 def check_labels(labels: Tensor, name: str, classes: int | None = None) -> None:
@@ -66,12 +62,25 @@ class ImageSplit:
         return ImageSplit(self.images[indices], self.labels[indices], paths)
 
 
+@dataclass(frozen=True)
+class Full:
+    """The data set that a smaller one was taken from.
+
+    labels: (N,) int64, of its training images. kept: (n,) int64, those of them that the smaller one has, in its order.
+    """
+
+    name: str
+    labels: Tensor
+    kept: Tensor
+
+
 @dataclass
 class ImageData:
     """A data set: a training and a test split of equally sized images of the same classes.
 
     mean, std: (C,) float32, of the training split's pixels in [0, 1]; computed when not given.
     whitening: ZCA of normalised images, which `normalise` then applies and `denormalise` undoes.
+    full: the data set that this one is a subset of, if it is one.
     Raises ValueError for labels outside the class names, for classes without images in either split, and for splits
     whose images have different channels or sizes.
     """
@@ -83,6 +92,7 @@ class ImageData:
     mean: Tensor | None = None
     std: Tensor | None = None
     whitening: Whitening | None = None
+    full: Full | None = None
 
     def __post_init__(self) -> None:
         for name, part in (("train", self.train), ("test", self.test)):
@@ -121,6 +131,20 @@ class ImageData:
         """(height, width) of every image."""
         return tuple(self.train.images.shape[2:])
 
+    @cached_property
+    def members(self) -> list[Tensor]:
+        """Of each class, the indices of its training images, ascending."""
+        return [(self.train.labels == c).nonzero().squeeze(1) for c in range(self.classes)]
+
+    def sample(self, label: int, count: int, generator: torch.Generator) -> Tensor:
+        """Indices of `count` random training images of a class, all of them where it has no more."""
+        members = self.members[label]
+        return members[torch.randperm(len(members), generator=generator)[:count]]
+
+    def sample_each(self, count: int, generator: torch.Generator) -> Tensor:
+        """`sample` of every class, one after the other."""
+        return torch.cat([self.sample(c, count, generator) for c in range(self.classes)])
+
     def normalise(
         self, images: Tensor, device: torch.device | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
@@ -141,12 +165,11 @@ class ImageData:
         """The same data set with ZCA whitening, fitted on its training split."""
         return replace(self, whitening=fit_whitening(replace(self, whitening=None).normalise(self.train.images)))
 
-    def subset(self, per_class: int, generator: torch.Generator) -> tuple[ImageData, Tensor]:
-        """Keeps `per_class` random training images of every class, and the whole test split.
+    def subset(self, per_class: int, generator: torch.Generator) -> ImageData:
+        """Keeps `per_class` random training images of every class, in their order, and the whole test split.
 
-        Returns the smaller data set, with the mean and std of its own training split, and the kept training indices
-        (classes * per_class,) int64 in ascending order, which index whatever belongs to the full set (scores).
-        generator: a CPU generator.
+        The smaller data set has the mean and std of its own training split; its `full.kept` indexes whatever belongs to
+        the full set (scores). generator: a CPU generator.
         """
         counts = torch.bincount(self.train.labels)
         if not 0 < per_class <= int(counts.min()):
@@ -158,7 +181,8 @@ class ImageData:
             kept.append(members[torch.randperm(len(members), generator=generator)[:per_class]])
         indices = torch.cat(kept).sort().values
         name = f"{self.name} ({per_class} a class)"
-        return ImageData(name, self.train.take(indices), self.test, self.class_names), indices
+        full = Full(self.name, self.train.labels, indices)
+        return ImageData(name, self.train.take(indices), self.test, self.class_names, full=full)
 
 
 def denormalise(images: Tensor, mean: Tensor, std: Tensor, whitening: Whitening | None = None) -> Tensor:
@@ -185,98 +209,3 @@ def pixel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
         means.append(mean)
         stds.append((shares * (levels - mean) ** 2).sum().sqrt().clamp(min=1 / 255))
     return torch.stack(means).float(), torch.stack(stds).float()
-
-
-def load(
-    spec: str,
-    root: str | os.PathLike | None = None,
-    *,
-    download: bool = False,
-    resize: int | None = None,
-    cache: str | os.PathLike | None = None,
-    background: str = "white",
-    test_share: float | None = None,
-    seed: int = 0,
-) -> ImageData:
-    """Loads a data set into memory.
-
-    spec:
-      - `digits`: scikit-learn's 8x8 digits, one channel; of each class every third image is a test image.
-      - `MNIST`, `FashionMNIST`, `SVHN`, `CIFAR10`, `CIFAR100`: torchvision's, under `root` (default: the folder
-        `data`); fetched there only when `download` is true.
-      - `imagefolder:PATH`: PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE (or `val` when there is no `test`). PATH is
-        a folder, or an archive (.zip, .tar, .tar.gz, …), which is read without unpacking it. Images are ordered by
-        class name, then file name. They are RGB, or have one channel when every one of them is greyscale. Every still
-        image that Pillow decodes by itself is read: its first frame, turned as EXIF says. Files of 16 bits a channel
-        are scaled by the bits that the training images use. Links are followed, inside an archive, and each folder is
-        visited once. The log says what was skipped, and how 16-bit files were scaled. Class names are the folders'
-        names as `selmatch_ext.data.names.readable` writes them.
-      - `tinyimagenet:PATH`: the same, and also Tiny ImageNet's own layout with val/val_annotations.txt; tests on `val`.
-    resize: makes every image of a folder or archive this many pixels wide and high (scaled to fill, centre kept).
-    cache: a folder that keeps the decoded images of folders and archives, one file per listing (names, sizes, times)
-    and arguments.
-    background: the color behind transparent pixels, a name (white, black, gray, …) or #rrggbb.
-    test_share: where there is neither `test` nor `val`, this share of each class, drawn from `seed`, becomes the test
-    split, and PATH/CLASS/IMAGE will do. None: such a folder is refused.
-
-    Raises ValueError, FileNotFoundError or OSError naming the data set, class or file that is wrong.
-    """
-    kind, _, path = spec.partition(":")
-    if kind in ("imagefolder", "tinyimagenet") and path:
-        from selmatch_ext.data.folders import Options, load_folder
-
-        options = Options(kind == "tinyimagenet", resize, background, test_share, seed)
-        return load_folder(Path(path).expanduser(), options, cache)
-    if spec != "digits" and spec not in TORCHVISION:
-        raise ValueError(
-            f"data set is {spec!r}; allowed are digits, {', '.join(TORCHVISION)}, imagefolder:PATH, tinyimagenet:PATH"
-        )
-    _refuse_unused(spec, resize, background, test_share)
-    return _digits() if spec == "digits" else _torchvision(spec, Path(root or "data"), download)
-
-
-def _refuse_unused(spec: str, resize: int | None, background: str, test_share: float | None) -> None:
-    if resize is not None:
-        raise ValueError(
-            f"resize is {resize}, but {spec} has images of one size; resize is for imagefolder: and tinyimagenet:"
-        )
-    for name, given, unused in (("test_share", test_share, None), ("background", background, "white")):
-        if given != unused:
-            raise ValueError(
-                f"{name} is {given!r}, but {spec} does not use it; it is for imagefolder: and tinyimagenet:"
-            )
-
-
-def _digits() -> ImageData:
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images = torch.from_numpy((bunch.images * 255 / 16).round().astype(np.uint8)).unsqueeze(1)
-    labels = torch.from_numpy(bunch.target.astype(np.int64))
-    in_test = torch.zeros(len(labels), dtype=torch.bool)
-    for label in range(10):
-        in_test[(labels == label).nonzero().squeeze(1)[2::3]] = True
-    train, test = (ImageSplit(images[mask], labels[mask]) for mask in (~in_test, in_test))
-    return ImageData("digits", train, test, [str(i) for i in range(10)])
-
-
-def _torchvision(name: str, root: Path, download: bool) -> ImageData:
-    from torchvision import datasets
-
-    arguments = [{"split": "train"}, {"split": "test"}] if name == "SVHN" else [{"train": True}, {"train": False}]
-    try:
-        parts = [getattr(datasets, name)(str(root), download=download, **a) for a in arguments]
-    except RuntimeError as error:
-        raise FileNotFoundError(f"{name} is not under {root} (download=True fetches it): {error}") from error
-    class_names = [str(c) for c in getattr(parts[0], "classes", range(10))]
-    return ImageData(name, *(_torchvision_split(part) for part in parts), class_names)
-
-
-def _torchvision_split(part) -> ImageSplit:
-    images = torch.as_tensor(part.data)
-    if images.ndim == 3:  # MNIST's: (n, H, W)
-        images = images.unsqueeze(1)
-    elif images.shape[-1] == 3:  # CIFAR's: (n, H, W, C)
-        images = images.permute(0, 3, 1, 2)
-    labels = part.labels if hasattr(part, "labels") else part.targets
-    return ImageSplit(images.contiguous(), torch.as_tensor(labels, dtype=torch.int64))

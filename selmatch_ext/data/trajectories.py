@@ -15,7 +15,7 @@ from selmatch_ext import strict_json
 from selmatch_ext.data.replay import describe, is_list, read_replay_buffer
 from selmatch_ext.files import TensorFile, json_field, open_tensors, save_tensors
 from selmatch_ext.models import from_file
-from selmatch_ext.settings import differences
+from selmatch_ext.provenance import check_same
 
 KIND = "expert"
 OPTION = "--experts-model"
@@ -137,16 +137,10 @@ class ExpertStore:
     def check(self, expert: int, metadata: Mapping[str, Any]) -> None:
         """Raises ValueError, naming what differs, unless the expert was saved with these values of these keys. Where an
         older expert does not say `zca`, it may be either."""
-        expected = json.loads(json.dumps(dict(metadata)))  # as they read back: tuples are lists
-        saved = self._metadata(expert)
+        saved, expected = self._metadata(expert), dict(metadata)
         if "zca" not in saved:
             expected.pop("zca", None)
-        changed = differences({key: saved.get(key) for key in expected}, expected)
-        if changed:
-            raise ValueError(
-                f"{self.path(expert)} was made differently: {'; '.join(changed)} (saved → now). "
-                "Use another folder, or remove the experts in this one"
-            )
+        check_same(self.path(expert), {key: saved.get(key) for key in expected}, expected)
 
     def _check_exists(self, expert: int) -> None:
         if not self.path(expert).exists():

@@ -1,12 +1,56 @@
 """The distillation methods by name. Each is one class in one short file, and all run in the loop of loop.py."""
 
-from selmatch_ext.methods.base import Method, Task
+from __future__ import annotations
+
+import importlib
+import re
+
+from selmatch_ext.methods.base import Defaults, Method, MethodSettings, Task
+from selmatch_ext.methods.datm import DATM
 from selmatch_ext.methods.dd import DD
 from selmatch_ext.methods.distribution import DM
 from selmatch_ext.methods.gradient import DC, DSA
-from selmatch_ext.methods.mtt import DATM, MTT
+from selmatch_ext.methods.mtt import MTT
 from selmatch_ext.methods.selmatch import SelMatch
 
 METHODS: dict[str, type[Method]] = {m.name: m for m in (DC, DSA, DM, DD, MTT, DATM, SelMatch)}
+TAKEN = ("random", "start")
 
-__all__ = ["DATM", "DC", "DD", "DM", "DSA", "METHODS", "MTT", "Method", "SelMatch", "Task"]
+
+def find_method(name: str) -> type[Method]:
+    """The method of that name, or the class `Class` of a module of yours for "package.module:Class", which is imported.
+
+    Raises ValueError for a name that is none, for a module without such a class, and for a class that is no Method with
+    a name of its own."""
+    if name in METHODS:
+        return METHODS[name]
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError(f"no method is called {name!r}; there are {', '.join(METHODS)}, and package.module:Class")
+    found = getattr(importlib.import_module(module), attribute, None)
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise ValueError(f"{name}: {module} has no class {attribute} that is a selmatch_ext.methods.Method")
+    own = getattr(found, "name", "")
+    if not re.fullmatch(r"[\w.-]+", own) or own in TAKEN:
+        raise ValueError(
+            f"{name}: its name is {own!r}; it must consist of letters, digits, '.', '_' and '-', and not be one of "
+            f"{', '.join(TAKEN)}"
+        )
+    return found
+
+
+__all__ = [
+    "DATM",
+    "DC",
+    "DD",
+    "DM",
+    "DSA",
+    "Defaults",
+    "METHODS",
+    "MTT",
+    "Method",
+    "MethodSettings",
+    "SelMatch",
+    "Task",
+    "find_method",
+]

@@ -4,59 +4,85 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from selmatch_ext.context import Context
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.images import ImageData
 from selmatch_ext.data.trajectories import ExpertStore
-from selmatch_ext.experts import network
+from selmatch_ext.experts import expert_network
 from selmatch_ext.ops.dsa import Augmentation
 from selmatch_ext.ops.sampling import sample_augmentation
+from selmatch_ext.ranges import Checked, Count, Number, Seconds
+from selmatch_ext.settings import Evaluation, Experts, Start, Training
+from selmatch_ext.unroll import explain_engine
+
+
+@dataclass(frozen=True)
+class MethodSettings(Checked):
+    """What every method can be told. A method's own settings are a subclass."""
+
+    iterations: Count = 1000
+    """Updates of the images."""
+    checkpoint_seconds: Seconds = 30.0
+    """How often the state is saved."""
+    snapshot_every: Number = 0
+    """Also keep the set as it is after every so many updates, in snapshots/, for `selmatch coverage`; 0 = never."""
+
+
+CONVNET = Evaluation(
+    "ConvNet",
+    training=Training(epochs=1000, lr=0.01, momentum=0.9, weight_decay=5e-4, batch=256, schedule="step"),
+)
+"""How the papers before SelMatch evaluate a distilled set."""
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Settings of the other parts of a run that a method begins with; all of them can be changed."""
+
+    start: Start = Start()
+    experts: Experts = Experts("ConvNet", training=Training(epochs=50))
+    evaluation: Evaluation = CONVNET
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every method is given: the set to begin with, real data normalised in the same way, and where to compute.
+    """What every method is given: the set to begin with, the real data, normalised in the same way, and expert
+    trajectories, if there are any.
 
-    dtype: of images and networks. Everything drawn outside the loop's generator comes from streams of `seed`."""
+    dtype: of images and networks. Everything that is drawn outside the loop's generator comes from streams of the
+    context's seed."""
 
     start: DistilledSet
-    data: ImageData
-    seed: int
-    device: torch.device
+    context: Context
     experts: ExpertStore | None = None
     dtype: torch.dtype = torch.float32
 
+    @property
+    def data(self) -> ImageData:
+        """The real images."""
+        return self.context.data
+
+    @property
+    def device(self) -> torch.device:
+        """Where to compute."""
+        return self.context.device
+
     def network(self, name: str, *stream: str | int) -> torch.nn.Module:
-        """A fresh network of that name, in train mode; its weights come from the named random stream."""
-        return network(self.data, name, self.seed, self.device, *stream).to(self.dtype)
+        """A new network of that name, in train mode; its weights come from the named random stream."""
+        return self.context.network(name, *stream).to(self.dtype)
 
     def expert_network(self) -> torch.nn.Module:
-        """A fresh network of the kind that the experts are of. Raises ValueError where their files name a function that
-        the store does not trust, or a network with other parameters than they hold."""
-        self.experts.check_model_size(self.data.channels, self.data.classes, self.data.image_size)
-        return self.network(self.experts.model, "student")
+        """A new network of the kind that the experts are of; raises as `experts.expert_network` does."""
+        return expert_network(self.experts, self.context).to(self.dtype)
 
     def real(self, indices: Tensor) -> Tensor:
         """The training images at `indices` (b,), a CPU tensor: (b, C, H, W)."""
         return self.data.normalise(self.data.train.images[indices], self.device, self.dtype)
-
-    @cached_property
-    def members(self) -> list[Tensor]:
-        """Of each class, the indices of its training images."""
-        return [(self.data.train.labels == c).nonzero().squeeze(1) for c in range(self.data.classes)]
-
-    def sample(self, label: int, count: int, generator: torch.Generator) -> Tensor:
-        """Indices of `count` random training images of a class, all of them where it has no more."""
-        members = self.members[label]
-        return members[torch.randperm(len(members), generator=generator)[:count]]
-
-    def sample_each(self, count: int, generator: torch.Generator) -> Tensor:
-        """`sample` of every class, one after the other."""
-        return torch.cat([self.sample(c, count, generator) for c in range(self.data.classes)])
 
     def draw(self, batch: int, strategy: str, generator: torch.Generator, siamese: bool = False) -> Augmentation:
         """One operation of `strategy` for a batch of images of the data's size; see `sample_augmentation`."""
@@ -66,26 +92,41 @@ class Task:
         )
 
 
+def check_engine(method: Method, model: torch.nn.Module, engine: str, cuda_graphs: bool = False) -> None:
+    """ValueError where the settings ask for the fused engine, and it has no rule for an operation of the network."""
+    if engine != "fused" and not cuda_graphs:
+        return
+    if engine == "autograd":
+        raise ValueError("cuda_graphs needs the fused engine; engine is autograd")
+    found = explain_engine(model, method.combined()[:2].detach())
+    if found.name != "fused":
+        asked = "engine is fused" if engine == "fused" else "cuda_graphs needs the fused engine"
+        raise ValueError(f"{asked}, but {found.reason}")
+
+
 class Method:
-    """Base of all methods. A subclass gives `name`, `optimiser` and `loss`, and adds what else it learns to `learned`.
+    """Base of all methods. A subclass gives `name`, `optimiser` and `loss`, adds what else it learns to `learned`, and
+    has settings and defaults of its own where it needs them.
 
     Of the task's starting set the images marked `distilled` are learned; the others stay as they are."""
 
-    name: str
-    iterations: int
-    """Updates that its settings ask for."""
+    name: ClassVar[str]
+    settings_type: ClassVar[type] = MethodSettings
+    defaults: ClassVar[Defaults] = Defaults()
     max_loss: float = math.inf
     """A loss above this stops the run."""
+    draws: int = 1
+    """Losses that are averaged in each iteration; several processes share them."""
     learned: dict[str, Tensor]
     """What is optimised, by name: leaf tensors that require a gradient."""
     state: dict[str, Tensor]
     """What else goes from one iteration to the next, by name: tensors that `loss` changes in place."""
 
-    def __init__(self, task: Task):
+    def __init__(self, task: Task, settings: Any):
         start = task.start
         if not start.distilled.any():
-            raise ValueError("no image of the set is to be distilled; alpha times ipc must be at least 1")
-        self.task = task
+            raise ValueError("no image of the set is to be distilled; start.alpha times ipc must be at least 1")
+        self.task, self.settings = task, settings
         self._fixed = start.images.to(task.device, task.dtype)
         self._where = start.distilled.nonzero().squeeze(1).to(task.device)
         self.labels = start.labels.to(task.device)
@@ -94,6 +135,29 @@ class Method:
         self.images = self._fixed[self._where].clone().requires_grad_()
         self.learned = {"images": self.images}
         self.state = {}
+
+    @classmethod
+    def needs_experts(cls, settings: Any) -> bool:
+        """Whether a run with these settings trains expert trajectories for it."""
+        return False
+
+    @classmethod
+    def rehearsed(cls, settings: Any) -> Any:
+        """Settings for trying the method out before the experts are there: those that read an expert are replaced."""
+        return settings
+
+    @property
+    def iterations(self) -> int:
+        """Updates of the images that the settings ask for."""
+        return self.settings.iterations
+
+    @property
+    def other_experts(self) -> bool:
+        """Whether the experts are to be of another data set than the images that are distilled."""
+        return False
+
+    def rehearse(self) -> None:
+        """Raises ValueError for what is certain to fail, found by trying it: a run calls it before its first stage."""
 
     def combined(self) -> Tensor:
         """(n, C, H, W): the whole set, learned images as they are now; differentiable in them."""
@@ -113,7 +177,7 @@ class Method:
 
     def loss(self, iteration: int, generator: torch.Generator) -> Tensor:
         """The 0-d loss of one iteration, differentiable in `learned`. Every random choice comes from `generator` (CPU),
-        `iteration` and the task's seed."""
+        `iteration` and the context's seed."""
         raise NotImplementedError
 
     def check(self) -> None:
@@ -126,3 +190,8 @@ class Method:
     def distilled(self) -> DistilledSet:
         """The set as it is now, on the CPU."""
         return replace(self.task.start, images=self.combined().detach().cpu().float(), method=self.name)
+
+    def further_results(self, sets: dict[str, DistilledSet]) -> dict[str, Any]:
+        """What results.json says beside accuracies. sets: those that are compared, by name (random, start, and the
+        method's), normalised alike."""
+        return {}

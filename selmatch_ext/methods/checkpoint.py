@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selmatch_ext import ranks, strict_json
+from selmatch_ext import ranks
 from selmatch_ext.files import json_field, load_tensors, save_tensors
 from selmatch_ext.methods.base import Method
-from selmatch_ext.settings import differences
+from selmatch_ext.provenance import check_same
 
 
 class Snapshots:
@@ -79,12 +79,7 @@ class Checkpoint:
         own = {f"learned.{name}": t for name, t in method.learned.items()}
         own |= {f"state.{name}": t for name, t in method.state.items()}
         tensors, metadata = load_tensors(self.path, "checkpoint", "losses", *own)
-        where = f"{self.path}: metadata field 'settings'"
-        changed = differences(strict_json.mapping(json_field(metadata, "settings", self.path), where), self.settings)
-        if changed:
-            raise ValueError(
-                f"{self.path} was made with other settings ({'; '.join(changed)}); choose another --out or delete it"
-            )
+        check_same(self.path, json_field(metadata, "settings", self.path), self.settings)
         self._check(tensors, own, method, optimiser)
         with torch.no_grad():
             for name, t in own.items():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,34 +11,82 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from selmatch_ext.data.distilled import DistilledSet, Schedule
-from selmatch_ext.methods.base import Method, Task
+from selmatch_ext.methods.base import CONVNET, Defaults, Method, MethodSettings, Task, check_engine
 from selmatch_ext.models import flat
 from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.models.initial import xavier
-from selmatch_ext.seeds import generator as stream
-from selmatch_ext.settings import DDSettings
+from selmatch_ext.ranges import Count, Number, Positive, Rate
+from selmatch_ext.schedules import follow_schedule
+from selmatch_ext.settings import Experts, Start, Training
 from selmatch_ext.strict_json import shown
+from selmatch_ext.training import predict
 from selmatch_ext.unroll.sgd import unrolled_sgd
+
+
+@dataclass(frozen=True)
+class DDSettings(MethodSettings):
+    """Dataset distillation: unrolled training is the objective (arXiv 1811.10959)."""
+
+    model: str = "LeNet"
+    """The network that is trained on the images; named as in experts.model."""
+    steps: Count = 10
+    """Batches that the set consists of, each a step of training, with start.ipc / steps images of each class."""
+    epochs: Count = 3
+    """How often the steps are gone through."""
+    lr_init: Positive = 0.02
+    """Every step's learning rate at the start; they are learned through softplus."""
+    init: Literal["unknown", "known", "loaded"] = "unknown"
+    """Where training starts: fresh Xavier weights each time; one fixed draw of them; trained networks (the experts)."""
+    objective: Literal["basic", "adapt", "attack"] = "basic"
+    """adapt: the experts were trained on another data set of the same classes. attack: after training on the set,
+    images of `attack_class` are to be taken for `target_class`, others for what they are."""
+    attack_class: Number = 0
+    """For the attack: the class, counted from 0, that is to be mistaken."""
+    target_class: Number = 1
+    """For the attack: the class that it is to be taken for."""
+    networks: Count = 4
+    """Initialisations averaged over in each iteration (one where it is known)."""
+    test_networks: Count = 1
+    """loaded: the last experts, which no iteration sees; the set is evaluated on them."""
+    pool_epochs: Count = 1
+    """loaded: the last so many epochs of each expert after which its network is one of those that training starts from;
+    1 = trained to the end. With few experts more make the set work on networks that it has not seen."""
+    batch_real: Count = 1024
+    """Real images in the objective."""
+    passes: Count = 400
+    """Passes over the real training images."""
+    lr: Positive = 0.01
+    """Adam's, of images and rates, with betas 0.5 and 0.999."""
+    lr_rates: Rate | None = None
+    """Adam's, of the rates alone; None = lr, 0 = they stay as they are. Where the loss jumps, rates have grown beyond
+    what training on the set is stable at: then a tenth of lr."""
+    halve_every: Count = 40
+    """Passes after which lr is halved."""
+    strategy: str = "none"
+    """Augmentation of each training step: one of the names, drawn per batch."""
+    engine: Literal["auto", "fused", "autograd"] = "auto"
+    """fused is faster and runs networks of known operations; autograd runs any; auto: fused where it can."""
 
 
 class DD(Method):
     """S is `steps` batches, gone through `epochs` times; step i is θ_{i+1} = θ_i − softplus(raw_i)·∇ℓ(θ_i; x_i). Loss:
     ℓ of θ_N on a batch of real images, averaged over initialisations. Learned: the images and `raw`.
 
-    Raises ValueError where the starting set does not have steps times images_per_class_per_step images of each class,
-    for rates that are not positive, for a negative lr_rates, and for experts that are missing, too few, trained for
-    fewer than pool_epochs, of another network, or not of the data set that the objective wants."""
+    Raises ValueError where the classes of the starting set do not have equally many images, a multiple of `steps`, and
+    for experts that are missing, too few, trained for fewer than pool_epochs, of another network, or not of the data
+    set that the objective wants."""
 
     name = "dd"
-    settings_type: type = DDSettings
+    settings_type = DDSettings
+    defaults = Defaults(
+        start=Start("noise"),
+        experts=Experts("LeNet", training=Training(epochs=50)),
+        evaluation=replace(CONVNET, model="LeNet", distilled_strategy="none"),
+    )
 
     def __init__(self, task: Task, settings: DDSettings):
-        super().__init__(task)
-        self.settings = s = settings
-        if not s.lr_init > 0:
-            raise ValueError(f"lr_init must be above 0, got {s.lr_init}")
-        if s.lr_rates is not None and not s.lr_rates >= 0:
-            raise ValueError(f"lr_rates must be 0 or above, got {s.lr_rates}")
+        super().__init__(task, settings)
+        s = settings
         self.lr_rates = s.lr if s.lr_rates is None else s.lr_rates
         self.model = task.network(s.model, "network")
         self.batches = self._batches() * s.epochs
@@ -45,7 +94,6 @@ class DD(Method):
         self.raw = rates.expm1().log().requires_grad_()  # the inverse of softplus
         self.learned["raw"] = self.raw
         self.per_pass = -(-len(task.data.train) // s.batch_real)
-        self.iterations = s.passes * self.per_pass
         if s.objective == "attack" and not (
             s.attack_class != s.target_class and {s.attack_class, s.target_class} <= set(range(task.data.classes))
         ):
@@ -57,14 +105,14 @@ class DD(Method):
 
     def _batches(self) -> list[Tensor]:
         """The images of each step: of every class the next few."""
-        count, rows = self.settings.images_per_class_per_step, [self.of_class(c) for c in range(self.task.data.classes)]
-        if any(len(row) != self.settings.steps * count for row in rows):
+        rows, steps = [self.of_class(c) for c in range(self.task.data.classes)], self.settings.steps
+        count = len(rows[0]) // steps
+        if count == 0 or any(len(row) != steps * count for row in rows):
             raise ValueError(
-                f"steps {self.settings.steps} with images_per_class_per_step {count} need "
-                f"{self.settings.steps * count} images of each class; the starting set has "
-                f"{', '.join(str(len(row)) for row in rows)}"
+                f"steps is {steps}: each step takes equally many images of each class, so start.ipc must be a "
+                f"multiple of it; the starting set has {', '.join(str(len(row)) for row in rows)} images of the classes"
             )
-        return [torch.cat([row[i * count : (i + 1) * count] for row in rows]) for i in range(self.settings.steps)]
+        return [torch.cat([row[i * count : (i + 1) * count] for row in rows]) for i in range(steps)]
 
     def _check_experts(self) -> None:
         s, store = self.settings, self.task.experts
@@ -95,6 +143,21 @@ class DD(Method):
                 f"{self.task.data.name}: adapt wants another data set, the other objectives the same"
             )
 
+    @classmethod
+    def needs_experts(cls, settings: DDSettings) -> bool:
+        return settings.init == "loaded"
+
+    @property
+    def iterations(self) -> int:
+        return self.settings.passes * self.per_pass
+
+    @property
+    def other_experts(self) -> bool:
+        return self.settings.objective == "adapt"
+
+    def rehearse(self) -> None:
+        check_engine(self, self.model, self.settings.engine)
+
     def optimiser(self) -> torch.optim.Optimizer:
         groups = [{"params": [self.images], "lr": self.settings.lr}, {"params": [self.raw], "lr": self.lr_rates}]
         return torch.optim.Adam(groups, betas=(0.5, 0.999))
@@ -115,11 +178,11 @@ class DD(Method):
         return [self.fresh(iteration, k) for k in range(s.networks)]
 
     def fresh(self, *name: str | int) -> Tensor:
-        return xavier(self.model, stream(self.task.seed, "xavier", *name)).to(self.raw)
+        return xavier(self.model, self.task.context.generator("xavier", *name)).to(self.raw)
 
     def loss(self, iteration: int, generator: torch.Generator) -> Tensor:
         turn, part = divmod(iteration, self.per_pass)
-        order = torch.randperm(len(self.task.data.train), generator=stream(self.task.seed, "order", turn))
+        order = torch.randperm(len(self.task.data.train), generator=self.task.context.generator("order", turn))
         indices = order[part * self.settings.batch_real : (part + 1) * self.settings.batch_real]
         real, wanted = self.task.real(indices), self.wanted(self.task.data.train.labels[indices]).to(self.task.device)
         losses = []
@@ -159,3 +222,25 @@ class DD(Method):
         rates = F.softplus(self.raw).detach().cpu().float()
         schedule = Schedule(rates, torch.stack(self.batches).cpu(), s.model, starts)
         return replace(super().distilled(), schedule=schedule)
+
+    def further_results(self, sets: dict[str, DistilledSet]) -> dict[str, Any]:
+        """For the attack, averaged over the networks that it has not seen: the shares in % of the attacked class that
+        are taken for the target class (flipped), and the accuracies in % on the other classes (others); without
+        training on any set (before), and after training on each of `sets` in the learned steps."""
+        s, schedule = self.settings, sets[self.name].schedule
+        if s.objective != "attack":
+            return {}
+        still = replace(schedule, rates=torch.full_like(schedule.rates, 1e-12))
+        trained = {"before": replace(sets[self.name], schedule=still)}
+        trained |= {name: replace(subset, schedule=schedule) for name, subset in sets.items()}
+        context, labels = self.task.context, self.task.data.test.labels
+        attacked, found = labels == s.attack_class, {"flipped": {}, "others": {}}
+        for name, subset in trained.items():
+            flipped, others = [], []
+            for k in range(s.test_networks):
+                model = follow_schedule(subset, context, k)
+                guess = predict(model, context.real_images("test"), len(labels), context.device).argmax(1)
+                flipped.append(100 * (guess[attacked] == s.target_class).double().mean().item())
+                others.append(100 * (guess == labels)[~attacked].double().mean().item())
+            found["flipped"][name], found["others"][name] = (sum(v) / len(v) for v in (flipped, others))
+        return {"attack": found}

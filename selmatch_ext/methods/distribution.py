@@ -3,14 +3,35 @@ images is drawn to that of its real ones."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from selmatch_ext.methods.base import Method, Task
+from selmatch_ext.methods.base import Method, MethodSettings, Task
 from selmatch_ext.models import embed
 from selmatch_ext.models.statistics import batchnorms
 from selmatch_ext.ops.dsa import augment
-from selmatch_ext.settings import DMSettings
+from selmatch_ext.ranges import Count, Momentum, Positive
+from selmatch_ext.settings import DSA
+
+
+@dataclass(frozen=True)
+class DMSettings(MethodSettings):
+    """Distribution matching (arXiv 2110.04181)."""
+
+    model: str = "ConvNet"
+    """The network in whose features images are compared; named as in experts.model."""
+    iterations: Count = 20000
+    batch_real: Count = 256
+    """Real images of a class per update."""
+    lr_images: Positive = 1.0
+    """Step size of the images."""
+    momentum: Momentum = 0.5
+    """Momentum of the images."""
+    strategy: str = DSA
+    """Augmentation: one of the names is drawn for each class and update, with one set of parameters for its real and
+    its synthetic batch (siamese)."""
 
 
 class DM(Method):
@@ -21,11 +42,10 @@ class DM(Method):
     memory."""
 
     name = "dm"
-    settings_type: type = DMSettings
+    settings_type = DMSettings
 
     def __init__(self, task: Task, settings: DMSettings):
-        super().__init__(task)
-        self.settings, self.iterations = settings, settings.iterations
+        super().__init__(task, settings)
         rows = [self.of_class(c) for c in range(task.data.classes)]
         self.classes = {c: row for c, row in enumerate(rows) if len(row)}
 
@@ -45,7 +65,7 @@ class DM(Method):
         """The loss of some classes, whose images pass the network in one batch."""
         real, syn = [], []
         for label in group:
-            indices = self.task.sample(label, self.settings.batch_real, generator)
+            indices = self.task.data.sample(label, self.settings.batch_real, generator)
             p = self.task.draw(1, self.settings.strategy, generator, siamese=True)
             real.append(augment(self.task.real(indices), p))
             syn.append(augment(images[self.classes[label]], p))

@@ -2,18 +2,64 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from selmatch_ext.methods.base import Method, Task
+from selmatch_ext.methods.base import CONVNET, Defaults, Method, MethodSettings, Task
 from selmatch_ext.models import flat
 from selmatch_ext.models.statistics import batchnorms, freeze_statistics
 from selmatch_ext.ops.dsa import augment
 from selmatch_ext.ops.gradient_distance import gradient_distance
+from selmatch_ext.ranges import Count, Momentum, Positive, Weight
 from selmatch_ext.second_order import check_differentiable_again
-from selmatch_ext.settings import DCSettings, DSASettings, Training
+from selmatch_ext.settings import DSA as DSA_STRATEGY
+from selmatch_ext.settings import Start, Training
 from selmatch_ext.training import batch_augmenter, train
+
+
+@dataclass(frozen=True)
+class DCSettings(MethodSettings):
+    """Gradient matching (dataset condensation, arXiv 2006.05929)."""
+
+    model: str = "ConvNet"
+    """The network whose gradients are matched; named as in experts.model."""
+    iterations: Count = 1000
+    """Outer iterations: fresh networks."""
+    outer_loop: Count | None = None
+    """Updates of the images per network; None: the paper's for this ipc."""
+    inner_loop: Count | None = None
+    """Epochs that the network is trained on the images between two updates; None: the paper's for this ipc."""
+    batch_real: Count = 256
+    """Real images of a class per update."""
+    batch_train: Count = 256
+    """Images per update of the network."""
+    lr_images: Positive = 0.1
+    """Step size of the images."""
+    momentum: Momentum = 0.5
+    """Momentum of the images."""
+    lr_network: Positive = 0.01
+    """Learning rate of the network."""
+    bn_momentum: Weight = 1.0
+    """BatchNorm is frozen for matching, with statistics from 16 real images per class: 1 = exactly theirs; 0.1 = as the
+    public code, which moves mean 0 and variance 1 a tenth of the way, so that its features are hardly normalized."""
+    metric: Literal["layerwise", "mse", "cos"] = "layerwise"
+    """Distance of two gradients: 1 − cosine of each output row of each layer, summed; squared difference of the whole;
+    1 − cosine of the whole."""
+    strategy: str = "none"
+    """Augmentation: one of the names is drawn for each class and update, with one set of parameters for its real and
+    its synthetic batch (siamese); the network's training draws its own."""
+
+
+@dataclass(frozen=True)
+class DSASettings(DCSettings):
+    """Gradient matching with differentiable siamese augmentation (arXiv 2102.08259)."""
+
+    strategy: str = DSA_STRATEGY
+
 
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
 """Images per class -> (updates of the images per network, epochs of its training between two of them)."""
@@ -41,17 +87,20 @@ class DC(Method):
     An iteration of the loop is one update of the images."""
 
     name = "dc"
-    settings_type: type = DCSettings
+    settings_type = DCSettings
+    defaults = Defaults(start=Start("noise"), evaluation=replace(CONVNET, distilled_strategy="none"))
 
     def __init__(self, task: Task, settings: DCSettings):
-        super().__init__(task)
-        self.settings = settings
+        super().__init__(task, settings)
         self.classes = [self.of_class(c) for c in range(task.data.classes)]
         self.outer, inner = loops(max(map(len, self.classes)), settings)
-        self.iterations = settings.iterations * self.outer
         self.training = Training(inner, settings.lr_network, batch=settings.batch_train)
         self.model = task.network(settings.model, "network", 0)
         self.state["network"] = flat.flatten(self.model.parameters()).detach()
+
+    @property
+    def iterations(self) -> int:
+        return self.settings.iterations * self.outer
 
     def optimiser(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([self.images], lr=self.settings.lr_images, momentum=self.settings.momentum)
@@ -60,7 +109,7 @@ class DC(Method):
         self._advance_network(iteration, generator)
         self.model.train()
         if batchnorms(self.model):
-            real = self.task.real(self.task.sample_each(STATISTICS, generator))
+            real = self.task.real(self.task.data.sample_each(STATISTICS, generator))
             freeze_statistics(self.model, real, self.settings.bn_momentum)
         images = self.combined()
         matched = range(len(self.classes))
@@ -81,7 +130,7 @@ class DC(Method):
 
     def class_distance(self, label: int, images: Tensor, generator: torch.Generator) -> Tensor:
         """Distance between the gradients on a real batch of a class and on all of its synthetic images."""
-        indices = self.task.sample(label, self.settings.batch_real, generator)
+        indices = self.task.data.sample(label, self.settings.batch_real, generator)
         real, syn = self.task.real(indices), images[self.classes[label]]
         p = self.task.draw(1, self.settings.strategy, generator, siamese=True)
         labels = self.task.data.train.labels[indices].to(self.task.device)
@@ -108,3 +157,4 @@ class DSA(DC):
 
     name = "dsa"
     settings_type = DSASettings
+    defaults = Defaults()

@@ -19,44 +19,36 @@ from selmatch_ext.methods.base import Method
 from selmatch_ext.methods.checkpoint import Checkpoint, Snapshots, State
 from selmatch_ext.precision import precision_scope
 from selmatch_ext.second_order import twice_differentiable
-from selmatch_ext.seeds import generator, global_stream
+from selmatch_ext.seeds import global_stream
 
 
 def run(
-    method: Method,
-    iterations: int,
-    folder: str | Path,
-    settings: dict[str, Any],
-    seed: int,
-    checkpoint_seconds: float = 30.0,
-    draws: int = 1,
-    snapshot_every: int = 0,
-    identity: dict[str, Any] | None = None,
+    method: Method, folder: str | Path, made_from: dict[str, Any], identity: dict[str, Any] | None = None
 ) -> list[float]:
-    """Runs `method` up to `iterations` iterations and returns the losses of all of them.
+    """Runs `method` up to its `iterations` and returns the losses of all of them.
 
-    The state is saved to `folder`/checkpoint.safetensors every `checkpoint_seconds`, at the end and before an error.
-    The same call continues from there; on the CPU it ends with the same bits as a run that was never stopped, since
-    iteration i draws from the stream (seed, method.name, i).
+    The state is saved to `folder`/checkpoint.safetensors as often as the method's settings say, at the end and before
+    an error. The same call continues from there; on the CPU it ends with the same bits as a run that was never stopped,
+    since iteration i draws from the stream (seed, method.name, i).
 
-    draws: losses per iteration, each from its own stream, whose gradients are averaged; several processes (ranks.py)
-    share them and end with the same bits as one. Not for a method with a state of its own.
-    snapshot_every: the set as it is before the first iteration, after every so many and at the end goes to
-    `folder`/snapshots/iteration_000100.safetensors and so on; 0 = never.
+    Where the method averages several draws, each comes from its own stream, and several processes (ranks.py) share them
+    and end with the same bits as one. With settings.snapshot_every the set as it is before the first iteration, after
+    every so many and at the end goes to `folder`/snapshots/iteration_000100.safetensors and so on.
 
-    identity: what a checkpoint must have been made from to be continued; None: `settings`, which snapshots are saved
-    with.
+    made_from: what snapshots are saved with as their settings. identity: what a checkpoint must have been made from to
+    be continued; None: `made_from`.
 
-    Raises ValueError when the checkpoint was made from something else, or the processes cannot share `draws` equally;
+    Raises ValueError when the checkpoint was made from something else, or the processes cannot share the draws equally;
     FloatingPointError (after saving the last good state) when a loss or gradient is not finite or the loss exceeds
     `method.max_loss`."""
-    made_from = {**(settings if identity is None else identity), "seed": seed, "method": method.name}
-    checkpoint = Checkpoint(Path(folder) / "checkpoint.safetensors", made_from)
-    check_draws(method, draws)
+    seed, settings, iterations = method.task.context.seed, method.settings, method.iterations
+    known = {**(made_from if identity is None else identity), "seed": seed, "method": method.name}
+    checkpoint = Checkpoint(Path(folder) / "checkpoint.safetensors", known)
+    check_draws(method)
     optimiser = method.optimiser()
     rates = [group["lr"] for group in optimiser.param_groups]
     losses = checkpoint.restore(method, optimiser)
-    keep = Snapshots(Path(folder) / "snapshots", snapshot_every, iterations, settings)
+    keep = Snapshots(Path(folder) / "snapshots", settings.snapshot_every, iterations, made_from)
     keep(method, len(losses))
     saved_at = time.monotonic()
     good = None
@@ -64,14 +56,14 @@ def run(
     with ranks.progress(total=iterations, initial=done, desc=method.name, unit="iteration") as progress:
         while len(losses) < iterations:
             iteration = len(losses)
-            good, problem = _iterate(method, optimiser, rates, losses, good, draws, seed)
+            good, problem = _iterate(method, optimiser, rates, losses, good)
             if problem is not None:
                 checkpoint.save(method, optimiser, losses)
                 raise _stopped(method, iteration, losses, checkpoint, problem)
             keep(method, len(losses))
             progress.update()
             progress.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
-            if time.monotonic() - saved_at > checkpoint_seconds:
+            if time.monotonic() - saved_at > settings.checkpoint_seconds:
                 checkpoint.save(method, optimiser, losses)
                 saved_at = time.monotonic()
     checkpoint.save(method, optimiser, losses)
@@ -94,8 +86,6 @@ def _iterate(
     rates: list[float],
     losses: list[float],
     good: State | None,
-    draws: int,
-    seed: int,
 ) -> tuple[State, str | None]:
     """One update of `method`, whose loss is added to `losses`. good: the state before the last update.
 
@@ -106,7 +96,7 @@ def _iterate(
         group["lr"] = rate * method.decay(iteration)
     optimiser.zero_grad()
     try:
-        value = _backward(method, iteration, draws, seed)
+        value = _backward(method, iteration)
         problem = _problem(value, method)
     except FloatingPointError as error:  # of a network that the loss trains
         problem = str(error)
@@ -123,8 +113,10 @@ def _iterate(
     return before, problem
 
 
-def check_draws(method: Method, draws: int) -> None:
-    """ValueError where the processes cannot share `draws` losses equally, or the method cannot average several."""
+def check_draws(method: Method) -> None:
+    """ValueError where the processes cannot share the draws of an iteration equally, or the method cannot average
+    several."""
+    draws = method.draws
     if draws < 1 or draws % ranks.world():
         raise ValueError(
             f"{ranks.world()} processes share the losses of an iteration, so their number must be a multiple of "
@@ -134,15 +126,16 @@ def check_draws(method: Method, draws: int) -> None:
         raise ValueError(f"{method.name} goes from each loss to the next and cannot average {draws} of them")
 
 
-def _backward(method: Method, iteration: int, draws: int, seed: int) -> float:
-    """Gives what is learned the mean gradient of `draws` losses, and returns their mean. Each rank computes every
-    world-th; all add them up in the order of the draws, so that the bits do not depend on the number of ranks."""
+def _backward(method: Method, iteration: int) -> float:
+    """Gives what is learned the mean gradient of the iteration's draws, and returns their mean loss. Each rank computes
+    every world-th; all add them up in the order of the draws, so that the bits do not depend on the number of ranks."""
+    draws, context = method.draws, method.task.context
     if draws == 1:
-        return _one_backward(method, iteration, generator(seed, method.name, iteration)).item()
+        return _one_backward(method, iteration, context.generator(method.name, iteration)).item()
     found: dict[str, list[Tensor]] = {"": [], **{name: [] for name in method.learned}}
     for draw in ranks.mine(draws):
         stream = (iteration, draw) if draw else (iteration,)
-        found[""].append(_one_backward(method, iteration, generator(seed, method.name, *stream)))
+        found[""].append(_one_backward(method, iteration, context.generator(method.name, *stream)))
         for name, t in method.learned.items():
             found[name].append(torch.zeros_like(t) if t.grad is None else t.grad)
             t.grad = None

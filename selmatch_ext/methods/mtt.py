@@ -1,17 +1,74 @@
-"""Matching training trajectories (MTT, arXiv 2203.11932), and its difficulty-aligned form (DATM, arXiv 2310.05773)."""
+"""Matching training trajectories (MTT, arXiv 2203.11932)."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from selmatch_ext.data.distilled import DistilledSet
-from selmatch_ext.methods.base import Method, Task
-from selmatch_ext.methods.trajectory import check_experts, expert_logits, matching_loss, start_epochs
+from selmatch_ext.data.trajectories import ExpertStore
+from selmatch_ext.experts import expert_logits
+from selmatch_ext.methods.base import Method, MethodSettings, Task, check_engine
+from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.models.statistics import refuses_one_image
-from selmatch_ext.settings import DATMSettings, Matching, MTTSettings
+from selmatch_ext.ops.distance import trajectory_distance
+from selmatch_ext.ranges import Count, Momentum, Number, Positive, Rate
+from selmatch_ext.settings import DSA, Precision
+from selmatch_ext.unroll.sgd import unrolled_sgd
+
+
+@dataclass(frozen=True)
+class MTTSettings(MethodSettings):
+    """Matching training trajectories (arXiv 2203.11932); defaults for CIFAR-10 with 10 images per class."""
+
+    iterations: Count = 5000
+    inner_steps: Count = 20
+    """N: student updates per iteration."""
+    expert_epochs: Count = 3
+    """M: how many epochs ahead of the start the target lies."""
+    max_start_epoch: Count = 25
+    """Start epochs are drawn from [min_start_epoch, max_start_epoch)."""
+    min_start_epoch: Number = 0
+    """The first of the start epochs."""
+    first_max_start_epoch: Count | None = None
+    """Where the upper end of the start epochs stands at first; it grows to max_start_epoch over the run (sequential
+    generation, DATM). None: it stands at max_start_epoch all the time."""
+    batch_syn: Count = 500
+    """Synthetic images per student update."""
+    lr_images: Positive = 1000.0
+    """Step size of the images."""
+    lr_lr: Rate = 1e-5
+    """Step size of η."""
+    momentum: Momentum = 0.5
+    """Momentum of the images and of η."""
+    lr_init: Positive = 0.01
+    """η₀, the student's learning rate at the start; it is learned."""
+    labels: Literal["hard", "soft", "learned"] = "hard"
+    """soft: softmax of the logits that expert 0 gives the starting images; learned: those logits are learned too."""
+    lr_labels: Rate = 1.0
+    """Step size of learned logits."""
+    labels_momentum: Momentum = 0.9
+    """Momentum of learned logits."""
+    strategy: str = DSA
+    """Augmentation of each student update: one of the names, drawn per batch."""
+    gradient: Literal["exact", "tesla"] = "exact"
+    """tesla: the estimate of TESLA (arXiv 2211.10586), for comparison."""
+    engine: Literal["auto", "fused", "autograd"] = "auto"
+    """fused is faster and runs networks of known operations; autograd runs any; auto: fused where it can."""
+    keep: Literal["nothing", "activations"] = "nothing"
+    """activations is faster, and its memory grows with inner_steps."""
+    precision: Precision = "float32"
+    """tf32 (GPU only) rounds in convolutions and products, bfloat16 also what lies between them; float32 nowhere."""
+    cuda_graphs: bool = False
+    """Replay each student update from a CUDA graph; GPU with the fused engine only."""
+    max_loss: Positive = 100.0
+    """A matching loss above this stops the run: 1 is the distance between the expert's start and target."""
+    experts_per_iteration: Count = 1
+    """Experts whose losses are averaged in each iteration; several processes (torchrun) share them, so it must be a
+    multiple of their number."""
 
 
 class MTT(Method):
@@ -21,20 +78,20 @@ class MTT(Method):
     and for trajectories that are too short."""
 
     name = "mtt"
-    settings_type: type = MTTSettings
+    settings_type = MTTSettings
 
-    def __init__(self, task: Task, settings: Matching):
-        super().__init__(task)
+    def __init__(self, task: Task, settings: MTTSettings):
+        super().__init__(task, settings)
         if task.experts is None:
             raise ValueError(f"{self.name} needs expert trajectories; train some with `selmatch experts`")
-        self.settings, self.iterations, self.max_loss = settings, settings.iterations, settings.max_loss
+        self.max_loss, self.draws = settings.max_loss, settings.experts_per_iteration
         self.model = task.expert_network()
         check_experts(task.experts, self.model, settings)
         self._check_batches()
         self.lr = torch.tensor(settings.lr_init, device=task.device, dtype=task.dtype, requires_grad=True)
         self.learned["lr"] = self.lr
         if settings.labels != "hard":
-            self.logits = expert_logits(task, task.start.images)
+            self.logits = expert_logits(task.experts, task.context, task.start.images.to(task.dtype))
         if settings.labels == "learned":
             self.learned["logits"] = self.logits.requires_grad_()
 
@@ -48,6 +105,17 @@ class MTT(Method):
                 "cannot take statistics; choose another batch_syn"
             )
 
+    @classmethod
+    def needs_experts(cls, settings: MTTSettings) -> bool:
+        return True
+
+    @classmethod
+    def rehearsed(cls, settings: MTTSettings) -> MTTSettings:
+        return replace(settings, labels="hard")  # others are the logits of an expert
+
+    def rehearse(self) -> None:
+        check_engine(self, self.model, self.settings.engine, self.settings.cuda_graphs)
+
     def optimiser(self) -> torch.optim.Optimizer:
         s = self.settings
         groups = [{"params": [self.images], "lr": s.lr_images}, {"params": [self.lr], "lr": s.lr_lr}]
@@ -60,16 +128,34 @@ class MTT(Method):
         return self.labels if self.settings.labels == "hard" else self.logits.softmax(1)
 
     def loss(self, iteration: int, generator: torch.Generator) -> Tensor:
-        return matching_loss(
+        """‖θ̂_N − θ*_{t+M}‖² / ‖θ*_t − θ*_{t+M}‖² for a random expert and start epoch t (SelMatch, equation 2).
+
+        Draws the expert, t, the batches, and one DSA operation a step."""
+        s, store = self.settings, self.task.experts
+        expert = int(torch.randint(store.count, (), generator=generator))
+        epoch = int(torch.randint(*start_epochs(s, iteration), (), generator=generator))
+        images = self.combined()
+        start = store.row(expert, epoch).to(images)
+        target = store.row(expert, epoch + s.expert_epochs).to(images)
+        batches = chunks(len(images), s.batch_syn, s.inner_steps, generator)
+        augmentations = None
+        if s.strategy != "none":
+            augmentations = [self.task.draw(len(b), s.strategy, generator) for b in batches]
+        student = unrolled_sgd(
             self.model,
-            self.task.experts,
-            self.combined(),
+            start,
+            images,
             self.targets(),
+            [b.to(images.device) for b in batches],
             self.lr,
-            self.settings,
-            generator,
-            start_epochs(self.settings, iteration),
+            augmentations=augmentations,
+            engine=s.engine,
+            keep=s.keep,
+            gradient=s.gradient,
+            precision=s.precision,
+            cuda_graphs=s.cuda_graphs,
         )
+        return trajectory_distance(student, start, target)
 
     def check(self) -> None:
         if not self.lr.item() > 0:
@@ -88,9 +174,48 @@ class MTT(Method):
         return replace(super().distilled(), labels=labels, lr=self.lr.item())
 
 
-class DATM(MTT):
-    """MTT with settings of its own: start epochs whose upper end grows, images that expert 0 classifies correctly to
-    begin with, and labels learned from that expert's logits."""
+def chunks(count: int, batch: int, steps: int, generator: torch.Generator) -> list[Tensor]:
+    """`steps` index tensors: consecutive chunks of at most `batch` of a random permutation of `count`, and of a new one
+    whenever it has run out (algorithm 1 of the paper)."""
+    batches: list[Tensor] = []
+    while len(batches) < steps:
+        batches += torch.randperm(count, generator=generator).split(batch)
+    return batches[:steps]
 
-    name = "datm"
-    settings_type = DATMSettings
+
+def start_epochs(settings: MTTSettings, iteration: int) -> tuple[int, int]:
+    """The range of start epochs in an iteration, its end excluded: with first_max_start_epoch it grows in equal steps
+    from there to max_start_epoch over the run (sequential generation; DATM, arXiv 2310.05773, section 3.3)."""
+    first, end = settings.first_max_start_epoch, settings.max_start_epoch
+    if first is not None:
+        end = first + (end + 1 - first) * iteration // settings.iterations
+    return settings.min_start_epoch, min(end, settings.max_start_epoch)
+
+
+def check_experts(store: ExpertStore, model: torch.nn.Module, settings: MTTSettings) -> None:
+    """ValueError when there are no trajectories, they are not of `model`, or too short for the start epochs and M."""
+    if store.count == 0:
+        raise ValueError(f"no expert trajectories in {store.folder}; train some with `selmatch experts`")
+    if store.parameters != parameter_count(model):
+        raise ValueError(
+            f"the experts in {store.folder} have {store.parameters} parameters, {type(model).__name__} has "
+            f"{parameter_count(model)}"
+        )
+    store.check_alike()
+    if not 0 <= settings.min_start_epoch < settings.max_start_epoch:
+        raise ValueError(
+            f"min_start_epoch must be at least 0 and below max_start_epoch {settings.max_start_epoch}, got "
+            f"{settings.min_start_epoch}"
+        )
+    first = settings.first_max_start_epoch
+    if first is not None and not settings.min_start_epoch < first <= settings.max_start_epoch:
+        raise ValueError(
+            f"first_max_start_epoch must be above min_start_epoch {settings.min_start_epoch} and at most "
+            f"max_start_epoch {settings.max_start_epoch}, got {first}"
+        )
+    last = settings.max_start_epoch - 1 + settings.expert_epochs
+    if last > store.epochs:
+        raise ValueError(
+            f"max_start_epoch {settings.max_start_epoch} and expert_epochs {settings.expert_epochs} need trajectories "
+            f"of {last} epochs; those in {store.folder} have {store.epochs}"
+        )

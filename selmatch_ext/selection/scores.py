@@ -12,30 +12,31 @@ from torch import Tensor
 
 from selmatch_ext import strict_json
 from selmatch_ext.arrays import Arrays, open_arrays
-from selmatch_ext.data.images import ImageData, check_labels
+from selmatch_ext.data.images import check_labels
 from selmatch_ext.files import plain
 
 WHAT = "score file (.npy, or .npz with scores[, labels])"
 HIGHER_IS_EASIER = {"cscore": True, "forgetting": False, "el2n": False}
 
 
-def load_scores(path: str | os.PathLike, data: ImageData) -> Tensor:
-    """Reads one score per training image of `data`, in its order.
+def load_scores(path: str | os.PathLike, labels: Tensor, name: str = "the data set") -> Tensor:
+    """Reads one score per training image of a data set, in its order.
 
-    path: `.npy` with (n,) numbers, or `.npz` with `scores` (n,) and optionally `labels` (n,), which must be `data`'s.
+    path: `.npy` with (n,) numbers, or `.npz` with `scores` (n,) and optionally `labels` (n,), which must be the same as
+    `labels`, (n,) int64, those of the data set. name: what messages call it.
     Returns (n,) float64: of the published C-scores many differ in their last bits only. `difficulty` gives them a
     direction.
     Raises FileNotFoundError, OSError where the file cannot be read, and ValueError for a file that is not of this kind,
     is truncated or damaged (.npz has checksums, .npy has none), has another length, other labels, or values that are
     NaN or infinite. What the header declares is compared with the file and the data before memory is taken.
     """
-    path, labels = Path(path), data.train.labels
+    path = Path(path)
     with open_arrays(path, WHAT) as arrays:
         _check_names(arrays)
         shape, dtype = arrays.header("scores")
         if dtype.kind not in "fiu" or shape != (len(labels),):
             raise ValueError(
-                f"scores have dtype {dtype} and shape {shape}; {data.name} needs numbers of shape ({len(labels)},), "
+                f"scores have dtype {dtype} and shape {shape}; {name} needs numbers of shape ({len(labels)},), "
                 "one per training image"
             )
         scores = arrays.read("scores", len(labels) * dtype.itemsize)

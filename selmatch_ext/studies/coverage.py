@@ -14,15 +14,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selmatch_ext import models, ranks, report
-from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.context import Context
+from selmatch_ext.data.distilled import DistilledSet, seen_as, training_set
 from selmatch_ext.data.images import ImageData
-from selmatch_ext.evaluation import evaluate, seen_as, training_set
-from selmatch_ext.experts import real_images
-from selmatch_ext.features import split_features, trained_networks
+from selmatch_ext.evaluation import evaluate
 from selmatch_ext.files import write_json, write_text
 from selmatch_ext.output import attempt, say
+from selmatch_ext.provenance import to_dict
+from selmatch_ext.selection.features import split_features, trained_networks
 from selmatch_ext.selection.scores import el2n
-from selmatch_ext.settings import Coverage, Evaluation, Features, to_dict
+from selmatch_ext.settings import Coverage, Evaluation, Features
+from selmatch_ext.studies.sets import named
 from selmatch_ext.training import predict
 
 GROUPS = ("all", "easy", "hard")
@@ -63,8 +65,7 @@ class Ruler:
     radius: r; easy: (m,) bool, the easier half of the test images."""
 
     network: torch.nn.Module
-    data: ImageData
-    device: torch.device
+    context: Context
     center: Tensor
     test: Tensor
     radius: float
@@ -72,28 +73,27 @@ class Ruler:
 
     def measure(self, subset: DistilledSet) -> dict[str, float]:
         """Coverage in % by the images of `subset`, as the data's network sees them without augmentation."""
-        images = _seen_by(self.data, subset).to(self.device)
-        seen = predict(self.network, images.__getitem__, len(images), self.device, output=models.embed)
+        device = self.context.device
+        images = _seen_by(self.context.data, subset).to(device)
+        seen = predict(self.network, images.__getitem__, len(images), device, output=models.embed)
         return shares(nearest(self.test, seen.to(self.test) - self.center) <= self.radius, self.easy)
 
 
-def ruler(
-    data: ImageData, settings: Coverage, features: Features, seed: int, device: torch.device, folder: Path
-) -> Ruler:
+def ruler(context: Context, settings: Coverage, features: Features, folder: Path) -> Ruler:
     """Trains the networks (or reads those in `folder`) and measures r and the difficulty of each test image: the norm
     of softmax − one-hot label (EL2N's formula), averaged over the networks at the end of their training. Features and r
     are those of the first network."""
-    networks = trained_networks(data, features, seed, device, folder, settings.networks)
-    labels, errors = data.test.labels, []
+    networks = trained_networks(context, features, folder, settings.networks)
+    labels, errors, device = context.data.test.labels, [], context.device
     for network in networks:
-        logits = predict(network, real_images(data, device, "test"), len(labels), device)
+        logits = predict(network, context.real_images("test"), len(labels), device)
         errors.append(F.softmax(logits, 1))
     # Centred, so that squares do not swamp the differences in `nearest`
-    train = split_features(networks[0], data, device).to(device)
+    train = split_features(networks[0], context).to(device)
     center = train.mean(0)
-    test = split_features(networks[0], data, device, "test").to(device) - center
+    test = split_features(networks[0], context, "test").to(device) - center
     radius = nearest(train - center, train - center, themselves=True).double().mean().item()
-    return Ruler(networks[0], data, device, center, test, radius, easy_half(el2n(torch.stack(errors), labels)))
+    return Ruler(networks[0], context, center, test, radius, easy_half(el2n(torch.stack(errors), labels)))
 
 
 def snapshots(path: Path) -> dict[int, Path]:
@@ -112,12 +112,10 @@ def snapshots(path: Path) -> dict[int, Path]:
 
 def coverage(
     paths: list[Path],
-    data: ImageData,
+    context: Context,
     settings: Coverage,
     features: Features,
     evaluation: Evaluation,
-    seed: int,
-    device: torch.device,
     folder: Path,
 ) -> dict:
     """Coverage and accuracy of each set in `paths`, over all, easy and hard test images; for a folder of a run, the
@@ -128,8 +126,8 @@ def coverage(
     coverage.png, accuracy.png and table.md. Trained networks and finished evaluations are kept in `folder`."""
     sets = {name: snapshots(path) for name, path in named(paths).items()}
     for files in sets.values():  # what does not fit is refused before any training
-        seen_as(DistilledSet.load(list(files.values())[-1]), data)
-    measure = ruler(data, settings, features, seed, device, folder / "networks")
+        seen_as(DistilledSet.load(list(files.values())[-1]), context.data)
+    measure = ruler(context, settings, features, folder / "networks")
     result: dict = {"radius": measure.radius, "coverage": {}, "accuracy": {}}
     for name, files in sets.items():
         measured = [measure.measure(DistilledSet.load(file)) for file in files.values()]
@@ -138,25 +136,20 @@ def coverage(
         if settings.accuracy:
             subset, record = training_set(list(files.values())[-1]), folder / f"evaluation_{name}.json"
             groups = {"easy": measure.easy, "hard": ~measure.easy}
-            found = evaluate(subset, data, evaluation, seed, device, record, name, groups=groups)
+            found = evaluate(subset, context, evaluation, record, name, groups=groups)
             found["all"] = found.pop("test")
             result["accuracy"][name] = {group: {"mean": found[group].mean, "std": found[group].std} for group in GROUPS}
-    how = {"data": data.name, "seed": seed, "coverage": settings, "features": features, "evaluation": evaluation}
+    how = {
+        "data": context.data.name,
+        "seed": context.seed,
+        "coverage": settings,
+        "features": features,
+        "evaluation": evaluation,
+    }
     result["settings"] = {key: value if key in ("data", "seed") else to_dict(value) for key, value in how.items()}
     if ranks.first():
         _write(result, folder)
     return result
-
-
-def named(paths: list[Path]) -> dict[str, Path]:
-    """A name for each path: that of the file or folder, with as many folders above it as make all names differ."""
-    if not paths:
-        raise ValueError("no set is given; it takes one or more .safetensors files")
-    parts = [Path(str(path.resolve()).removesuffix(".safetensors")).parts[1:] for path in paths]
-    if len(set(parts)) < len(parts):
-        raise ValueError(f"the same set is given twice among {', '.join(map(str, paths))}")
-    depth = next(d for d in range(1, 1 + max(map(len, parts))) if len({p[-d:] for p in parts}) == len(parts))
-    return {"_".join(p[-depth:]): path for p, path in zip(parts, paths, strict=True)}
 
 
 def _groups(easy: Tensor) -> dict[str, Tensor]:

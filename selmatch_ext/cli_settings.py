@@ -1,0 +1,90 @@
+"""Settings that a command is given as a whole: --settings and a run's settings.json, its folder, or a recipe's name."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from selmatch_ext import recipes
+from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.models import from_file
+from selmatch_ext.provenance import from_dict
+from selmatch_ext.run import Run
+from selmatch_ext.settings import Data
+
+OF_THE_SET = Data(dataset="of the set")
+"""Stands for the data set that a set's file names."""
+
+
+def given_run(arguments: list[str], with_method: Collection[str]) -> tuple[Run | None, list[str]]:
+    """The run that --settings names, None where it is not given, and the other words of the command. Where the verb is
+    one of `with_method` and names no method, that of the run is added.
+
+    Raises ValueError for a file that names a function of a module of Python as a network, unless the command does too:
+    a data file does not choose which code runs."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--settings")
+    parser.add_argument("--reduced", action="store_true")
+    chosen, words = parser.parse_known_args(arguments)
+    if chosen.settings is None:
+        return None, arguments
+    named = words[1] if len(words) > 1 and words[0] in with_method and not words[1].startswith("-") else None
+    run = _find(chosen.settings, named)
+    if chosen.reduced:
+        run = recipes.reduced(run)
+    _check_networks(run, chosen.settings, words)
+    if words and words[0] in with_method and named is None:
+        words = [words[0], run.method, *words[1:]]
+    return run, words
+
+
+def _find(given: str, method: str | None) -> Run:
+    if given in recipes.RECIPES or not Path(given).exists():
+        run = recipes.find(given).settings
+        if method not in (None, run.method):
+            raise ValueError(f"the recipe {given} is of the method {run.method}, not {method}")
+        return run
+    return Run.load(given, method)
+
+
+def _check_networks(run: Run, source: str, words: list[str]) -> None:
+    trusted = {value for word in words for value in (word, word.partition("=")[2])}
+    for name, value in _networks(run):
+        from_file.checked_name(value, f"{source}: {name}", f"--{name.replace('_', '-')}", trusted)
+
+
+def _networks(settings: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """(option, value) of each setting that names a network."""
+    found = []
+    for field in fields(settings):
+        value, option = getattr(settings, field.name), f"{prefix}{field.name}"
+        if is_dataclass(value):
+            found += _networks(value, "" if field.name == "settings" else f"{option}.")
+        elif field.name == "model":
+            found.append((option, value))
+    return found
+
+
+def take(run: Run) -> dict[str, Any]:
+    """The parts of a run by the names that verbs have for them."""
+    parts = {field.name: getattr(run, field.name) for field in fields(run) if field.name != "method"}
+    return parts | {"scores": run.start.scores, "features": run.start.features}
+
+
+def data_of(data: Data, path: Path) -> Data:
+    """The data settings that the set in the file `path` was made with, where `data` does not name a data set; what else
+    differs from the defaults in `data` counts. Nothing is downloaded or cached because a file says so.
+
+    Raises ValueError where the file does not say of which data set it is."""
+    if data.dataset != OF_THE_SET.dataset:
+        return data
+    given = DistilledSet.load(path).settings.get("data")
+    if not isinstance(given, dict) or "dataset" not in given:
+        raise ValueError(f"{path} does not say of which data set it is; name it by --data.dataset")
+    known = replace(from_dict(Data, given, f"{path}: settings.data"), download=False, cache=None)
+    changed = {f.name: getattr(data, f.name) for f in fields(data)}
+    changed = {name: value for name, value in changed.items() if value != getattr(OF_THE_SET, name)}
+    return replace(known, **changed)

@@ -1,0 +1,92 @@
+"""The difficulty of each training image, from a score file or from networks that are watched while they train."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from selmatch_ext import ranks
+from selmatch_ext.context import Context
+from selmatch_ext.data.images import ImageData
+from selmatch_ext.files import atomic_write, check_writable
+from selmatch_ext.provenance import check_same, of_images, to_dict
+from selmatch_ext.selection.scores import describe, difficulty, el2n, forgetting_events, load_scores
+from selmatch_ext.settings import Scores
+from selmatch_ext.training import predict, train_on_real
+
+COMPUTED = ("forgetting", "el2n")
+
+
+def training_difficulty(context: Context, settings: Scores, path: Path) -> Tensor:
+    """(n,) difficulty of each training image, higher = harder: read from `settings.source`, or computed and kept at
+    `path`. A score file is for the data, or for the full data set that the data are a subset of."""
+    data = context.data
+    if settings.source in COMPUTED:
+        made_from = {"scores": to_dict(settings), "seed": context.seed, "data": data.name, **of_images(data)}
+        if not path.exists():
+            check_writable(path)
+            scores = compute_scores(context, settings)
+            if ranks.first():
+                with atomic_write(path) as temporary, open(temporary, "wb") as file:
+                    np.savez(file, scores=scores.numpy(), labels=data.train.labels.numpy(), how=json.dumps(made_from))
+            ranks.barrier()
+        check_same(path, describe(path)[1], made_from)
+        return difficulty(load_scores(path, data.train.labels, data.name), settings.source)
+    kind, _, source = settings.source.rpartition(":")
+    kind, full = kind or "cscore", data.full
+    if full is None or _is_of_subset(source, data):
+        return difficulty(load_scores(source, data.train.labels, data.name), kind)
+    return difficulty(load_scores(source, full.labels, full.name), kind)[full.kept]
+
+
+def _is_of_subset(source: str, data: ImageData) -> bool:
+    """Whether a score file has as many scores as the subset `data`. ValueError when it says it is of another."""
+    count, how = describe(source)
+    digest = data.train.digest()
+    if count == len(data.train) and how.get("images", digest) != digest:
+        raise ValueError(f"{source} holds scores of other images than those of {data.name}: another subset or seed")
+    return count == len(data.train)
+
+
+def compute_scores(context: Context, settings: Scores) -> Tensor:
+    """Difficulty (n,) float32 of every training image, higher = harder: forgetting events (arXiv 1812.05159) or EL2N
+    (arXiv 2107.07075), averaged over `settings.runs` networks watched after every epoch."""
+    labels, epochs = context.data.train.labels, settings.training.epochs
+    measure = _is_right if settings.source == "forgetting" else _error_norm
+    watched = {}
+    with ranks.progress(total=len(ranks.mine(settings.runs)) * epochs, desc="scores", unit="epoch") as progress:
+        for run in ranks.mine(settings.runs):
+            model = context.network(settings.model, "scores", run)
+            take, seen = context.real_images(), []
+
+            def watch(epoch: int, model=model, take=take, seen=seen) -> None:
+                seen.append(measure(predict(model, take, len(labels), context.device), labels))
+                progress.update()
+
+            order = context.generator("scores", run)
+            train_on_real(model, context, settings.training, settings.strategy, order, watch)
+            watched[run] = torch.stack(seen)
+    blank = torch.zeros(epochs, len(labels), dtype=torch.bool if settings.source == "forgetting" else torch.float32)
+    history = torch.stack(ranks.collect(watched, settings.runs, blank))
+    return forgetting_events(history) if settings.source == "forgetting" else history.mean((0, 1))
+
+
+def _is_right(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.argmax(1) == labels
+
+
+def _error_norm(logits: Tensor, labels: Tensor) -> Tensor:
+    return el2n(F.softmax(logits, 1).unsqueeze(0), labels)
+
+
+def _is_right(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.argmax(1) == labels
+
+
+def _error_norm(logits: Tensor, labels: Tensor) -> Tensor:
+    return el2n(F.softmax(logits, 1).unsqueeze(0), labels)

@@ -1,0 +1,183 @@
+"""Which images a distillation starts from, and which of them it learns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from selmatch_ext.context import Context
+from selmatch_ext.data.distilled import DistilledSet, as_selected, real_subset, seen_as
+from selmatch_ext.data.trajectories import ExpertStore
+from selmatch_ext.evaluation import Accuracy, evaluate
+from selmatch_ext.experts import expert_logits
+from selmatch_ext.seeds import derive
+from selmatch_ext.selection import coreset
+from selmatch_ext.selection.difficulty import COMPUTED, training_difficulty
+from selmatch_ext.selection.features import split_features, trained_networks
+from selmatch_ext.selection.window import beta_grid, check_classes, split, window
+from selmatch_ext.settings import SELECTIONS, Evaluation, Start
+
+CHOICES = (*SELECTIONS, "noise", "correct")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The images that were chosen.
+
+    beta: where the window lies, for choices by difficulty. tried: the test accuracies of windows that were compared.
+    """
+
+    images: DistilledSet
+    beta: float | None = None
+    tried: dict[float, Accuracy] = field(default_factory=dict)
+
+
+def is_file(select: str) -> bool:
+    """Whether `start.select` is the path of a set. ValueError where it is neither that nor one of the choices."""
+    if select in CHOICES:
+        return False
+    if not Path(select).exists():
+        raise ValueError(f"start.select is {select!r}; it must be one of {', '.join(CHOICES)}, or the path of a set")
+    return True
+
+
+def choose(
+    settings: Start, context: Context, evaluation: Evaluation, folder: Path, experts: ExpertStore | None = None
+) -> Chosen:
+    """The set that a distillation starts from, with the images marked that it learns.
+
+    evaluation: how networks are trained that compare windows. folder: keeps scores.npz, window/ and features/, from
+    which a killed call continues. Raises ValueError for a set of other data, and for correct without experts."""
+    if is_file(settings.select):
+        return Chosen(_from_file(settings.select, context))
+    if settings.select == "window" or settings.select in coreset.BY_SCORE:
+        return _by_difficulty(settings, context, evaluation, folder)
+    labels, ipc = context.data.train.labels, settings.ipc
+    if settings.select in coreset.BY_FEATURES:
+        model = trained_networks(context, settings.features, folder / "features")[0]
+        choice = {"herding": coreset.herding, "k-center": coreset.k_center}[settings.select]
+        indices = choice(split_features(model, context), labels, ipc)
+    elif settings.select == "correct":
+        indices = _correct(context, ipc, experts)
+    else:
+        indices = coreset.random(labels, ipc, context.generator("random"))
+    chosen = _marked(real_subset(context.data, indices, settings.select), settings)
+    if settings.select == "noise":
+        noise = torch.randn(chosen.images.shape, generator=context.generator("noise"))
+        learned = chosen.distilled
+        images = torch.where(learned.view(-1, 1, 1, 1), noise, chosen.images)
+        chosen = replace(chosen, images=images, indices=chosen.indices.where(~learned, -1))
+    return Chosen(chosen)
+
+
+def _from_file(path: str, context: Context) -> DistilledSet:
+    """The set in a file, without the training that it was made for."""
+    chosen = DistilledSet.load(path)
+    seen_as(chosen, context.data)
+    return replace(chosen, lr=None, schedule=None)
+
+
+def prototype(settings: Start, context: Context) -> DistilledSet:
+    """A set like the one that `choose` will return, found without work: for trying out what comes after it.
+
+    Raises ValueError where the choice is certain to fail: an ipc that a class does not have, windows or scores that do
+    not fit, a file that is not there or is of other data."""
+    if is_file(settings.select):
+        return _from_file(settings.select, context)
+    counts, place = check_classes(context.data.train.labels, settings.ipc), settings.window
+    if settings.select in coreset.BY_SCORE:
+        score_source(settings.select, settings.scores.source)
+        place = replace(place, beta=place.beta or 0.0)
+    if settings.select == "window" or settings.select in coreset.BY_SCORE:
+        if place.beta is None:
+            beta_grid(min(counts), settings.ipc, place.step, place.beta_unit)
+        else:
+            alike = torch.zeros(len(context.data.train))
+            window(alike, context.data.train.labels, settings.ipc, place.beta, place.beta_unit)
+    indices = torch.cat([members[: settings.ipc] for members in context.data.members])
+    return _marked(real_subset(context.data, indices, settings.select), settings)
+
+
+def random_like(start: DistilledSet, context: Context) -> DistilledSet:
+    """As many random training images of each class as `start` has."""
+    counts = torch.bincount(start.hard_labels, minlength=context.data.classes).tolist()
+    indices = coreset.random(context.data.train.labels, max(counts), context.generator("random"))
+    chosen = [part[:count] for part, count in zip(indices.view(len(counts), -1), counts, strict=True)]
+    return real_subset(context.data, torch.cat(chosen), "random")
+
+
+def _marked(chosen: DistilledSet, settings: Start) -> DistilledSet:
+    return replace(chosen, distilled=split(chosen.indices, settings.ipc, settings.alpha))
+
+
+def _by_difficulty(settings: Start, context: Context, evaluation: Evaluation, folder: Path) -> Chosen:
+    tried: dict[float, Accuracy] = {}
+    if settings.select != "window":
+        source = score_source(settings.select, settings.scores.source)
+        scores, place = replace(settings.scores, source=source), settings.window
+        settings = replace(settings, scores=scores, window=replace(place, beta=place.beta or 0.0))
+    difficulty = training_difficulty(context, settings.scores, folder / "scores.npz")
+    beta = settings.window.beta
+    if beta is None:
+        beta, tried = search_window(context, difficulty, settings, evaluation, folder / "window")
+    return Chosen(window_set(context, difficulty, settings, beta), beta, tried)
+
+
+def window_set(context: Context, difficulty: Tensor, settings: Start, beta: float) -> DistilledSet:
+    """The window at `beta`, with its easier part, the share alpha, marked as learned."""
+    data = context.data
+    indices = window(difficulty, data.train.labels, settings.ipc, beta, settings.window.beta_unit)
+    return _marked(real_subset(data, indices, settings.select), settings)
+
+
+def search_window(
+    context: Context, difficulty: Tensor, settings: Start, evaluation: Evaluation, folder: Path
+) -> tuple[float, dict[float, Accuracy]]:
+    """The β of the best window of a grid, and the test accuracy of each β tried (SelMatch, section 3.1).
+
+    The best window has the highest accuracy on the whole training split, so that no test image takes part in the
+    choice. All windows are of one size, so the images that a network has seen weigh the same in each."""
+    smallest = int(torch.bincount(context.data.train.labels).min())
+    grid = beta_grid(smallest, settings.ipc, settings.window.step, settings.window.beta_unit)
+    searching = replace(context, seed=derive(context.seed, "search"))
+    how = replace(evaluation, networks=settings.window.networks)
+    on_train, on_test = {}, {}
+    for beta in grid:
+        images = as_selected(window_set(context, difficulty, settings, beta))
+        record, label = folder / f"beta_{beta:.4f}.json", f"window β = {beta:.2f}"
+        result = evaluate(images, searching, how, record, label, ("train", "test"))
+        on_train[beta], on_test[beta] = result["train"].mean, result["test"]
+    return max(on_train, key=on_train.__getitem__), on_test
+
+
+def score_source(select: str, source: str) -> str:
+    """Where the scores for the choice forgetting, el2n or c-score come from, given `scores.source`.
+
+    Raises ValueError when that is a file of other scores, and for c-score, which only files have, when it is none."""
+    kind, _, _ = source.rpartition(":")
+    if source in COMPUTED:
+        if select == "c-score":
+            raise ValueError(f"C-scores come from a file: start.scores.source must be its path, got {source!r}")
+        return select
+    if (kind or "cscore") != coreset.BY_SCORE[select]:
+        raise ValueError(
+            f"start.select {select} does not go with start.scores.source {source!r}, a file of {kind or 'C-score'}s"
+        )
+    return source
+
+
+def _correct(context: Context, ipc: int, experts: ExpertStore | None) -> Tensor:
+    """Indices of ipc random training images of each class that expert 0 classifies correctly, as far as a class has
+    them (DATM, arXiv 2310.05773)."""
+    if experts is None:
+        raise ValueError("start.select correct needs expert trajectories, whose first expert classifies the images")
+    data, order = context.data, context.generator("correct")
+    logits = expert_logits(experts, context, data.normalise(data.train.images))
+    right, picked = logits.argmax(1).cpu() == data.train.labels, []
+    for members in data.members:
+        members = members[torch.randperm(len(members), generator=order)]
+        picked.append(members[(~right[members]).sort(stable=True).indices[:ipc]])
+    return torch.cat(picked)

@@ -1,0 +1,1 @@
+"""What a small training set is good for, asked in several ways."""
