@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bench.timing import machine
@@ -58,26 +59,25 @@ def _seconds(policy: str, busy: int) -> float:
 
 def iterations() -> float:
     """Seconds of the iterations in this process, after two that do not count."""
-    import torch
-
-    from selmatch_ext import pipeline
-    from selmatch_ext.data.images import load
+    from selmatch_ext.context import Context
+    from selmatch_ext.data.load import load
     from selmatch_ext.experts import train_experts
-    from selmatch_ext.methods import METHODS, Task
+    from selmatch_ext.methods import MTT, Task
     from selmatch_ext.methods.loop import run as run_method
-    from selmatch_ext.settings import Experts, MTTSettings, Training
+    from selmatch_ext.methods.mtt import MTTSettings
+    from selmatch_ext.selection.start import choose
+    from selmatch_ext.settings import Evaluation, Experts, Start, Training
 
     settings = MTTSettings(inner_steps=10, batch_syn=50, max_start_epoch=1, expert_epochs=1, lr_images=1.0)
-    cpu, data = torch.device("cpu"), load("digits")
+    context = Context(load("digits"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         experts = Experts("ConvNetD2W32", count=1, strategy="none", training=Training(epochs=2))
-        store = train_experts(data, experts, folder / "experts", 0, cpu)
-        start = pipeline.initial_set("real", 10, data, 0, cpu)
-        method = METHODS["mtt"](Task(start, data, 0, cpu, store), settings)
-        run_method(method, 2, folder / "run", {}, 0)
+        store = train_experts(context, experts, folder / "experts")
+        task = Task(choose(Start(), context, Evaluation(), folder).images, context, store)
+        run_method(MTT(task, replace(settings, iterations=2)), folder / "warm", {})
         begin = time.perf_counter()
-        run_method(method, 2 + ITERATIONS, folder / "run", {}, 0)
+        run_method(MTT(task, replace(settings, iterations=ITERATIONS)), folder / "run", {})
         return time.perf_counter() - begin
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from bench.timing import alternate, machine, threads
 from selmatch_ext import models
-from selmatch_ext.data.images import load
+from selmatch_ext.data.load import load
 from selmatch_ext.models.flat import flatten
 from selmatch_ext.unroll import unrolled_sgd
 

@@ -1,15 +1,23 @@
 """What several tests share: a small data set, tiny settings, and a store of short expert trajectories."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
-import torch
 
-from selmatch_ext.data.images import load
+from selmatch_ext.context import CPU, Context
+from selmatch_ext.data.distilled import as_selected
+from selmatch_ext.data.load import load
 from selmatch_ext.experts import train_experts
-from selmatch_ext.settings import Evaluation, Experts, Matching, Scores, Training, Window, digits_demo
+from selmatch_ext.methods import MethodSettings
+from selmatch_ext.methods.loop import run
+from selmatch_ext.methods.selmatch import SelMatchSettings
+from selmatch_ext.run import Run
+from selmatch_ext.selection.start import choose
+from selmatch_ext.settings import Data, Evaluation, Experts, Scores, Start, Training, Window
 
-CPU = torch.device("cpu")
+__all__ = ["CPU", "MODEL", "digits", "experts", "random_set", "run_for", "tiny_run"]
 MODEL = "ConvNetD2W8"
 
 
@@ -20,12 +28,13 @@ def digits():
 
 def tiny_run(**changes):
     """Every stage of the demo on digits, in seconds."""
-    run = replace(
-        digits_demo(),
-        scores=Scores(source="el2n", model=MODEL, runs=1, training=Training(epochs=1)),
-        window=Window(ipc=6, alpha=0.5, step=0.5, networks=1),
+    scores = Scores(source="el2n", model=MODEL, runs=1, training=Training(epochs=1))
+    run = Run.of(
+        "selmatch",
+        data=Data("digits"),
+        start=Start("window", ipc=6, alpha=0.5, window=Window(step=0.5, networks=1), scores=scores),
         experts=Experts(model=MODEL, count=2, strategy="crop", training=Training(epochs=3)),
-        matching=Matching(
+        settings=SelMatchSettings(
             iterations=3,
             inner_steps=3,
             expert_epochs=1,
@@ -47,6 +56,19 @@ def tiny_run(**changes):
     return replace(run, **changes)
 
 
+def random_set(data, ipc, seed=0):
+    """Random training images, none of them marked as learned."""
+    return as_selected(choose(Start("random", ipc), Context(data, seed), None, None).images)
+
+
+def run_for(method, iterations, folder, made_from=None, seed=0, **settings):
+    """The loop, for so many iterations. A method without task or settings gets the seed and the settings given here."""
+    if not hasattr(method, "task"):
+        method.task, method.settings = SimpleNamespace(context=Context(None, seed)), MethodSettings(**settings)
+    with mock.patch.object(type(method), "iterations", iterations):
+        return run(method, folder, made_from or {})
+
+
 @pytest.fixture(scope="session")
 def experts(digits, tmp_path_factory):
-    return train_experts(digits, tiny_run().experts, tmp_path_factory.mktemp("experts"), 0, CPU)
+    return train_experts(Context(digits), tiny_run().experts, tmp_path_factory.mktemp("experts"))

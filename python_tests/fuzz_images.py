@@ -31,7 +31,7 @@ import torch
 from image_files import encoded, pattern, png_of_16_bits, tiff_of_16_bits
 from PIL import Image
 
-from selmatch_ext.data.images import load
+from selmatch_ext.data.load import load
 
 GIGABYTE = 1 << 30
 UNCHECKED = ("tar", "tar, headers", "zip")  # whose names or contents may change unnoticed

@@ -21,13 +21,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from selmatch_ext import claims, comparison, evaluation, features, files
+from selmatch_ext import evaluation, files, provenance
+from selmatch_ext.context import Context
 from selmatch_ext.data import folders
 from selmatch_ext.data.distilled import DistilledSet, Schedule
 from selmatch_ext.data.images import ImageData, ImageSplit
 from selmatch_ext.data.trajectories import ExpertStore, import_replay_buffer
 from selmatch_ext.data.whitening import fit_whitening
 from selmatch_ext.methods.checkpoint import Checkpoint
+from selmatch_ext.selection import features
 from selmatch_ext.selection.scores import describe, load_scores
 from selmatch_ext.settings import Features, Training
 
@@ -36,7 +38,6 @@ MEMORY = 2**30
 CPU = torch.device("cpu")
 SETTINGS = {"model": "MLP", "lr": 0.5, "sizes": [1, 2], "window": {"ipc": 2, "beta": None}}
 RECORD = {"settings": SETTINGS, "seed": 0, "accuracies": [[50.0, 25.5], [75.25, 99.0], [0.0, 100.0]]}
-RESULT = {"method": "dm", "ipc": 1, "seconds": None, "random": 50.0, "random_std": 1.5, "ours": 60.0, "ours_std": 2.5}
 
 
 def noise(*shape, seed=0):
@@ -130,10 +131,10 @@ class NetworkCache(Kind):
     settings = Features(model="ConvNetD1W4BN", strategy="none", training=Training(epochs=1))
 
     def make(self):
-        features.trained_networks(DATA, self.settings, 0, CPU, self.folder)
+        features.trained_networks(Context(DATA), self.settings, self.folder)
 
     def read(self):
-        model = features._load(DATA, self.settings, 0, CPU, self.folder, 0)
+        model = features._load(Context(DATA), self.settings, self.folder, 0)
         return {name: t.tolist() for name, t in model.state_dict().items()}
 
 
@@ -157,7 +158,7 @@ class ScoresNpz(Kind):
         np.savez(self.path, scores=noise(12).numpy(), labels=DATA.train.labels.numpy(), how=how)
 
     def read(self):
-        return describe(self.path), load_scores(self.path, DATA).tolist()
+        return describe(self.path), load_scores(self.path, DATA.train.labels, DATA.name).tolist()
 
 
 class CompressedScores(ScoresNpz):
@@ -172,7 +173,7 @@ class ScoresNpy(Kind):
         np.save(self.path, noise(12).numpy())
 
     def read(self):
-        assert load_scores(self.path, DATA).isfinite().all()
+        assert load_scores(self.path, DATA.train.labels, DATA.name).isfinite().all()
 
 
 class Record(Kind):
@@ -194,17 +195,7 @@ class SettingsFile(Kind):
         files.write_json(self.path, SETTINGS)
 
     def read(self):
-        assert all("\n" not in line for line in claims.other_settings(self.folder, SETTINGS))
-
-
-class ResultFile(Kind):
-    file, exact = "result.json", False
-
-    def make(self):
-        files.write_json(self.path, {"result": RESULT, "made_with": SETTINGS})
-
-    def read(self):
-        assert np.isfinite(comparison._finished(self.path, SETTINGS)["ours"])
+        assert all("\n" not in line for line in provenance.other_settings(self.folder, SETTINGS))
 
 
 class ReplayBuffer(Kind):
@@ -231,7 +222,7 @@ class LegacyReplayBuffer(ReplayBuffer):
 
 
 KINDS = [PlainSet, ScheduledSet, WhitenedSet, Experts, CheckpointFile, NetworkCache, ImageCache, ScoresNpz]
-KINDS += [CompressedScores, ScoresNpy, Record, SettingsFile, ResultFile, ReplayBuffer, LegacyReplayBuffer]
+KINDS += [CompressedScores, ScoresNpy, Record, SettingsFile, ReplayBuffer, LegacyReplayBuffer]
 ODD = ["null", "NaN", "-Infinity", "1e999", "-1", "true", '""', "[]", "{}", "[" * 5000, "[[0]]", "9" * 5000, "1e30"]
 
 

@@ -5,14 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CPU, MODEL, tiny_run
+from conftest import MODEL, tiny_run
 from torch import nn
 
-from selmatch_ext import analysis, cli, models
-from selmatch_ext.data.distilled import DistilledSet, Schedule
-from selmatch_ext.evaluation import Accuracy, evaluate, real_subset, training_set
+from selmatch_ext import cli, models
+from selmatch_ext.context import Context
+from selmatch_ext.data.distilled import DistilledSet, Schedule, real_subset, training_set
+from selmatch_ext.evaluation import Accuracy, evaluate
 from selmatch_ext.models import flat
 from selmatch_ext.settings import Continual, Search, Training
+from selmatch_ext.studies.continual import continual, restrict, restrict_set
+from selmatch_ext.studies.cross import cross
+from selmatch_ext.studies.search import search
 
 EVALUATION = replace(tiny_run().evaluation, networks=1, training=Training(epochs=1, lr=0.02, batch=32))
 
@@ -39,9 +43,9 @@ def saved(digits, tmp_path):
 
 def test_cross_is_each_network_on_each_set(digits, saved, tmp_path):
     networks = [MODEL, "MLP", "test_analysis:own_network"]
-    results = analysis.cross(saved, networks, digits, EVALUATION, 0, CPU, tmp_path / "out")
+    results = cross(saved, networks, Context(digits), EVALUATION, tmp_path / "out")
     assert list(results) == ["first", "other"] and all(list(r) == networks for r in results.values())
-    expected = evaluate(DistilledSet.load(saved[1]), digits, replace(EVALUATION, model="MLP"), 0, CPU)["test"]
+    expected = evaluate(DistilledSet.load(saved[1]), Context(digits), replace(EVALUATION, model="MLP"))["test"]
     assert results["other"]["MLP"] == expected
     made = json.loads((tmp_path / "out" / "cross.json").read_text())["accuracy"]
     assert made["other"]["MLP"] == {"mean": expected.mean, "std": expected.std}
@@ -52,12 +56,13 @@ def test_cross_is_each_network_on_each_set(digits, saved, tmp_path):
 def test_sets_that_do_not_fit_are_refused_before_any_training(digits, saved, tmp_path, monkeypatch, verb):
     subset = DistilledSet.load(saved[1])
     replace(subset, images=subset.images[:, :, :7]).save(saved[1])
-    monkeypatch.setattr(analysis, "evaluate", lambda *_: pytest.fail("a network was trained"))
+    for module in ("cross", "continual"):
+        monkeypatch.setattr(f"selmatch_ext.studies.{module}.evaluate", lambda *_: pytest.fail("a network was trained"))
     with pytest.raises(ValueError, match=r"shape \(1, 7, 8\), digits of \(1, 8, 8\)"):
         if verb == "cross":
-            analysis.cross(saved, ["MLP"], digits, EVALUATION, 0, CPU, tmp_path)
+            cross(saved, ["MLP"], Context(digits), EVALUATION, tmp_path)
         else:
-            analysis.continual(saved, digits, Continual(), EVALUATION, 0, CPU, tmp_path)
+            continual(saved, Context(digits), Continual(), EVALUATION, tmp_path)
 
 
 @pytest.fixture
@@ -72,21 +77,20 @@ def scheduled(digits, saved):
 
 def test_a_schedule_is_for_its_own_network_alone(digits, saved, scheduled, tmp_path, capsys):
     networks = [MODEL, "MLP"]
-    results = analysis.cross([saved[0], scheduled], networks, digits, EVALUATION, 0, CPU, tmp_path / "cross")
+    results = cross([saved[0], scheduled], networks, Context(digits), EVALUATION, tmp_path / "cross")
     assert results["scheduled"] == results["first"] and results["first"][MODEL] != results["first"]["MLP"]
     grid = Search((1,), (4, 8), ("IN",), ("AR",), ("AP",), full=Training(epochs=1))
-    plain, same = (
-        analysis.search(p, digits, grid, EVALUATION, 0, CPU, tmp_path / p.stem) for p in (saved[0], scheduled)
-    )
+    plain, same = (search(p, Context(digits), grid, EVALUATION, tmp_path / p.stem) for p in (saved[0], scheduled))
     assert same == plain and len({on_set for on_set, _ in same[1].values()}) == 2
     capsys.readouterr()
     assert cli.main(["evaluate", str(scheduled), "--data.dataset", "digits", "--device", "cpu"]) == 0
-    expected = evaluate(training_set(scheduled), digits, EVALUATION, 0, CPU)["test"]
+    expected = evaluate(training_set(scheduled), Context(digits), EVALUATION)["test"]
     assert capsys.readouterr().out == f"MLP: {expected} over 1 networks\n"  # more would be that one again
 
 
 def test_a_wrong_name_is_refused_before_any_training(digits, saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(analysis, "evaluate", lambda *a: pytest.fail("it trained"))
+    for module in ("cross", "continual"):
+        monkeypatch.setattr(f"selmatch_ext.studies.{module}.evaluate", lambda *a: pytest.fail("it trained"))
     for name, message in (
         ("ResNet19", "near ones: ResNet18"),
         ("test_analysis:nothing", "no function 'nothing' in a module 'test_analysis'"),
@@ -96,7 +100,7 @@ def test_a_wrong_name_is_refused_before_any_training(digits, saved, tmp_path, mo
         ("torchvision:resnet19", "torchvision has no classifier"),
     ):
         with pytest.raises(ValueError, match=message):
-            analysis.cross(saved, [MODEL, name], digits, EVALUATION, 0, CPU, tmp_path / "out")
+            cross(saved, [MODEL, name], Context(digits), EVALUATION, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -110,14 +114,14 @@ def test_a_module_of_the_users_own_is_drawn_from_the_seed():
 def test_a_finished_network_is_not_trained_again(digits, saved, tmp_path, monkeypatch):
     from selmatch_ext import evaluation
 
-    first = analysis.cross(saved, [MODEL], digits, EVALUATION, 0, CPU, tmp_path / "out")
+    first = cross(saved, [MODEL], Context(digits), EVALUATION, tmp_path / "out")
     monkeypatch.setattr(evaluation, "train", lambda *a: pytest.fail("it trained again"))
-    assert analysis.cross(saved, [MODEL], digits, EVALUATION, 0, CPU, tmp_path / "out") == first
+    assert cross(saved, [MODEL], Context(digits), EVALUATION, tmp_path / "out") == first
 
 
 def test_restriction_to_some_classes(digits):
     classes = torch.tensor([2, 5, 9])
-    part = analysis.restrict(digits, classes)
+    part = restrict(digits, classes)
     assert part.class_names == ["2", "5", "9"] and part.classes == 3
     expected = [i for i, label in enumerate(digits.test.labels.tolist()) if label in (2, 5, 9)]
     assert torch.equal(part.test.images, digits.test.images[expected])
@@ -125,7 +129,7 @@ def test_restriction_to_some_classes(digits):
         digits.class_names[c] for c in digits.test.labels[expected].tolist()
     ]
     subset = real_subset(digits, torch.arange(100), "some")
-    two = analysis.restrict_set(subset, classes, 2)
+    two = restrict_set(subset, classes, 2)
     assert [subset.class_names[c] for c in digits.train.labels[two.indices].tolist()] == [*"225599"]
     assert two.labels.tolist() == [0, 0, 1, 1, 2, 2] and two.class_names == ["2", "5", "9"]
     for label in range(3):
@@ -137,7 +141,7 @@ def test_soft_labels_keep_their_odds(digits):
     subset = real_subset(digits, torch.arange(40), "some")
     soft = torch.rand(40, 10, generator=torch.Generator().manual_seed(0)).softmax(1)
     classes = torch.tensor([0, 1, 4])
-    part = analysis.restrict_set(replace(subset, labels=soft), classes)
+    part = restrict_set(replace(subset, labels=soft), classes)
     kept = [i for c in (0, 1, 4) for i in range(40) if int(soft[i].argmax()) == c]
     torch.testing.assert_close(part.labels.sum(1), torch.ones(len(kept)))
     torch.testing.assert_close(part.labels[:, 1] / part.labels[:, 0], soft[kept, 1] / soft[kept, 0])
@@ -146,19 +150,19 @@ def test_soft_labels_keep_their_odds(digits):
 def test_continual_learning_sees_ever_more_classes(digits, saved, tmp_path, monkeypatch):
     seen = []
 
-    def fake(subset, data, settings, *rest):
-        seen.append((set(subset.class_names), set(data.class_names), len(subset)))
+    def fake(subset, context, settings, *rest):
+        seen.append((set(subset.class_names), set(context.data.class_names), len(subset)))
         return {"test": Accuracy([float(len(seen))])}
 
-    monkeypatch.setattr(analysis, "evaluate", fake)
-    results = analysis.continual(saved[:1], digits, Continual(4, memory=3), EVALUATION, 1, CPU, tmp_path / "out")
+    monkeypatch.setattr("selmatch_ext.studies.continual.evaluate", fake)
+    results = continual(saved[:1], Context(digits, 1), Continual(4, memory=3), EVALUATION, tmp_path / "out")
     assert list(results["first"]) == [3, 6, 8, 10]
     assert all(a == b and n == 3 * len(a) for a, b, n in seen)
     assert all(earlier < later for (earlier, *_), (later, *_) in zip(seen, seen[1:], strict=False))
     order = json.loads((tmp_path / "out" / "continual.json").read_text())["order"]
     assert set(order[:3]) == seen[0][0] and sorted(order) == digits.class_names
     with pytest.raises(ValueError, match="steps is 11; allowed is 1 to 10"):
-        analysis.continual(saved, digits, Continual(11), EVALUATION, 0, CPU, tmp_path)
+        continual(saved, Context(digits), Continual(11), EVALUATION, tmp_path)
 
 
 def test_search_ranks_and_correlates(digits, saved, tmp_path, monkeypatch):
@@ -168,18 +172,18 @@ def test_search_ranks_and_correlates(digits, saved, tmp_path, monkeypatch):
         width = int(settings.model.split("W")[1][:2].rstrip("I"))
         return {"test": Accuracy([made_up[width][len(subset) > 200]])}
 
-    monkeypatch.setattr(analysis, "evaluate", fake)
+    monkeypatch.setattr("selmatch_ext.studies.search.evaluate", fake)
     grid = Search(depths=(1, 4), widths=(8, 16, 32, 64), norms=("IN",), activations=("AR",), poolings=("AP",))
-    correlation, points = analysis.search(saved[0], digits, grid, EVALUATION, 0, CPU, tmp_path / "out")
+    correlation, points = search(saved[0], Context(digits), grid, EVALUATION, tmp_path / "out")
     # ranks on the set 1 3 2 4, on all images 2 1 4 3: 1 - 6 * (1 + 4 + 4 + 1) / (4 * 15)
     assert correlation == pytest.approx(0.0, abs=1e-12)
     assert list(points.values()) == [(40.0, 60.0), (30.0, 40.0), (20.0, 90.0), (10.0, 50.0)]
     made = json.loads((tmp_path / "out" / "search.json").read_text())
     assert len(made["left_out"]) == 4 and made["left_out"][0].startswith("ConvNetD4")  # 8x8 digits vanish
     made_up.update({w: (50.0, p[1]) for w, p in made_up.items()})
-    assert analysis.search(saved[0], digits, grid, EVALUATION, 0, CPU, tmp_path / "out")[0] is None
+    assert search(saved[0], Context(digits), grid, EVALUATION, tmp_path / "out")[0] is None
     with pytest.raises(ValueError, match="0 of the grid's 2 networks take digits's images"):
-        analysis.search(saved[0], digits, replace(grid, depths=(5,), widths=(8, 16)), EVALUATION, 0, CPU, tmp_path)
+        search(saved[0], Context(digits), replace(grid, depths=(5,), widths=(8, 16)), EVALUATION, tmp_path)
 
 
 def test_the_verbs(saved, tmp_path, capsys):

@@ -4,83 +4,83 @@ import json
 from dataclasses import replace
 
 import pytest
-from conftest import CPU, MODEL, tiny_run
+from conftest import CPU, MODEL, random_set, tiny_run
 
-from selmatch_ext import cli, comparison, pipeline
-from selmatch_ext.comparison import Entry
+from selmatch_ext import cli
+from selmatch_ext.context import Context
 from selmatch_ext.data.distilled import DistilledSet
-from selmatch_ext.evaluation import correct, follow_schedule
-from selmatch_ext.settings import DDSettings, DMSettings
+from selmatch_ext.evaluation import correct
+from selmatch_ext.methods import METHODS
+from selmatch_ext.methods.dd import DDSettings
+from selmatch_ext.methods.distribution import DMSettings
+from selmatch_ext.run import Run
+from selmatch_ext.schedules import follow_schedule
+from selmatch_ext.settings import Data, Start
+from selmatch_ext.studies import comparison
 
 
 @pytest.fixture
 def small(monkeypatch):
-    attack = {"steps": 1, "images_per_class_per_step": 2, "epochs": 1, "objective": "attack", "init": "loaded"}
-    entries = [
-        Entry("dm", 2, DMSettings(ipc=2, model=MODEL, iterations=2, batch_real=4)),
-        Entry("dd", 1, DDSettings(model="MLP", steps=1, epochs=2, init="known", lr_init=0.2, passes=1)),
-        Entry("dd", 2, DDSettings(model=MODEL, passes=1, networks=1, **attack)),
-    ]
-    monkeypatch.setattr(comparison, "entries", lambda: entries)
-    monkeypatch.setattr(comparison, "EXPERTS", tiny_run().experts)
-    monkeypatch.setattr(comparison, "EVALUATION", tiny_run().evaluation)
+    attack = {"steps": 1, "epochs": 1, "objective": "attack", "init": "loaded", "passes": 1, "networks": 1}
+    rows = {
+        "dm-ipc2": ("dm", Start(ipc=2), DMSettings(model=MODEL, iterations=2, batch_real=4)),
+        "dd-ipc1": (
+            "dd",
+            Start(ipc=1),
+            DDSettings(model="MLP", steps=1, epochs=2, init="known", lr_init=0.2, passes=1),
+        ),
+        "dd-attack-ipc2": ("dd", Start(ipc=2), DDSettings(model=MODEL, **attack)),
+    }
+    tiny = tiny_run(data=Data("digits"))
+
+    def entries(seed):
+        parts = {"data": tiny.data, "experts": tiny.experts, "evaluation": tiny.evaluation, "seed": seed}
+        return {name: Run(method, settings, start=start, **parts) for name, (method, start, settings) in rows.items()}
+
+    monkeypatch.setattr(comparison, "entries", entries)
 
 
 def test_the_table_and_its_file(small, tmp_path, capsys):
     assert cli.main(["methods", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [(r["method"], r["ipc"]) for r in results] == [("dm", 2), ("dd", 1), ("dd-attack", 2)]
-    assert all(0 <= r[key] <= 100 for r in results for key in ("random", "ours")) and results[0]["seconds"] >= 0
-    assert set(results[2]["others"]) == {"before", "after"}
+    assert list(results) == ["dm-ipc2", "dd-ipc1", "dd-attack-ipc2"]
     shown = capsys.readouterr().out
-    for name in ("random", "ours"):
-        recorded = json.loads((tmp_path / "dm-ipc2" / f"evaluation-{name}.json").read_text())["accuracies"]
-        (first,), (second,) = recorded
-        mean, std = (first + second) / 2, abs(first - second) / 2**0.5
-        assert (results[0][name], results[0][f"{name}_std"]) == pytest.approx((mean, std), abs=1e-9)
-        assert f"{mean:.1f} ± {std:.1f}" in shown
-        assert results[1][f"{name}_std"] is None and results[2][f"{name}_std"] is None
-    assert "dd-attack" in shown
-    assert comparison.run(["dm", "dd"], tmp_path, 0, CPU) == results  # finished: nothing is done twice
+    for name, method in (("dm-ipc2", "dm"), ("dd-ipc1", "dd"), ("dd-attack-ipc2", "dd")):
+        assert {"random", "start", method} <= results[name].keys()
+        assert results[name] == json.loads((tmp_path / name / "results.json").read_text())
+    recorded = json.loads((tmp_path / "dm-ipc2" / "evaluation_dm.json").read_text())["accuracies"]
+    (first,), (second,) = recorded
+    mean, std = (first + second) / 2, abs(first - second) / 2**0.5
+    assert (results["dm-ipc2"]["dm"]["mean"], results["dm-ipc2"]["dm"]["std"]) == pytest.approx((mean, std), abs=1e-9)
+    assert f"{mean:.1f} ± {std:.1f}" in shown and "dd-attack, 2: flipped" in shown
+    attack = results["dd-attack-ipc2"]["attack"]
+    assert set(attack) == {"flipped", "others"} and set(attack["others"]) == {"before", "random", "start", "dd"}
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
+    assert comparison.compare(["dm", "dd"], tmp_path, 0, CPU) == results
+    assert {p for p, t in before.items() if p.stat().st_mtime_ns != t} <= {
+        p for p in before if p.name in ("start.safetensors", "distilled.safetensors", "checkpoint.safetensors")
+    }
 
 
 def test_both_figures_of_dd_are_of_the_same_steps(small, digits, tmp_path):
-    (found, _) = comparison.run(["dd"], tmp_path, 0, CPU)
+    found = comparison.compare(["dd"], tmp_path, 0, CPU)["dd-ipc1"]
     ours = DistilledSet.load(tmp_path / "dd-ipc1" / "distilled.safetensors")
-    random = replace(pipeline.random_set(digits, 1, 0), schedule=ours.schedule)
-    for name, subset in {"random": random, "ours": ours}.items():
-        model = follow_schedule(subset, digits, 0, CPU)
-        assert found[name] == 100 * correct(model, digits, "test", CPU).double().mean().item()
-
-
-def test_seconds_are_those_of_an_uninterrupted_distillation(small, tmp_path, monkeypatch, capsys):
-    def killed(*arguments):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(comparison, "evaluate", killed)
-        comparison.run(["dm"], tmp_path, 0, CPU)
-    (found,) = comparison.run(["dm"], tmp_path, 0, CPU)
-    assert found["seconds"] is None and "interrupted" in capsys.readouterr().out
+    random = replace(random_set(digits, 1), schedule=ours.schedule)
+    for name, subset in {"random": random, "dd": ours}.items():
+        model = follow_schedule(subset, Context(digits))
+        assert found[name]["mean"] == 100 * correct(model, Context(digits), "test").double().mean().item()
 
 
 def test_other_settings_and_names_are_refused(small, tmp_path, monkeypatch):
-    comparison.run(["dm"], tmp_path, 0, CPU)
-    with pytest.raises(ValueError, match="made with other settings .seed: 0 → 1"):
-        comparison._result(comparison.entries()[0], *_arguments(tmp_path, 1))
-    changed = replace(comparison.EVALUATION, networks=3)
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="evaluation.networks: 2 → 3"):
-        patch.setattr(comparison, "EVALUATION", changed)
-        comparison.run(["dm"], tmp_path, 0, CPU)
-    with pytest.raises(ValueError, match="no method is called dx; there are dc, dsa, dm, mtt, datm, dd, selmatch"):
-        comparison.run(["dx"], tmp_path, 0, CPU)
-
-
-def _arguments(folder, seed):
-    return None, None, folder, seed, CPU
+    comparison.compare(["dm"], tmp_path, 0, CPU)
+    with pytest.raises(ValueError, match="other settings .seed: 0 → 1"):
+        comparison.compare(["dm"], tmp_path, 1, CPU)
+    with pytest.raises(ValueError, match="no method is called dx; there are dm, dd"):
+        comparison.compare(["dx"], tmp_path, 0, CPU)
 
 
 def test_every_entry_is_of_the_whole_family():
-    found = {(e.name, e.ipc) for e in comparison.entries()}
-    both = {(name, ipc) for name in ("dc", "dsa", "dm", "mtt", "datm") for ipc in (1, 10)}
-    assert found == both | {("dd", 1), ("dd-attack", 10), ("selmatch", 10)}
+    found = comparison.entries(3)
+    both = {f"{name}-ipc{ipc}" for name in ("dc", "dsa", "dm", "mtt", "datm") for ipc in (1, 10)}
+    assert set(found) == both | {"dd-ipc1", "dd-attack-ipc10", "selmatch-ipc10"}
+    assert {run.method for run in found.values()} == set(METHODS) and {run.seed for run in found.values()} == {3}

@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import CPU, MODEL
+from conftest import MODEL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selmatch_ext import cli, models, pipeline
-from selmatch_ext.data.distilled import DistilledSet
-from selmatch_ext.evaluation import training_set
-from selmatch_ext.features import split_features, trained_networks
+from selmatch_ext import cli, models
+from selmatch_ext.context import Context
+from selmatch_ext.data.distilled import DistilledSet, training_set
 from selmatch_ext.seeds import generator
 from selmatch_ext.selection import coreset
+from selmatch_ext.selection.features import split_features, trained_networks
+from selmatch_ext.selection.start import score_source
 from selmatch_ext.selection.window import window
-from selmatch_ext.settings import Data, Features, Training
+from selmatch_ext.settings import Data, Features, Scores, Start, Training, Window
 
 TINY = Features(model=MODEL, strategy="none", training=Training(epochs=1))
 
@@ -97,42 +98,45 @@ def test_errors_name_the_class_and_the_argument():
     ],
 )
 def test_where_scores_come_from(method, given, expected):
-    assert pipeline.score_source(method, given) == expected
+    assert score_source(method, given) == expected
 
 
 def test_scores_of_another_kind_are_refused():
     with pytest.raises(ValueError, match="C-scores come from a file"):
-        pipeline.score_source("c-score", "forgetting")
-    with pytest.raises(ValueError, match="method el2n does not go with scores.source 'forgetting:a.npz'"):
-        pipeline.score_source("el2n", "forgetting:a.npz")
+        score_source("c-score", "forgetting")
+    with pytest.raises(
+        ValueError,
+        match="start.select el2n does not go with start.scores.source 'forgetting:a.npz', a file of forgetting scores",
+    ):
+        score_source("el2n", "forgetting:a.npz")
     with pytest.raises(ValueError, match="method forgetting does not go with scores.source 'a.npy'"):
-        pipeline.score_source("forgetting", "a.npy")
+        score_source("forgetting", "a.npy")
 
 
 def test_networks_are_kept_and_only_read_for_the_same_settings(digits, tmp_path):
-    two = trained_networks(digits, TINY, 0, CPU, tmp_path, 2)
+    two = trained_networks(Context(digits), TINY, tmp_path, 2)
     times = [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())]
-    again = trained_networks(digits, TINY, 0, CPU, tmp_path, 2)
+    again = trained_networks(Context(digits), TINY, tmp_path, 2)
     assert times == [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())] and len(times) == 2
     for a, b in zip(two, again, strict=True):
         assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     assert not torch.equal(next(two[0].parameters()), next(two[1].parameters()))
     with pytest.raises(ValueError, match=r"features\.training\.epochs: 1 → 2"):
-        trained_networks(digits, replace(TINY, training=Training(epochs=2)), 0, CPU, tmp_path)
+        trained_networks(Context(digits), replace(TINY, training=Training(epochs=2)), tmp_path)
     with pytest.raises(ValueError, match="seed: 0 → 1"):
-        trained_networks(digits, TINY, 1, CPU, tmp_path)
+        trained_networks(Context(digits, 1), TINY, tmp_path)
 
 
 def test_features_are_what_enters_the_last_layer(digits, tmp_path):
-    model = trained_networks(digits, replace(TINY, model="ConvNetD2W8BN"), 0, CPU, tmp_path)[0].eval()
-    features = split_features(model, digits, CPU, "test")
+    model = trained_networks(Context(digits), replace(TINY, model="ConvNetD2W8BN"), tmp_path)[0].eval()
+    features = split_features(model, Context(digits), "test")
     with torch.no_grad():
         expected = models.embed(model, digits.normalise(digits.test.images))
     torch.testing.assert_close(features, expected)
 
 
-DIGITS = ["--data.dataset", "digits", "--device", "cpu", "--window.ipc", "4", "--window.alpha", "0.5"]
-SMALL = ["--features.model", MODEL, "--features.training.epochs", "1"]
+DIGITS = ["--data.dataset", "digits", "--device", "cpu", "--start.ipc", "4", "--start.alpha", "0.5"]
+SMALL = ["--start.features.model", MODEL, "--start.features.training.epochs", "1"]
 
 
 @pytest.mark.parametrize("method", ["random", "herding", "k-center", "c-score", "forgetting"])
@@ -141,16 +145,26 @@ def test_select_from_the_command_line(method, digits, tmp_path, capsys):
     scores = torch.rand(len(labels), generator=generator(0))
     np.save(tmp_path / "s.npy", scores.numpy())
     source = {"c-score": f"{tmp_path / 's.npy'}", "forgetting": f"forgetting:{tmp_path / 's.npy'}"}.get(method, "el2n")
-    arguments = ["select", *DIGITS, *SMALL, "--method", method, "--scores.source", source, "--out", str(tmp_path)]
+    arguments = [
+        "select",
+        *DIGITS,
+        *SMALL,
+        "--start.select",
+        method,
+        "--start.scores.source",
+        source,
+        "--out",
+        str(tmp_path),
+    ]
     assert cli.main(arguments) == 0
     path = tmp_path / f"{method}.safetensors"
     assert str(path) in capsys.readouterr().out
     subset = DistilledSet.load(path)
-    assert subset.method == method and subset.settings["window"]["ipc"] == 4
+    assert subset.method == method and subset.settings["start"]["ipc"] == 4
     assert torch.equal(subset.images, digits.normalise(digits.train.images[subset.indices]))
     assert subset.distilled.view(10, 4).tolist() == [[False, False, True, True]] * 10
     assert not training_set(path).distilled.any()
-    features = split_features(trained_networks(digits, _small(), 0, CPU, tmp_path / "f")[0], digits, CPU)
+    features = split_features(trained_networks(Context(digits), _small(), tmp_path / "f")[0], Context(digits))
     expected = {
         "random": lambda: coreset.random(labels, 4, generator(0, "random")),
         "herding": lambda: coreset.herding(features, labels, 4),
@@ -169,13 +183,7 @@ def test_a_window_over_any_score(digits, tmp_path):
     scores = torch.rand(len(digits.train.labels), generator=generator(0))
     np.save(tmp_path / "s.npy", scores.numpy())
     source = f"el2n:{tmp_path / 's.npy'}"
-    cli.select(
-        Data(dataset="digits"),
-        replace(cli.Scores(), source=source),
-        cli.Window(ipc=3, beta=0.4),
-        out=tmp_path,
-        method="el2n",
-        device="cpu",
-    )
+    start = Start("el2n", ipc=3, window=Window(beta=0.4), scores=Scores(source))
+    cli.select(Data("digits"), start, out=tmp_path, device="cpu")
     chosen = DistilledSet.load(tmp_path / "el2n.safetensors").indices
     assert torch.equal(chosen, window(scores, digits.train.labels, 3, 0.4))

@@ -6,22 +6,23 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
-from conftest import CPU, MODEL, tiny_run
+from conftest import MODEL, run_for, tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
 
 from selmatch_ext import cli, models, report
-from selmatch_ext import coverage as coverage_module
-from selmatch_ext.coverage import easy_half, named, nearest, ruler, shares, snapshots
-from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.context import Context
+from selmatch_ext.data.distilled import DistilledSet, real_subset
 from selmatch_ext.data.images import ImageData
-from selmatch_ext.evaluation import evaluate, real_subset
-from selmatch_ext.features import trained_networks
-from selmatch_ext.methods.loop import run
+from selmatch_ext.evaluation import evaluate
 from selmatch_ext.seeds import generator
+from selmatch_ext.selection.features import trained_networks
 from selmatch_ext.settings import Coverage, Evaluation, Features, Training
+from selmatch_ext.studies import coverage as coverage_module
+from selmatch_ext.studies.coverage import easy_half, nearest, ruler, shares, snapshots
+from selmatch_ext.studies.sets import named
 
 TINY = Features(model=MODEL, strategy="none", training=Training(epochs=1))
 
@@ -66,10 +67,10 @@ def few(data, train, test):
 def test_measuring_is_the_formula(digits, tmp_path):
     """Whole way, from images to percentages, in float32 features; margins to the radius are far above rounding."""
     data = few(digits, 60, 50)
-    measure = ruler(data, Coverage(networks=2), TINY, 3, CPU, tmp_path)
+    measure = ruler(Context(data, 3), Coverage(networks=2), TINY, tmp_path)
     subset = real_subset(data, torch.arange(10, 30), "some")
     subset = replace(subset, images=subset.images + 0.3 * torch.randn(subset.images.shape, generator=generator(0)))
-    networks = [n.eval() for n in trained_networks(data, TINY, 3, CPU, tmp_path, 2)]
+    networks = [n.eval() for n in trained_networks(Context(data, 3), TINY, tmp_path, 2)]
     with torch.no_grad():
         seen = [
             models.embed(networks[0], x).double()
@@ -90,7 +91,7 @@ def _images(data, split):
 
 def test_real_images_cover_themselves_and_other_normalisations_are_undone(digits, tmp_path):
     data = few(digits, 60, 50)
-    measure = ruler(replace(data, test=data.train), Coverage(networks=1), TINY, 0, CPU, tmp_path)
+    measure = ruler(Context(replace(data, test=data.train)), Coverage(networks=1), TINY, tmp_path)
     subset = real_subset(data, torch.arange(60), "all")
     assert measure.measure(subset) == {"all": 100, "easy": 100, "hard": 100}
     mean, std = torch.tensor([0.1]), torch.tensor([2.0])
@@ -100,7 +101,7 @@ def test_real_images_cover_themselves_and_other_normalisations_are_undone(digits
 
 def test_whitening_of_the_set_is_undone(digits, tmp_path):
     data = few(digits, 60, 50)
-    measure = ruler(data, Coverage(networks=1), TINY, 0, CPU, tmp_path / "plain")
+    measure = ruler(Context(data), Coverage(networks=1), TINY, tmp_path / "plain")
     assert measure.measure(real_subset(data, torch.arange(20), "some")) == measure.measure(
         real_subset(data.whitened(), torch.arange(20), "some")
     )
@@ -111,14 +112,14 @@ def test_groups_split_the_accuracy(digits, tmp_path):
     half = torch.arange(len(digits.test.labels)) % 2 == 0
     groups = {"even": half, "odd": ~half}
     settings, record = tiny_run().evaluation, tmp_path / "r.json"
-    found = evaluate(subset, digits, settings, 0, CPU, record, groups=groups)
-    assert found["test"] == evaluate(subset, digits, settings, 0, CPU)["test"]
+    found = evaluate(subset, Context(digits), settings, record, groups=groups)
+    assert found["test"] == evaluate(subset, Context(digits), settings)["test"]
     for both, even, odd in zip(*(found[n].values for n in ("test", "even", "odd")), strict=True):
         share = half.double().mean().item()
         assert both == pytest.approx(even * share + odd * (1 - share), abs=1e-9)
-    assert evaluate(subset, digits, settings, 0, CPU, record, groups=groups) == found
+    assert evaluate(subset, Context(digits), settings, record, groups=groups) == found
     with pytest.raises(ValueError, match="groups"):
-        evaluate(subset, digits, settings, 0, CPU, record, groups={"even": ~half, "odd": half})
+        evaluate(subset, Context(digits), settings, record, groups={"even": ~half, "odd": half})
 
 
 class Growing:
@@ -127,6 +128,7 @@ class Growing:
     name = "growing"
     max_loss = float("inf")
     state: dict = {}
+    draws, iterations = 1, 0
 
     def decay(self, iteration):
         return 1.0
@@ -151,13 +153,13 @@ class Growing:
 def test_snapshots_also_of_a_run_in_pieces(digits, tmp_path):
     subset = real_subset(digits, torch.arange(10), "ten")
     for iterations in (3, 7):
-        run(Growing(subset), iterations, tmp_path, {"a": 1}, 0, snapshot_every=2)
+        run_for(Growing(subset), iterations, tmp_path, {"a": 1}, snapshot_every=2)
     files = snapshots(tmp_path)
     assert list(files) == [0, 2, 3, 4, 6, 7]
     for iteration, path in files.items():
         saved = DistilledSet.load(path)
         assert (saved.images == iteration).all() and saved.settings == {"a": 1}
-    run(Growing(subset), 3, tmp_path / "off", {}, 0)
+    run_for(Growing(subset), 3, tmp_path / "off")
     with pytest.raises(FileNotFoundError, match="off has no snapshots: distil with a snapshot_every above 0"):
         snapshots(tmp_path / "off")
 
@@ -168,7 +170,7 @@ def test_sets_that_do_not_fit_are_refused_before_any_training(digits, tmp_path, 
     replace(wide, images=torch.zeros(20, 1, 8, 9)).save(tmp_path / "wide")
     for name, message in (("none", "none is not a file"), ("wide", r"shape \(1, 8, 9\), digits of \(1, 8, 8\)")):
         with pytest.raises((FileNotFoundError, ValueError), match=message):
-            coverage_module.coverage([tmp_path / name], digits, Coverage(), TINY, Evaluation(), 0, CPU, tmp_path)
+            coverage_module.coverage([tmp_path / name], Context(digits), Coverage(), TINY, Evaluation(), tmp_path)
 
 
 def test_names_differ(tmp_path):
@@ -183,7 +185,7 @@ def test_names_differ(tmp_path):
 
 
 def test_the_verb_writes_what_it_promises(digits, tmp_path, capsys):
-    run(Growing(real_subset(digits, torch.arange(20), "ten")), 4, tmp_path / "run", {}, 0, snapshot_every=2)
+    run_for(Growing(real_subset(digits, torch.arange(20), "ten")), 4, tmp_path / "run", {}, snapshot_every=2)
     real_subset(digits, torch.arange(30), "random").save(tmp_path / "random.safetensors")
     tiny = ["--features.model", MODEL, "--features.training.epochs", "1", "--coverage.networks", "1"]
     short = ["--evaluation.model", MODEL, "--evaluation.networks", "1", "--evaluation.training.epochs", "1"]

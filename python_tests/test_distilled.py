@@ -18,7 +18,7 @@ from torchvision.datasets import ImageFolder
 
 from selmatch_ext import files
 from selmatch_ext.data.distilled import DistilledSet, Schedule
-from selmatch_ext.data.images import load
+from selmatch_ext.data.load import load
 from selmatch_ext.data.trajectories import ExpertStore
 
 MEAN, STD = torch.tensor([0.5, 0.4, 0.1]), torch.tensor([0.25, 0.2, 0.3])
@@ -223,7 +223,7 @@ SAVE_FOREVER = """
 import sys, torch
 from pathlib import Path
 from selmatch_ext.data.distilled import DistilledSet, Schedule
-from selmatch_ext.data.images import load
+from selmatch_ext.data.load import load
 path, i = sys.argv[1], 0
 while True:
     i += 1

@@ -15,7 +15,7 @@ import torch
 from image_files import encoded, pattern, plain
 
 from selmatch_ext.data import archives
-from selmatch_ext.data.images import load
+from selmatch_ext.data.load import load
 
 
 def files(prefix=""):
@@ -220,7 +220,7 @@ DECLARED = {
 }
 PEAK = """
 import resource, sys
-from selmatch_ext.data.images import load
+from selmatch_ext.data.load import load
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sys.argv[1:]:
     try:

@@ -7,7 +7,7 @@ from image_files import encoded, pattern, plain, png_header, png_of_16_bits, tif
 from PIL import Image
 
 from selmatch_ext.data.decoding import Levels, Picture, decode, extensions, formats
-from selmatch_ext.data.images import load
+from selmatch_ext.data.load import load
 from selmatch_ext.settings import Data, color
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import random_set
 from image_files import encoded, pattern, plain, write_set
 
-from selmatch_ext import cli, pipeline, report
+from selmatch_ext import cli, report
 from selmatch_ext.data import folders
 from selmatch_ext.data.distilled import DistilledSet
-from selmatch_ext.data.images import load
+from selmatch_ext.data.load import load, load_data
 from selmatch_ext.data.names import readable, unique_names
 from selmatch_ext.settings import Data
 
@@ -149,7 +150,7 @@ def test_class_names_of_any_bytes(tmp_path, name):
     assert shown.isprintable() and sorted(data.class_names) == sorted([shown, "tea"])
     assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     path = tmp_path / "r.safetensors"
-    pipeline.random_set(data, 2, 0).save(path)
+    random_set(data, 2).save(path)
     subset = DistilledSet.load(path)
     assert subset.class_names == data.class_names and json.loads(json.dumps(data.class_names)) == data.class_names
     assert cli.main(["report", str(path), "--out", str(tmp_path / "all.png")]) == 0
@@ -218,8 +219,8 @@ def test_test_share_of_each_class(tmp_path, below):
     assert again.test.paths == data.test.paths != other.test.paths
     assert len(list((tmp_path / "cache").iterdir())) == 2
     settings = Data(dataset=spec, test_share=0.2)
-    assert pipeline.load_data(settings, 0)[0].test.paths == data.test.paths
-    assert pipeline.load_data(settings, 1)[0].test.paths == other.test.paths
+    assert load_data(settings, 0).test.paths == data.test.paths
+    assert load_data(settings, 1).test.paths == other.test.paths
 
 
 def test_test_share_is_left_alone_where_there_is_a_test_split(tmp_path):

@@ -16,7 +16,8 @@ from torchvision import datasets
 
 from selmatch_ext.data import folders
 from selmatch_ext.data.decoding import decode
-from selmatch_ext.data.images import ImageData, ImageSplit, denormalise, load, pixel_statistics
+from selmatch_ext.data.images import ImageData, ImageSplit, denormalise, pixel_statistics
+from selmatch_ext.data.load import load
 
 
 def noise(seed, height=6, width=5, channels=3):
@@ -88,12 +89,13 @@ def test_constant_images_stay_finite():
 
 def test_subset_keeps_indices():
     data = load("digits")
-    small, kept = data.subset(7, torch.Generator().manual_seed(3))
+    small = data.subset(7, torch.Generator().manual_seed(3))
+    kept = small.full.kept
     assert torch.bincount(small.train.labels).tolist() == [7] * 10 and len(small.test) == len(data.test)
     assert kept.tolist() == sorted(set(kept.tolist()))
     assert torch.equal(data.train.images[kept], small.train.images)
     assert torch.equal(data.train.labels[kept], small.train.labels)
-    again, other = (data.subset(7, torch.Generator().manual_seed(s))[1] for s in (3, 4))
+    again, other = (data.subset(7, torch.Generator().manual_seed(s)).full.kept for s in (3, 4))
     assert torch.equal(kept, again) and not torch.equal(kept, other)
     for per_class in (0, 200):
         with pytest.raises(ValueError, match=f"per_class is {per_class}; allowed is 1 to 116, the size of 8"):

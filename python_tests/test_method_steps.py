@@ -5,21 +5,28 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
-from conftest import CPU, MODEL, tiny_run
+from conftest import CPU, MODEL, run_for, tiny_run
 
-from selmatch_ext import cli, pipeline
+from selmatch_ext import cli
+from selmatch_ext.context import Context
 from selmatch_ext.data.distilled import DistilledSet
-from selmatch_ext.evaluation import evaluate, follow_schedule, real_images
-from selmatch_ext.experts import train_experts
+from selmatch_ext.evaluation import evaluate
+from selmatch_ext.experts import expert_logits, train_experts
 from selmatch_ext.methods import DATM, DC, DD, DM, DSA, METHODS, MTT, Task
-from selmatch_ext.methods.loop import run
-from selmatch_ext.methods.trajectory import chunks, expert_logits, start_epochs
+from selmatch_ext.methods.datm import DATMSettings
+from selmatch_ext.methods.dd import DDSettings
+from selmatch_ext.methods.distribution import DMSettings
+from selmatch_ext.methods.gradient import DCSettings, DSASettings
+from selmatch_ext.methods.mtt import MTTSettings, chunks, start_epochs
 from selmatch_ext.models import build, flat
 from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.models.initial import xavier
 from selmatch_ext.ops.sampling import sample_augmentation
+from selmatch_ext.run import Run, distill
+from selmatch_ext.schedules import follow_schedule
 from selmatch_ext.seeds import generator
-from selmatch_ext.settings import DATMSettings, DCSettings, DDSettings, DMSettings, DSASettings, MTTSettings
+from selmatch_ext.selection.start import Chosen, choose
+from selmatch_ext.settings import Start
 from selmatch_ext.training import predict
 
 ALL = "color_crop_cutout_flip_scale_rotate"
@@ -27,8 +34,12 @@ CLASSES = range(10)
 
 
 def task(digits, ipc=2, experts=None, dtype=torch.float64, seed=3):
-    start = pipeline.initial_set("real", ipc, digits, seed, CPU)
-    return Task(start, digits, seed, CPU, experts, dtype)
+    return Task(begin("random", ipc, digits, seed), Context(digits, seed), experts, dtype)
+
+
+def begin(select, ipc, data, seed=0, experts=None):
+    """The start that needs no scores and no features."""
+    return choose(Start(select, ipc), Context(data, seed), None, None, experts).images
 
 
 def real(task, indices):
@@ -145,10 +156,10 @@ def test_loops_of_the_paper(digits):
 @pytest.mark.parametrize("kind", [DC, DM])
 def test_networks_get_no_gradients(digits, tmp_path, monkeypatch, kind):
     """Only the images are learned."""
-    built, build = [], Task.network
-    monkeypatch.setattr(Task, "network", lambda *name: built.append(build(*name)) or built[-1])
+    built, build = [], Context.network
+    monkeypatch.setattr(Context, "network", lambda *name: built.append(build(*name)) or built[-1])
     loops = {"outer_loop": 1, "inner_loop": 1} if kind is DC else {}
-    run(kind(task(digits), kind.settings_type(model=MODEL, batch_real=4, **loops)), 1, tmp_path, {}, seed=0)
+    run_for(kind(task(digits), kind.settings_type(model=MODEL, batch_real=4, **loops)), 1, tmp_path, {}, seed=0)
     assert built and all(p.grad is None for net in built for p in net.parameters())
 
 
@@ -157,7 +168,7 @@ def test_a_diverging_inner_training_leaves_the_last_good_state(digits, tmp_path)
     with pytest.raises(
         FloatingPointError, match=r"dc stopped at iteration \d: training stopped.* lr_network \(1e\+30\)"
     ):
-        run(DC(task(digits), settings), 9, tmp_path, {}, seed=0)
+        run_for(DC(task(digits), settings), 9, tmp_path, {}, seed=0)
     assert (tmp_path / "checkpoint.safetensors").exists()
 
 
@@ -189,7 +200,7 @@ TRAJECTORY = {"inner_steps": 3, "expert_epochs": 1, "max_start_epoch": 3, "batch
 @pytest.fixture(scope="module")
 def bn_experts(digits, tmp_path_factory):
     settings = replace(tiny_run().experts, model=MODEL + "BN")
-    return train_experts(digits, settings, tmp_path_factory.mktemp("bn"), 0, CPU)
+    return train_experts(Context(digits), settings, tmp_path_factory.mktemp("bn"))
 
 
 @pytest.mark.parametrize("gradient", ["exact", "tesla"])
@@ -236,27 +247,29 @@ def test_expert_logits(digits, request, store):
     t = task(digits, experts=store)
     net = t.network(store.model, "student")
     flat.load(net, store.row(0, 3))
-    g = generator(t.seed, "statistics")
+    g = generator(t.context.seed, "statistics")
     net = reference.frozen_batchnorm(net, real(t, torch.cat([pick(t, c, 16, g) for c in CLASSES]))).eval()
-    torch.testing.assert_close(expert_logits(t, t.start.images), net(t.start.images.double()), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        expert_logits(store, t.context, t.start.images.double()), net(t.start.images.double()), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_images_that_the_expert_gets_right(digits, experts):
     t = task(digits, experts=experts, dtype=torch.float32)
-    chosen = pipeline.initial_set("correct", 2, digits, 3, CPU, experts)
-    right = expert_logits(t, digits.normalise(digits.train.images)).argmax(1) == digits.train.labels
+    chosen = begin("correct", 2, digits, 3, experts)
+    right = expert_logits(experts, t.context, digits.normalise(digits.train.images)).argmax(1) == digits.train.labels
     for c in CLASSES:
         mine = chosen.indices[chosen.labels == c]
         assert len(mine) == 2 and right[mine].sum() == min(2, right[digits.train.labels == c].sum())
-    with pytest.raises(ValueError, match="start correct needs expert trajectories"):
-        pipeline.initial_set("correct", 2, digits, 3, CPU)
+    with pytest.raises(ValueError, match="start.select correct needs expert trajectories"):
+        begin("correct", 2, digits, 3)
 
 
 def test_selected_images_stay_in_every_method(digits, tmp_path):
-    start = pipeline.initial_set("real", 2, digits, 0, CPU)
+    start = begin("random", 2, digits)
     start = replace(start, distilled=torch.arange(20) % 2 == 0)
-    method = DM(Task(start, digits, 0, CPU), DMSettings(model=MODEL, batch_real=4))
-    run(method, 2, tmp_path, {}, seed=0)
+    method = DM(Task(start, Context(digits)), DMSettings(model=MODEL, batch_real=4))
+    run_for(method, 2, tmp_path, {}, seed=0)
     changed = (method.distilled().images != start.images).flatten(1).any(1)
     assert torch.equal(changed, start.distilled)
 
@@ -286,9 +299,11 @@ def test_dataset_distillation_step(digits, request, init, model, strategy):
         starts = [store.row(0, 3 - int(k)).double() for k in torch.randint(pool, (2,), generator=g)]
     else:
         names = [("known",)] if init == "known" else [(25, 0), (25, 1)]
-        starts = [xavier(net, generator(t.seed, "xavier", *name)) for name in names]
+        starts = [xavier(net, generator(t.context.seed, "xavier", *name)) for name in names]
     turn, part = divmod(iteration, per_pass)
-    order = torch.randperm(len(digits.train), generator=generator(t.seed, "order", turn))[50 * part : 50 * part + 50]
+    order = torch.randperm(len(digits.train), generator=generator(t.context.seed, "order", turn))[
+        50 * part : 50 * part + 50
+    ]
     batches = [torch.arange(step, 20, 2) for step in (0, 1, 0, 1)]
     tables = None
     if strategy != "none":
@@ -333,11 +348,11 @@ def test_the_pool_has_the_last_epochs_of_all_experts_but_the_last(digits):
 def test_adapt_wants_experts_of_other_data(digits, experts):
     other = replace(digits, name="other digits")
     t = task(digits, experts=experts)
-    assert DD(replace(t, data=other), DDSettings(**UNROLLED, init="loaded", objective="adapt"))
+    assert DD(replace(t, context=Context(other, 3)), DDSettings(**UNROLLED, init="loaded", objective="adapt"))
     with pytest.raises(ValueError, match="adapt wants another data set"):
         DD(t, DDSettings(**UNROLLED, init="loaded", objective="adapt"))
     with pytest.raises(ValueError, match="adapt wants another data set"):
-        DD(replace(t, data=other), DDSettings(**UNROLLED, init="loaded"))
+        DD(replace(t, context=Context(other, 3)), DDSettings(**UNROLLED, init="loaded"))
     with pytest.raises(ValueError, match="needs init loaded"):
         DD(t, DDSettings(**UNROLLED, objective="adapt"))
     with pytest.raises(ValueError, match="more than test_networks 2; there are 2"):
@@ -346,13 +361,13 @@ def test_adapt_wants_experts_of_other_data(digits, experts):
 
 def test_adapt_runs_with_experts_that_were_trained_here(digits, experts, tmp_path):
     other = replace(digits, name="other digits", train=replace(digits.train, images=digits.train.images.flip(3)))
-    start = pipeline.initial_set("real", 2, other, 3, CPU)
+    start = Chosen(begin("random", 2, other, 3))
     settings = DDSettings(**{**UNROLLED, "batch_real": 1300}, init="loaded", objective="adapt", passes=1)
-    made = pipeline.distil("dd", settings, start, other, 3, CPU, tmp_path / "adapt", {}, experts)
-    assert made.settings["experts"]["dataset"] == "digits" and not torch.equal(made.images, start.images)
-    with pytest.raises(ValueError, match="made differently: images"):
-        basic = replace(settings, objective="basic")
-        pipeline.distil("dd", basic, start, replace(other, name="digits"), 3, CPU, tmp_path / "basic", {}, experts)
+    made = distill(Run("dd", settings), start, Context(other, 3), tmp_path / "adapt", experts).distilled()
+    assert made.settings["experts"]["dataset"] == "digits" and not torch.equal(made.images, start.images.images)
+    with pytest.raises(ValueError, match="made with other settings .images: "):
+        basic = Run("dd", replace(settings, objective="basic"))
+        distill(basic, start, Context(replace(other, name="digits"), 3), tmp_path / "basic", experts)
 
 
 def test_the_learning_rates_of_steps_are_positive(digits):
@@ -365,7 +380,7 @@ def test_the_rates_may_have_a_step_size_of_their_own(digits, tmp_path):
     for lr_rates, step in ((None, 0.03), (0.002, 0.002), (0.0, 0.0)):
         method = DD(task(digits), replace(settings, lr_rates=lr_rates))
         before = [t.detach().clone() for t in (method.images, method.raw)]
-        run(method, 1, tmp_path / str(lr_rates), {}, seed=0)
+        run_for(method, 1, tmp_path / str(lr_rates), {}, seed=0)
         for old, new, lr in zip(before, (method.images, method.raw), (0.03, step), strict=True):
             first = old - lr * new.grad / (new.grad.abs() + 1e-8)  # Adam's first step
             torch.testing.assert_close(new.detach(), first, rtol=1e-9, atol=1e-12)
@@ -392,18 +407,18 @@ def test_a_schedule_is_followed_and_survives_the_file(digits, tmp_path):
     made = DistilledSet.load(tmp_path / "d.safetensors")
     assert made.digest() == method.distilled().digest() and made.schedule.model == MODEL
     net = t.network(MODEL, "network")
-    start = xavier(net, generator(t.seed, "xavier", "known"))
+    start = xavier(net, generator(t.context.seed, "xavier", "known"))
     assert torch.equal(made.schedule.starts, start[None])
-    model = follow_schedule(made, digits, 9, CPU)
+    model = follow_schedule(made, Context(digits, 9))
     batches = [torch.arange(step, 20, 2) for step in (0, 1, 0, 1)]
     theta = reference.unrolled_sgd_full_graph(
         net, start.requires_grad_(), made.images, made.labels, batches, torch.full((4,), 0.05)
     )
     torch.testing.assert_close(flat.flatten(model.parameters()), theta, rtol=1e-4, atol=1e-6)
     settings = replace(tiny_run().evaluation, networks=1)
-    guess = predict(model, real_images(digits, CPU, "test"), len(digits.test), CPU).argmax(1)
+    guess = predict(model, Context(digits).real_images("test"), len(digits.test), CPU).argmax(1)
     accuracy = 100 * (guess == digits.test.labels).double().mean().item()
-    assert evaluate(made, digits, settings, 9, CPU)["test"].values == [accuracy]
+    assert evaluate(made, Context(digits, 9), settings)["test"].values == [accuracy]
 
 
 # all of them
@@ -416,7 +431,7 @@ SMALL = {
     "dd": DDSettings(**{**UNROLLED, "batch_real": 700}, passes=3, halve_every=1),
     "mtt": MTTSettings(**TRAJECTORY, lr_lr=1e-8, iterations=6, lr_images=10.0),
     "datm": DATMSettings(**TRAJECTORY, lr_lr=1e-8, iterations=6, first_max_start_epoch=1, lr_images=10.0),
-    "selmatch": replace(tiny_run().matching, iterations=6),
+    "selmatch": replace(tiny_run().settings, iterations=6),
 }
 
 
@@ -425,25 +440,26 @@ def test_stopped_and_continued_each_method_ends_with_the_same_bits(digits, exper
     t = task(digits, experts=experts, dtype=torch.float32)
     whole, pieces = METHODS[name](t, SMALL[name]), tmp_path / "pieces"
     assert whole.iterations == 6
-    losses = run(whole, 6, tmp_path / "whole", {}, seed=1)
+    losses = run_for(whole, 6, tmp_path / "whole", {}, seed=1)
     for iterations in (1, 2, 5, 6):
         last = METHODS[name](t, SMALL[name])
-        again = run(last, iterations, pieces, {}, seed=1)
+        again = run_for(last, iterations, pieces, {}, seed=1)
     assert again == losses
     for a, b in zip([*whole.learned.values()], [*last.learned.values()], strict=True):
         assert torch.equal(a, b)
     assert whole.distilled().digest() == last.distilled().digest() != t.start.digest()
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n != "selmatch"])
+@pytest.mark.parametrize("name", METHODS)
 def test_each_method_from_the_command_line(digits, experts, tmp_path, name):
     arguments = ["distill", name, "--data.dataset", "digits", "--device", "cpu", "--out", str(tmp_path)]
     small = {k: v for k, v in vars(SMALL[name]).items() if v != getattr(type(SMALL[name])(), k)}
     for key, value in small.items():
         arguments += [f"--{key.replace('_', '-')}", str(value)]
-    if name not in ("dd",):
-        arguments += ["--ipc", "2"]
-    if name in ("mtt", "datm"):
+    arguments += ["--start.ipc", "2"]
+    if name == "selmatch":
+        arguments += ["--start.select", "random", "--start.alpha", "1"]
+    if name in ("mtt", "datm", "selmatch"):
         arguments += ["--experts", str(experts.folder)]
     assert cli.main(arguments) == 0
     made = DistilledSet.load(tmp_path / "distilled.safetensors")

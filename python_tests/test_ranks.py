@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from conftest import MODEL
+from conftest import MODEL, random_set
 
-from selmatch_ext import pipeline, ranks
+from selmatch_ext import ranks
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.trajectories import ExpertStore
 from selmatch_ext.methods.loop import run
@@ -94,9 +94,8 @@ def selmatch(processes, *arguments):
 TRAINING = ["--experts.model", MODEL, "--experts.count", "3", "--experts.training.epochs", "2"]
 SHORT = ["--evaluation.model", MODEL, "--evaluation.networks", "3", "--evaluation.training.epochs", "1"]
 MATCHING = [
-    *("--matching.iterations", "3", "--matching.inner-steps", "2", "--matching.expert-epochs", "1"),
-    *("--matching.max-start-epoch", "2", "--matching.batch-syn", "25", "--matching.lr-images", "100"),
-    *("--matching.experts-per-iteration", "4", "--matching.snapshot-every", "2"),
+    *("--iterations", "3", "--inner-steps", "2", "--expert-epochs", "1", "--max-start-epoch", "2"),
+    *("--batch-syn", "25", "--lr-images", "100", "--experts-per-iteration", "4", "--snapshot-every", "2"),
 ]
 
 
@@ -110,24 +109,25 @@ def same_tensors(a, b):
 def test_two_processes_end_with_the_bits_of_one(digits, tmp_path):
     """Scores, experts, distillation and evaluation; then what two processes left is continued by one."""
     data = ["--data.dataset", "digits"]
-    pipeline.random_set(digits, 3, 0).save(tmp_path / "start.safetensors")
+    random_set(digits, 3).save(tmp_path / "start.safetensors")
     start = DistilledSet.load(tmp_path / "start.safetensors")
     start.distilled[:] = True
     start.save(tmp_path / "start.safetensors")
+    begin = ["--start.select", tmp_path / "start.safetensors"]
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        tiny = ["--scores.model", MODEL, "--scores.runs", "3", "--scores.training.epochs", "2"]
+        tiny = [*("--start.scores.model", MODEL, "--start.scores.runs", "3", "--start.scores.training.epochs", "2")]
         for arguments in (
             ["scores", *data, *tiny, "--out", out / "scores.npz"],
             ["experts", *data, *TRAINING, "--out", out / "experts"],
-            ["distill", tmp_path / "start.safetensors", *data, *MATCHING, "--experts", out / "experts", "--out", out],
+            ["distill", "mtt", *begin, *data, *MATCHING, "--experts", out / "experts", "--out", out],
             ["evaluate", out / "distilled.safetensors", *data, *SHORT, "--record", out / "record.json"],
         ):
             done = selmatch(processes, *arguments)
             assert done.returncode == 0, done.stderr[-2000:]
             assert done.stdout.count("\n") <= 1  # one rank reports
     one, two = tmp_path / "1", tmp_path / "2"
-    assert torch.equal(*(load_scores(folder / "scores.npz", digits) for folder in (one, two)))
+    assert torch.equal(*(load_scores(folder / "scores.npz", digits.train.labels, digits.name) for folder in (one, two)))
     assert same_tensors(one / "experts", two / "experts")
     a, b = (DistilledSet.load(folder / "distilled.safetensors") for folder in (one, two))
     assert torch.equal(a.images, b.images) and a.lr == b.lr and not torch.equal(a.images, start.images)
@@ -137,11 +137,11 @@ def test_two_processes_end_with_the_bits_of_one(digits, tmp_path):
 
 
 def test_processes_that_cannot_share_the_experts(digits, experts, tmp_path):
-    start = pipeline.random_set(digits, 3, 0)
+    start = random_set(digits, 3)
     start.distilled[:] = True
     start.save(tmp_path / "start.safetensors")
-    arguments = ["distill", tmp_path / "start.safetensors", "--data.dataset", "digits", "--experts", experts.folder]
-    short = ["--matching.max-start-epoch", "2", "--matching.expert-epochs", "1", "--out", tmp_path]
+    arguments = ["distill", "mtt", "--start.select", tmp_path / "start.safetensors", "--data.dataset", "digits"]
+    short = ["--experts", experts.folder, "--max-start-epoch", "2", "--expert-epochs", "1", "--out", tmp_path]
     done = selmatch(2, *arguments, *short)
     assert done.returncode != 0
     assert "must be a multiple of 2, got 1" in done.stderr

@@ -7,18 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from selmatch_ext import cli, models, pipeline, recipes
+from selmatch_ext import cli, models, recipes
 from selmatch_ext.methods import METHODS
-from selmatch_ext.settings import (
-    to_dict,
-)
+from selmatch_ext.provenance import to_dict
 
 SHAPES = {
     **{"CIFAR10": (3, 10, 32), "CIFAR100": (3, 100, 32), "tinyimagenet": (3, 200, 64)},
     **{"MNIST": (1, 10, 28), "FashionMNIST": (1, 10, 28), "SVHN": (3, 10, 32)},
 }
-SELMATCH = [name for name in recipes.RECIPES if name.startswith("selmatch-")]
-OTHERS = [name for name in recipes.RECIPES if name not in SELMATCH]
+SELMATCH = [name for name in recipes.RECIPES if name.startswith("selmatch-") and name != recipes.DEMO]
+OTHERS = [name for name in recipes.RECIPES if not name.startswith("selmatch-")]
 
 
 def shape(recipe):
@@ -35,12 +33,12 @@ def test_the_rows_of_selmatch_are_those_of_the_paper():
     for row in table.split(","):
         name, size, ipc, alpha, beta, epochs, share = row.split()
         settings = recipes.find(f"selmatch-{name}-ipc{ipc}").settings
-        window = settings.window
-        assert (window.ipc, window.alpha, window.beta) == (int(ipc), float(alpha), float(beta))
+        start = settings.start
+        assert (start.ipc, start.alpha, start.window.beta) == (int(ipc), float(alpha), float(beta))
         assert settings.evaluation.training.epochs == int(epochs) and int(ipc) / int(size) == float(share)
-        assert settings.matching.inner_steps == (20 if name == "tinyimagenet" else 55)
-        assert settings.matching.lr_images == (10000 if name == "cifar10" and int(ipc) >= 1000 else 1000)
-    assert sum(r.method == "selmatch" for r in recipes.RECIPES.values()) == 10
+        assert settings.settings.inner_steps == (20 if name == "tinyimagenet" else 55)
+        assert settings.settings.lr_images == (10000 if name == "cifar10" and int(ipc) >= 1000 else 1000)
+    assert sum(r.method == "selmatch" for r in recipes.RECIPES.values()) == 11  # and the demo
 
 
 def test_the_figures_of_the_other_methods_are_those_of_the_papers():
@@ -57,8 +55,7 @@ def test_the_figures_of_the_other_methods_are_those_of_the_papers():
     for name, recipe in recipes.RECIPES.items():
         method, dataset, *_, last = name.split("-")
         assert recipe.method == method and recipe.settings.data.dataset.lower().startswith(dataset)
-        ipc = recipe.settings.window.ipc if method == "selmatch" else recipe.settings.settings.ipc
-        assert ipc == (int(last) // 10 if method == "dd" else int(last.removeprefix("ipc")))
+        assert recipe.settings.start.ipc == (int(last) // 10 if method == "dd" else int(last.removeprefix("ipc")))
         if dataset in ("mnist", "svhn") and method in ("dsa", "dm"):
             assert "flip" not in recipe.settings.settings.strategy + recipe.settings.evaluation.distilled_strategy
 
@@ -76,11 +73,9 @@ def test_a_recipe_of_another_method_fits_together(name, scale):
     if recipe.method in ("mtt", "datm"):
         assert row.max_start_epoch - 1 + row.expert_epochs <= settings.experts.training.epochs
         assert row.first_max_start_epoch is None or 0 < row.first_max_start_epoch <= row.max_start_epoch
-    else:
-        assert settings.experts is None
     if scale == "reduced":
         whole = recipe.settings
-        assert row.ipc == whole.settings.ipc and settings.data.per_class < 1000
+        assert settings.start == whole.start and settings.data.per_class < 1000
         assert to_dict(row) != to_dict(whole.settings)
 
 
@@ -91,11 +86,13 @@ def test_a_method_is_run_to_the_end(tmp_path, capsys):
     experts = ["--experts.model", "ConvNetD2W8", "--experts.count", "1", "--inner-steps", "2", "--data.no-zca"]
     for name, more in (("dm-cifar10-ipc1", ["--model", "ConvNetD2W8"]), ("mtt-cifar10-ipc1", experts)):
         method, out = name.partition("-")[0], tmp_path / name
-        arguments = ["distill", "--recipe", name, *small, *quick, *more, "--out", str(out)]
+        arguments = ["run", "--settings", name, *small, *quick, *more, "--out", str(out)]
         assert cli.main(arguments) == 0, capsys.readouterr().err
         results = json.loads((out / "results.json").read_text())
-        assert set(results) == {"random", method} and "1 images per class" in capsys.readouterr().out
-        assert all((out / f).exists() for f in ("distilled.safetensors", "distilled.png", "all.png", "table.md"))
+        assert set(results) == {"random", "start", method} and "1 images per class" in capsys.readouterr().out
+        assert all(
+            (out / f).exists() for f in ("start.safetensors", "distilled.safetensors", "distilled.png", "table.md")
+        )
         times = {p: p.stat().st_mtime_ns for p in [*out.glob("experts/*"), *out.glob("evaluation*")]}
         assert cli.main(arguments) == 0 and all(p.stat().st_mtime_ns == t for p, t in times.items())
         assert json.loads((out / "results.json").read_text()) == results
@@ -107,18 +104,18 @@ def test_a_recipe_fits_together(name, scale):
     recipe = recipes.find(name)
     settings = recipe.settings if scale == "full" else recipes.reduced(recipe.settings)
     channels, classes, side = shape(recipe)
-    for model in {settings.experts.model, settings.evaluation.model, settings.scores.model}:
+    for model in {settings.experts.model, settings.evaluation.model, settings.start.scores.model}:
         with torch.device("meta"):  # no weights
             models.build(model, channels, classes, side)
-    matching, window = settings.matching, settings.window
+    matching, start = settings.settings, settings.start
     assert matching.max_start_epoch - 1 + matching.expert_epochs <= settings.experts.training.epochs
     size = settings.data.per_class or (5000 if classes == 10 else 500)
-    assert int(window.beta * size + 1e-6) + window.ipc <= size
+    assert int(start.window.beta * size + 1e-6) + start.ipc <= size
     if scale == "reduced":
         whole = recipe.settings
-        assert window.ipc / size == pytest.approx(whole.window.ipc / (5000 if classes == 10 else 500))
-        assert matching.iterations < whole.matching.iterations and settings.experts.count < whole.experts.count
-        assert (window.alpha, window.beta) == (whole.window.alpha, whole.window.beta)
+        assert start.ipc / size == pytest.approx(whole.start.ipc / (5000 if classes == 10 else 500))
+        assert matching.iterations < whole.settings.iterations and settings.experts.count < whole.experts.count
+        assert (start.alpha, start.window) == (whole.start.alpha, whole.start.window)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +142,8 @@ def test_the_list_names_all(capsys):
 BARE = r"(--[\w.-]+)(?:, --[\w.-]+)?(?: (?:[{\[][^ ]*|[A-Z]+\]*|\.\.\.\]*))* \((?:default|required)"
 COMMANDS = [
     *([verb] for verb in cli.VERBS),
-    *(["distill", method] for method in cli.DISTILL),
-    *(["distill", "--recipe", f"{name}-cifar10-ipc{ipc}"] for name, ipc in (("selmatch", 250), ("mtt", 1), ("dm", 1))),
+    *([verb, method] for verb in cli.METHOD_VERBS for method in METHODS),
+    *(["run", "--settings", f"{name}-cifar10-ipc{ipc}"] for name, ipc in (("selmatch", 250), ("mtt", 1), ("dm", 1))),
 ]
 
 
@@ -159,20 +156,19 @@ def test_help_says_what_every_setting_means(command, monkeypatch, capsys):
     assert "--help" in shown and re.findall(BARE, shown) == []
 
 
-@pytest.mark.parametrize("verb", ["distill", "run"])
-def test_a_recipe_is_run_with_its_settings_and_changes(verb, tmp_path, monkeypatch):
+def test_a_recipe_is_run_with_its_settings_and_changes(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(pipeline, "run", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(cli.runner, "run", lambda *arguments: seen.append(arguments))
     name = "selmatch-cifar10-ipc500"
-    base = [verb, "--out", str(tmp_path), "--device", "cpu", "--matching.iterations", "7", "--seed", "4"]
-    assert cli.main([*base, "--recipe", name]) == 0
-    assert cli.main([*base, f"--recipe={name}", "--reduced"]) == 0
+    base = ["run", "--out", str(tmp_path), "--device", "cpu", "--iterations", "7", "--seed", "4"]
+    assert cli.main([*base, "--settings", name]) == 0
+    assert cli.main([*base, f"--settings={name}", "--reduced"]) == 0
     recipe = recipes.find(name).settings
     for settings, (given, out, device) in zip((recipe, recipes.reduced(recipe)), seen, strict=True):
-        changed = replace(settings, seed=4, matching=replace(settings.matching, iterations=7))
+        changed = replace(settings, seed=4, settings=replace(settings.settings, iterations=7))
         assert to_dict(given) == to_dict(changed) and out == tmp_path and device.type == "cpu"
 
 
 def test_an_unknown_recipe_names_its_neighbours(capsys):
-    assert cli.main(["distill", "--recipe", "selmatch-cifar10", "--out", "x"]) == 1
+    assert cli.main(["run", "--settings", "selmatch-cifar10", "--out", "x"]) == 1
     assert "no recipe is named 'selmatch-cifar10'; there are selmatch-cifar10-ipc250" in capsys.readouterr().err

@@ -7,11 +7,13 @@ import pytest
 import torch
 from conftest import CPU, MODEL, tiny_run
 
-from selmatch_ext import cli, pipeline, precision, preflight, settings
+from selmatch_ext import cli, methods, precision, preflight, settings
+from selmatch_ext import run as runner
+from selmatch_ext.methods.mtt import MTTSettings
 from selmatch_ext.ranges import Checked, SettingError, numeric_fields, settings_classes
-from selmatch_ext.settings import Data, DMSettings, Evaluation, Matching, MethodRun
 
-NUMBERS = [(kind, name) for kind in settings_classes(settings) for name in numeric_fields(kind)]
+CLASSES = [*settings_classes(settings, runner), *(m.settings_type for m in methods.METHODS.values())]
+NUMBERS = [(kind, name) for kind in CLASSES for name in numeric_fields(kind)]
 ZERO = {  # what may be 0
     *("momentum", "labels_momentum", "weight_decay", "alpha", "beta", "lr_lr", "lr_rates", "lr_labels", "seed"),
     *("checkpoint_seconds", "snapshot_every", "min_start_epoch", "attack_class", "target_class"),
@@ -19,12 +21,11 @@ ZERO = {  # what may be 0
 
 
 def make(kind, name, value):
-    others = {"settings": DMSettings(), "data": Data(), "evaluation": Evaluation()} if kind is MethodRun else {}
-    return kind(**others, **{name: (value,) if numeric_fields(kind)[name][3] else value})
+    return kind(**{name: (value,) if numeric_fields(kind)[name][3] else value})
 
 
 def test_the_settings_are_found():
-    assert len(settings_classes(settings)) >= 15 and len(NUMBERS) > 90
+    assert len(CLASSES) >= 15 and len(NUMBERS) > 90
 
 
 @pytest.mark.parametrize(("kind", "name"), NUMBERS)
@@ -52,7 +53,7 @@ def test_a_number_without_a_range_is_no_setting():
 
 def test_choices_are_refused_by_name():
     with pytest.raises(SettingError, match="^labels is 'best'; allowed is hard, soft, learned$"):
-        Matching(labels="best")
+        MTTSettings(labels="best")
     with pytest.raises(SettingError, match="^beta is 1.5; allowed is 0 to 1, where beta_unit is class$"):
         settings.Window(beta=1.5)
     settings.Window(beta=1.5, beta_unit="ipc")
@@ -61,13 +62,12 @@ def test_choices_are_refused_by_name():
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["run", "--matching.max-loss", "nan"], "--matching.max-loss is nan; allowed is above 0 to 1e+30"),
-        (["run", "--window.step=1e-9"], "--window.step is 1e-09; allowed is 0.001 to 1e+06"),
-        (["run", "--scores.training.lr", "0.1", "--experts.training.lr", "inf"], "--experts.training.lr is inf;"),
-        (["run", "--seed", "9" * 30], f"--seed is {'9' * 30}; allowed is a whole number from -92"),
+        (["run", "mtt", "--max-loss", "nan"], "--max-loss is nan; allowed is above 0 to 1e+30"),
+        (["run", "dm", "--start.window.step=1e-9"], "--start.window.step is 1e-09; allowed is 0.001 to 1e+06"),
+        (["run", "dc", "--start.scores.training.lr", "1", "--experts.training.lr", "inf"], "--experts.training.lr is"),
         (["distill", "dm", "--lr-images", "-1"], "--lr-images is -1.0; allowed is above 0 to 1e+30"),
         (["search", "set", "--search.depths", "1", "0"], "--search.depths is 0; allowed is a whole number"),
-        (["run", "--recipe", "dm-cifar10-ipc1", "--batch-real", "0"], "--batch-real is 0; allowed is a whole number"),
+        (["run", "--settings", "dm-cifar10-ipc1", "--batch-real", "0"], "--batch-real is 0; allowed is a whole number"),
     ],
 )  # fmt: skip
 def test_the_command_line_names_the_option_as_it_was_typed(arguments, line, tmp_path, capsys):
@@ -78,9 +78,9 @@ def test_the_command_line_names_the_option_as_it_was_typed(arguments, line, tmp_
 
 
 TINY = [
-    *("--data.dataset", "digits", "--device", "cpu", "--scores.source", "el2n", "--scores.model", MODEL),
-    *("--window.ipc", "6", "--window.alpha", "0.5", "--experts.model", MODEL, "--experts.training.epochs", "3"),
-    *("--matching.expert-epochs", "1", "--matching.max-start-epoch", "2", "--matching.batch-syn", "25"),
+    *("--data.dataset", "digits", "--device", "cpu", "--start.scores.source", "el2n", "--start.scores.model", MODEL),
+    *("--start.ipc", "6", "--start.alpha", "0.5", "--experts.model", MODEL, "--experts.training.epochs", "3"),
+    *("--expert-epochs", "1", "--max-start-epoch", "2", "--batch-syn", "25"),
     *("--evaluation.model", MODEL),
 ]
 
@@ -88,32 +88,32 @@ TINY = [
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--window.ipc 500", "ipc is 500; allowed is 1 to 116"),
-        ("--window.alpha 0.01", "alpha times ipc must be at least 1"),
-        ("--window.beta 0.99", "beta 0.99 runs past class"),
-        ("--window.step 50", "step is 50.0; allowed is above 0, up to 1"),
-        ("--scores.model ConvNetX", "scores.model: network 'ConvNetX'"),
+        ("--start.ipc 500", "ipc is 500; allowed is 1 to 116"),
+        ("--start.alpha 0.01", "alpha times ipc must be at least 1"),
+        ("--start.window.beta 0.99", "beta 0.99 runs past class"),
+        ("--start.window.step 50", "step is 50.0; allowed is above 0, up to 1"),
+        ("--start.scores.model ConvNetX", "start.scores.model: network 'ConvNetX'"),
         ("--experts.model ConvNetX", "experts.model: network 'ConvNetX'"),
         ("--evaluation.model ConvNetD9", "evaluation.model: network 'ConvNetD9'"),
-        ("--scores.strategy colr", "scores.strategy: strategy 'colr'"),
-        ("--matching.strategy colr", "matching.strategy: strategy 'colr'"),
+        ("--start.scores.strategy colr", "start.scores.strategy: strategy 'colr'"),
+        ("--strategy colr", "strategy: strategy 'colr'"),
         ("--evaluation.selected-strategy colr", "evaluation.selected_strategy: strategy 'colr'"),
-        ("--matching.max-start-epoch 9", "need trajectories of 9 epochs"),
-        ("--matching.min-start-epoch 2", "min_start_epoch must be at least 0 and below max_start_epoch 2"),
-        ("--matching.precision tf32", "matching.precision is tf32, which needs a CUDA device"),
+        ("--max-start-epoch 9", "need trajectories of 9 epochs"),
+        ("--min-start-epoch 2", "min_start_epoch must be at least 0 and below max_start_epoch 2"),
+        ("--precision tf32", "precision is tf32, which needs a CUDA device"),
         ("--experts.training.precision bfloat16", "experts.training.precision is bfloat16, which takes 12 times"),
-        ("--matching.cuda-graphs", "matching.cuda_graphs needs a CUDA device"),
-        ("--matching.engine fused --experts.model timm:resnet10t", "engine is fused, but"),
+        ("--cuda-graphs", "cuda_graphs needs a CUDA device"),
+        ("--engine fused --experts.model timm:resnet10t", "engine is fused, but"),
         ("--experts.count 100000000", "GB are free there"),
         ("--device tpu", "there are auto, cpu"),
         ("--device meta", "device 'meta' is not supported; there are auto, cpu"),
     ],
 )
 def test_a_run_that_cannot_work_is_refused_before_work(arguments, message, tmp_path, monkeypatch, capsys):
-    for module in ("experts.train", "evaluation.train", "methods.loop._iterate"):
+    for module in ("training.train", "evaluation.train", "methods.loop._iterate"):
         monkeypatch.setattr(f"selmatch_ext.{module}", lambda *rest: pytest.fail("trained for nothing"))
     monkeypatch.setattr(precision, "bfloat16_slowdown", lambda: 12.0)
-    assert cli.main(["run", *TINY, *arguments.split(), "--out", str(tmp_path / "out")]) == 1
+    assert cli.main(["run", "selmatch", *TINY, *arguments.split(), "--out", str(tmp_path / "out")]) == 1
     shown = capsys.readouterr().err
     assert message in shown and shown.startswith("selmatch: ") and shown.count("\n") == 1
     assert not list(tmp_path.rglob("*.*"))
@@ -121,9 +121,9 @@ def test_a_run_that_cannot_work_is_refused_before_work(arguments, message, tmp_p
 
 def test_the_wanted_number_of_processes_is_asked_before_work(tmp_path, monkeypatch):
     monkeypatch.setattr("selmatch_ext.ranks.world", lambda: 2)
-    monkeypatch.setattr("selmatch_ext.experts.train", lambda *rest: pytest.fail("trained for nothing"))
+    monkeypatch.setattr("selmatch_ext.training.train", lambda *rest: pytest.fail("trained for nothing"))
     with pytest.raises(ValueError, match="2 processes share the losses .* got 1; .* it is experts_per_iteration"):
-        pipeline.run(tiny_run(), tmp_path, CPU)
+        runner.run(tiny_run(), tmp_path, CPU)
 
 
 def test_slow_bfloat16_is_refused_unless_insisted_on(monkeypatch):

@@ -14,21 +14,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, MODEL, tiny_run
+from conftest import MODEL, tiny_run
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from selmatch_ext import cli, comparison, evaluation, files, models, strict_json
+from selmatch_ext import cli, evaluation, files, models, strict_json
+from selmatch_ext.context import Context
 from selmatch_ext.data.distilled import DistilledSet, Schedule
 from selmatch_ext.data.trajectories import ExpertStore, import_replay_buffer
 from selmatch_ext.data.whitening import Whitening
 from selmatch_ext.methods import METHODS, Task
 from selmatch_ext.methods.checkpoint import Checkpoint
 from selmatch_ext.models import from_file
-from selmatch_ext.pipeline import initial_set
 from selmatch_ext.selection.scores import describe, load_scores
-from selmatch_ext.settings import Evaluation, Training
+from selmatch_ext.selection.start import choose
+from selmatch_ext.settings import Evaluation, Start, Training
 
 EVALUATION = Evaluation(model="MLP", networks=1, training=Training(epochs=1))
 
@@ -49,7 +50,7 @@ def ran(tmp_path):
 
 
 def digits_set(digits, **changes):
-    subset = initial_set("real", 1, digits, 0, CPU)
+    subset = choose(Start("random", 1), Context(digits), None, None).images
     return replace(subset, **changes)
 
 
@@ -66,14 +67,14 @@ def test_a_set_does_not_choose_the_code_that_evaluates_it(digits, tmp_path, stra
     made.save(tmp_path / "set.safetensors")
     subset = DistilledSet.load(tmp_path / "set.safetensors")
     with pytest.raises(ValueError, match="set.safetensors: schedule_model is strangers_code:make, .* add --evaluation"):
-        evaluation.evaluate(subset, digits, EVALUATION, 0, CPU)
+        evaluation.evaluate(subset, Context(digits), EVALUATION)
     assert not ran(tmp_path)
-    evaluation.evaluate(subset, digits, replace(EVALUATION, model=stranger), 0, CPU)
+    evaluation.evaluate(subset, Context(digits), replace(EVALUATION, model=stranger))
     assert ran(tmp_path)
 
 
 def test_a_schedule_made_in_python_may_name_any_code(digits, tmp_path, stranger):
-    evaluation.evaluate(scheduled(digits, stranger), digits, EVALUATION, 0, CPU)
+    evaluation.evaluate(scheduled(digits, stranger), Context(digits), EVALUATION)
     assert ran(tmp_path)
 
 
@@ -99,8 +100,8 @@ def test_experts_do_not_choose_the_code_of_their_network(digits, tmp_path, stran
     ExpertStore(tmp_path / "e").save(0, rows, {"model": stranger, "dataset": "digits"})
     start, settings = digits_set(digits), replace(METHODS["mtt"].settings_type(), max_start_epoch=1, expert_epochs=1)
     for make in (
-        lambda store: METHODS["mtt"](Task(start, digits, 0, CPU, store), settings),
-        lambda store: initial_set("correct", 1, digits, 0, CPU, store),
+        lambda store: METHODS["mtt"](Task(start, Context(digits), store), settings),
+        lambda store: choose(Start("correct", 1), Context(digits), None, tmp_path, store),
     ):
         sys.modules.pop("strangers_code", None)
         (tmp_path / "strangers_code.py.ran").unlink(missing_ok=True)
@@ -115,11 +116,11 @@ def test_experts_do_not_choose_the_code_of_their_network(digits, tmp_path, stran
 
 def test_a_named_network_is_measured_before_it_is_made(digits, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(evaluation, "network", lambda *a: made.append(a))
+    monkeypatch.setattr(Context, "network", lambda *a: made.append(a))
     for starts, message in ((None, "parameters, more than 100000000"), (torch.zeros(1, 5), "but the file holds 5")):
         scheduled(digits, "ConvNetW65536NP", starts).save(tmp_path / "set.safetensors")
         with pytest.raises(ValueError, match=f"set.safetensors: schedule_model is ConvNetW65536NP, .*{message}"):
-            evaluation.evaluate(DistilledSet.load(tmp_path / "set.safetensors"), digits, EVALUATION, 0, CPU)
+            evaluation.evaluate(DistilledSet.load(tmp_path / "set.safetensors"), Context(digits), EVALUATION)
     assert not made
     for name in ("ConvNetD99999999NP", "ConvNetW99999999999"):
         with pytest.raises(ValueError, match=r"must be from 1 to"):
@@ -169,7 +170,7 @@ def header(shape, dtype="<f8"):
 def test_npy_headers(digits, tmp_path, content, message):
     (tmp_path / "s.npy").write_bytes(content)
     with pytest.raises(ValueError, match=f"s.npy is no score file .*({message})"):
-        load_scores(tmp_path / "s.npy", digits)
+        load_scores(tmp_path / "s.npy", digits.train.labels, digits.name)
 
 
 def test_npz_members_are_not_unpacked_beyond_what_is_needed(digits, tmp_path):
@@ -182,11 +183,11 @@ def test_npz_members_are_not_unpacked_beyond_what_is_needed(digits, tmp_path):
         with pytest.raises(
             ValueError, match=rf"s.npz is no score file .*{name} have dtype int64 and shape \(2000000000,\)"
         ):
-            load_scores(path, digits)
+            load_scores(path, digits.train.labels, digits.name)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("scores.npy", header(f"({n},)") + b"\0" * 10**7)
     with pytest.raises(ValueError, match="scores declares 9608 bytes, 10000000 are there"):
-        load_scores(path, digits)
+        load_scores(path, digits.train.labels, digits.name)
     assert describe(path) == (n, {})
 
 
@@ -199,7 +200,7 @@ def test_a_directory_that_hides_a_member(digits, tmp_path):
     content[first + 32] = content.index(b"PK\x05\x06") - content.index(b"PK\x01\x02", first + 4)
     path.write_bytes(content)
     with pytest.raises(ValueError, match="s.npz is no score file .*its directory lists 1 members; its end says 2"):
-        load_scores(path, digits)
+        load_scores(path, digits.train.labels, digits.name)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ def test_numbers_of_any_type_and_order_are_read(digits, tmp_path, dtype):
     np.save(tmp_path / "s.npy", scores)
     np.savez_compressed(tmp_path / "s.npz", scores=scores)
     for name in ("s.npy", "s.npz"):
-        assert load_scores(tmp_path / name, digits).tolist() == [float(s) for s in scores]
+        assert load_scores(tmp_path / name, digits.train.labels, digits.name).tolist() == [float(s) for s in scores]
 
 
 def test_safetensors_headers(tmp_path):
@@ -590,23 +591,11 @@ def test_settings_of_a_checkpoint_that_are_none(checkpoint):
 )
 def test_records_that_make_no_sense(digits, tmp_path, accuracies, message):
     path, settings = tmp_path / "record.json", replace(EVALUATION, networks=2)
-    evaluation.evaluate(digits_set(digits), digits, settings, 0, CPU, path)
+    evaluation.evaluate(digits_set(digits), Context(digits), settings, path)
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "accuracies": accuracies}).replace('"NaN"', "NaN"))
     with pytest.raises(ValueError, match=f"record.json.*{message}"):
-        evaluation.evaluate(digits_set(digits), digits, settings, 0, CPU, path)
-
-
-def test_a_finished_entry_that_makes_no_sense(tmp_path):
-    good = {"method": "dm", "ipc": 1, "seconds": None, "random": 1.0, "random_std": None, "ours": 2.0, "ours_std": None}
-    for changes, message in (
-        ({"ours": None}, "result.ours"),
-        ({"method": 3}, "result.method"),
-        ({"seconds": "x"}, "result.sec"),
-    ):
-        (tmp_path / "r.json").write_text(json.dumps({"result": {**good, **changes}, "made_with": {}}))
-        with pytest.raises(ValueError, match=f"r.json: {message}"):
-            comparison._finished(tmp_path / "r.json", {})
+        evaluation.evaluate(digits_set(digits), Context(digits), settings, path)
 
 
 # permission
@@ -629,7 +618,7 @@ def test_a_file_without_permission_says_so(digits, tmp_path, monkeypatch):
     for name, read in (
         ("secret.safetensors", lambda: DistilledSet.load(tmp_path / "secret.safetensors")),
         ("expert_0000.safetensors", lambda: ExpertStore(tmp_path).row(0, 0)),
-        ("secret.npy", lambda: load_scores(tmp_path / "secret.npy", digits)),
+        ("secret.npy", lambda: load_scores(tmp_path / "secret.npy", digits.train.labels, digits.name)),
         ("secret.json", lambda: files.read_json(tmp_path / "secret.json")),
         ("secret.pt", lambda: import_replay_buffer(tmp_path / "secret.pt", tmp_path / "s", toy(), {})),
     ):
@@ -643,7 +632,7 @@ def test_what_is_no_file(digits, tmp_path, name):
     path.mkdir() if name == "folder" else os.mkfifo(path)
     for read in (
         lambda: DistilledSet.load(path),
-        lambda: load_scores(path, digits),
+        lambda: load_scores(path, digits.train.labels, digits.name),
         lambda: files.read_json(path),
         lambda: import_replay_buffer(path, tmp_path / "s", toy(), {}),
     ):
@@ -663,8 +652,8 @@ resource.setrlimit(resource.RLIMIT_AS, (used + 2**28,) * 2)
 train = types.SimpleNamespace(labels=torch.zeros(100, dtype=torch.int64))
 data = types.SimpleNamespace(train=train, name="small")
 for read in (
-    lambda: load_scores(sys.argv[1] + "/zeros.npz", data),
-    lambda: load_scores(sys.argv[1] + "/huge.npy", data),
+    lambda: load_scores(sys.argv[1] + "/zeros.npz", data.train.labels, data.name),
+    lambda: load_scores(sys.argv[1] + "/huge.npy", data.train.labels, data.name),
     lambda: import_replay_buffer(sys.argv[1] + "/bomb.pt", sys.argv[1] + "/store", nn.Linear(3, 2), {}),
 ):
     try:

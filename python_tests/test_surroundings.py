@@ -14,13 +14,16 @@ import pytest
 import torch
 from conftest import CPU, tiny_run
 
-from selmatch_ext import cli, models, openmp, pipeline, report, stages, surroundings, training
+from selmatch_ext import cli, models, openmp, report, stages, surroundings, training
+from selmatch_ext import run as runner
+from selmatch_ext.context import Context
 from selmatch_ext.models.statistics import refuses_one_image
 from selmatch_ext.output import SafeStream, say
-from selmatch_ext.settings import Training
+from selmatch_ext.selection.start import choose
+from selmatch_ext.settings import Start, Training
 
-RUN = "import sys; from conftest import tiny_run; from selmatch_ext import pipeline, surroundings; "
-RUN += "run = lambda words: pipeline.run(tiny_run(), words[0], surroundings.device_of('cpu')); "
+RUN = "import sys; from conftest import tiny_run; from selmatch_ext import run as runner, surroundings; "
+RUN += "run = lambda words: runner.run(tiny_run(), words[0], surroundings.device_of('cpu')); "
 RUN += "sys.exit(surroundings.guarded(run, sys.argv[1:]))"
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
@@ -29,7 +32,7 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     with contextlib.redirect_stdout(io.StringIO()):
-        pipeline.run(tiny_run(), folder, CPU)
+        runner.run(tiny_run(), folder, CPU)
     return folder
 
 
@@ -81,7 +84,7 @@ def test_a_picture_that_fails_costs_a_warning(finished, tmp_path, monkeypatch, c
         monkeypatch.setattr(report, name, fail)
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
-    results = pipeline.run(tiny_run(), tmp_path / "run", CPU)
+    results = runner.run(tiny_run(), tmp_path / "run", CPU)
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
     shown = capsys.readouterr().err
     assert shown.count("could not be drawn: RuntimeError: no font") == 4 and "loss.png" in shown
@@ -138,9 +141,9 @@ def test_errors_of_torch_say_the_stage_and_its_sizes(error, what, digits, expert
         raise error
 
     def command(words):
-        pipeline.distil("selmatch", tiny_run().matching, start, digits, 0, CPU, tmp_path, {}, experts)
+        runner.distill(tiny_run(), start, Context(digits), tmp_path, experts)
 
-    start = pipeline.initial_set("real", 6, digits, 0, CPU)
+    start = choose(Start("random", 6), Context(digits), None, tmp_path)
     monkeypatch.setattr("selmatch_ext.methods.loop._iterate", fail)
     assert surroundings.guarded(command, []) == 1
     line = capsys.readouterr().err.splitlines()[-1]

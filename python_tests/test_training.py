@@ -6,22 +6,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CPU, MODEL, tiny_run
+from conftest import CPU, MODEL, random_set, tiny_run
 from torch.nn import functional as F
 
-from selmatch_ext import experts as experts_module
 from selmatch_ext import models
-from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.context import Context
+from selmatch_ext.data.distilled import DistilledSet, real_subset
 from selmatch_ext.data.images import ImageSplit
 from selmatch_ext.data.trajectories import ExpertStore
-from selmatch_ext.evaluation import Accuracy, evaluate, real_subset
-from selmatch_ext.experts import compute_scores, network, train_experts
+from selmatch_ext.evaluation import Accuracy, evaluate
+from selmatch_ext.experts import train_experts
 from selmatch_ext.models import flat
 from selmatch_ext.models.fast import fast
 from selmatch_ext.ops.dsa import augment
-from selmatch_ext.pipeline import random_set
 from selmatch_ext.precision import precision_scope
 from selmatch_ext.seeds import derive, generator
+from selmatch_ext.selection import difficulty as difficulty_module
+from selmatch_ext.selection.difficulty import compute_scores
 from selmatch_ext.settings import Scores, Training
 from selmatch_ext.training import batch_augmenter, combined_augmenter, learning_rate, train
 
@@ -80,16 +81,16 @@ def test_combined_augmentation_treats_real_and_distilled_images_differently():
 
 def test_experts_start_at_their_initialisation_and_depend_on_their_number_alone(digits, experts, tmp_path):
     settings = tiny_run().experts
-    first = network(digits, MODEL, 0, CPU, "expert", 0)
+    first = Context(digits).network(MODEL, "expert", 0)
     assert torch.equal(experts.row(0, 0), flat.flatten(first.parameters()).detach())
     assert not torch.equal(experts.row(0, 0), experts.row(1, 0))
-    again = train_experts(digits, replace(settings, count=1), tmp_path, 0, CPU)
-    again = train_experts(digits, settings, tmp_path, 0, CPU)  # continues with the second
+    again = train_experts(Context(digits), replace(settings, count=1), tmp_path)
+    again = train_experts(Context(digits), settings, tmp_path)  # continues with the second
     assert all(torch.equal(again.row(1, e), experts.row(1, e)) for e in range(4))
     with pytest.raises(ValueError, match="epochs"):
-        train_experts(digits, replace(settings, training=Training(epochs=2)), tmp_path, 0, CPU)
+        train_experts(Context(digits), replace(settings, training=Training(epochs=2)), tmp_path)
     with pytest.raises(ValueError, match="seed"):
-        train_experts(digits, settings, tmp_path, 1, CPU)
+        train_experts(Context(digits, 1), settings, tmp_path)
 
 
 def test_experts_of_other_contents_under_the_same_name_are_refused(digits, experts):
@@ -98,19 +99,19 @@ def test_experts_of_other_contents_under_the_same_name_are_refused(digits, exper
     labels[7] = (labels[7] + 1) % 10
     for changed in (ImageSplit(images, digits.train.labels), ImageSplit(digits.train.images, labels)):
         with pytest.raises(ValueError, match="images: [0-9a-f]{64} → [0-9a-f]{64}"):
-            train_experts(replace(digits, train=changed), tiny_run().experts, experts.folder, 0, CPU)
+            train_experts(Context(replace(digits, train=changed)), tiny_run().experts, experts.folder)
 
 
 def test_experts_of_whitened_images_are_not_those_of_plain_ones(digits, experts, tmp_path):
     settings = replace(tiny_run().experts, count=1)
     with pytest.raises(ValueError, match="zca: False → True"):
-        train_experts(digits.whitened(), settings, experts.folder, 0, CPU)
+        train_experts(Context(digits.whitened()), settings, experts.folder)
     older = ExpertStore(tmp_path)
     older.save(0, torch.stack([experts.row(0, e) for e in range(4)]), {**experts.metadata, "zca": False})
     older.check(0, {"zca": False})
     older.path(0).unlink()
     older.save(0, torch.stack([experts.row(0, e) for e in range(4)]), _without(experts.metadata, "zca"))
-    assert train_experts(digits, replace(settings, count=2), tmp_path, 0, CPU).count == 2
+    assert train_experts(Context(digits), replace(settings, count=2), tmp_path).count == 2
 
 
 def _without(fields, name):
@@ -120,9 +121,9 @@ def _without(fields, name):
 @pytest.mark.parametrize("source", ["forgetting", "el2n"])
 def test_scores_put_the_hard_images_first(digits, source):
     settings = Scores(source=source, model=MODEL, runs=1, training=Training(epochs=6, lr=0.1, momentum=0.9, batch=64))
-    scores = compute_scores(digits, settings, 0, CPU)
+    scores = compute_scores(Context(digits), settings)
     assert scores.shape == (len(digits.train.labels),) and scores.dtype == torch.float32
-    other = network(digits, MODEL, 5, CPU)
+    other = Context(digits, 5).network(MODEL)
     images = digits.normalise(digits.train.images)
     train(other, images.__getitem__, digits.train.labels, settings.training, nothing, generator(5))
     with torch.no_grad():
@@ -134,8 +135,8 @@ def test_scores_put_the_hard_images_first(digits, source):
 def test_el2n_is_the_error_norm_averaged_over_epochs_and_runs(digits, monkeypatch):
     logits = torch.randn(6, len(digits.train.labels), 10, generator=torch.Generator().manual_seed(0))
     seen = iter(logits)
-    monkeypatch.setattr(experts_module, "predict", lambda *a: next(seen))
-    scores = compute_scores(digits, Scores(source="el2n", model=MODEL, runs=3, training=Training(epochs=2)), 0, CPU)
+    monkeypatch.setattr(difficulty_module, "predict", lambda *a: next(seen))
+    scores = compute_scores(Context(digits), Scores(source="el2n", model=MODEL, runs=3, training=Training(epochs=2)))
     errors = logits.softmax(-1) - F.one_hot(digits.train.labels, 10)
     torch.testing.assert_close(scores, errors.square().sum(-1).sqrt().mean(0))
 
@@ -143,31 +144,31 @@ def test_el2n_is_the_error_norm_averaged_over_epochs_and_runs(digits, monkeypatc
 def test_evaluation_continues_and_compares_on_the_same_networks(digits, tmp_path):
     settings = tiny_run().evaluation
     subset = real_subset(digits, torch.arange(0, 1000, 10), "every tenth")
-    whole = evaluate(subset, digits, settings, 3, CPU)["test"]
+    whole = evaluate(subset, Context(digits, 3), settings)["test"]
     record = tmp_path / "evaluation.json"
-    evaluate(subset, digits, settings, 3, CPU, record)
+    evaluate(subset, Context(digits, 3), settings, record)
     saved = json.loads(record.read_text())
     record.write_text(json.dumps({**saved, "accuracies": saved["accuracies"][:1]}))
-    assert evaluate(subset, digits, settings, 3, CPU, record)["test"] == whole
+    assert evaluate(subset, Context(digits, 3), settings, record)["test"] == whole
     with pytest.raises(ValueError, match="networks: 2 → 3"):
-        evaluate(subset, digits, replace(settings, networks=3), 3, CPU, record)
+        evaluate(subset, Context(digits, 3), replace(settings, networks=3), record)
     with pytest.raises(ValueError, match="seed"):
-        evaluate(subset, digits, settings, 4, CPU, record)
+        evaluate(subset, Context(digits, 4), settings, record)
     with pytest.raises(ValueError, match="set: "):
-        evaluate(replace(subset, images=-subset.images), digits, settings, 3, CPU, record)
+        evaluate(replace(subset, images=-subset.images), Context(digits, 3), settings, record)
 
 
 def test_a_damaged_record_of_an_evaluation_is_named(digits, tmp_path):
     (tmp_path / "record.json").write_text('{"accuracies": [[')
     with pytest.raises(ValueError, match="record.json is damaged"):
-        evaluate(random_set(digits, 1, 0), digits, tiny_run().evaluation, 0, CPU, tmp_path / "record.json")
+        evaluate(random_set(digits, 1), Context(digits), tiny_run().evaluation, tmp_path / "record.json")
 
 
 def test_evaluation_takes_soft_labels(digits):
     hard = real_subset(digits, torch.arange(0, 1000, 10), "every tenth")
     soft: DistilledSet = replace(hard, labels=F.one_hot(hard.labels, 10).float())
     settings = replace(tiny_run().evaluation, networks=1)
-    accuracies = [evaluate(s, digits, settings, 3, CPU)["test"].mean for s in (hard, soft)]
+    accuracies = [evaluate(s, Context(digits, 3), settings)["test"].mean for s in (hard, soft)]
     assert accuracies[0] == pytest.approx(accuracies[1], abs=1.0)
 
 
@@ -180,7 +181,7 @@ def test_accuracy_summary():
 def test_streams_are_independent_and_leave_the_global_generator_alone(digits):
     assert derive(0, "expert", 1) != derive(0, "expert", 2) != derive(1, "expert", 2)
     before = torch.get_rng_state()
-    evaluate(real_subset(digits, torch.arange(50), "first"), digits, tiny_run().evaluation, 0, CPU)
+    evaluate(real_subset(digits, torch.arange(50), "first"), Context(digits), tiny_run().evaluation)
     assert torch.equal(before, torch.get_rng_state())
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from selmatch_ext.data.images import denormalise, load
+from selmatch_ext.data.images import denormalise
+from selmatch_ext.data.load import load, load_data
 from selmatch_ext.data.whitening import Whitening, fit_whitening
-from selmatch_ext.pipeline import load_data
 from selmatch_ext.settings import Data
 
 
@@ -36,7 +36,7 @@ def test_what_it_is_for():
 
 
 def test_a_data_set_is_whitened_from_its_training_split():
-    data, _ = load_data(Data("digits", zca=True), seed=0)
+    data = load_data(Data("digits", zca=True), seed=0)
     plain = load("digits")
     w = fit_whitening(plain.normalise(plain.train.images))
     torch.testing.assert_close(data.normalise(data.test.images), w(plain.normalise(plain.test.images)))

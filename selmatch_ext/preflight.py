@@ -99,24 +99,31 @@ def check_start(settings: Start, evaluation: Evaluation, context: Context) -> Di
     return prototype(settings, context)
 
 
-def check_run(settings: Run, context: Context, folder: Path, store: ExpertStore | None = None) -> None:
-    """Errors of every stage that are certain before the first. store: experts that are there; None: the run is going to
-    train those that it needs."""
-    used: dict[str, Any] = {"settings": settings.settings, "evaluation": settings.evaluation}
+def check_run(settings: Run, context: Context, folder: Path) -> None:
+    """Errors of every stage that are certain before the first."""
+    used: dict[str, Any] = {"evaluation": settings.evaluation}
     planned = None
-    if settings.needs_experts() and store is None:
+    if settings.needs_experts():
         used["experts"] = settings.experts
     check_networks(used, context.data)
     if "experts" in used:
         planned = PlannedExperts.of(settings.experts, context.data, folder / "experts")
+    check_distillation(settings, context, folder, planned)
+
+
+def check_distillation(
+    settings: Run, context: Context, folder: Path, experts: ExpertStore | PlannedExperts | None
+) -> None:
+    """Errors of the start and of the method that are certain before their work. experts: those that are there, or are
+    going to be trained."""
+    check_networks({"settings": settings.settings}, context.data)
     start = check_start(settings.start, settings.evaluation, context)
-    task = Task(start, replace(context, data=seen_as(start, context.data)), planned if store is None else store)
+    task = Task(start, replace(context, data=seen_as(start, context.data)), experts)
     kind = find_method(settings.method)
-    own = kind.rehearsed(settings.settings) if store is None else settings.settings
-    method = kind(task, own)
+    method = kind(task, kind.rehearsed(settings.settings))
     check_draws(method)
     method.rehearse()
-    check_disk(folder, method, planned)
+    check_disk(folder, method)
 
 
 @dataclass
@@ -138,6 +145,11 @@ class PlannedExperts:
         about = {"model": settings.model, "dataset": data.name}
         return cls(folder, settings.model, settings.count, settings.training.epochs, parameter_count(model), about)
 
+    @property
+    def model_name(self) -> str:
+        """As `ExpertStore.model_name`."""
+        return self.model
+
     def check_model_size(self, channels: int, classes: int, image_size: tuple[int, int]) -> None:
         """Nothing to check: the parameters are counted in the network itself."""
 
@@ -156,11 +168,11 @@ def check_experts(settings: Experts, data: ImageData, folder: Path) -> None:
     check_room({"experts": PlannedExperts.of(settings, data, folder).bytes_missing()}, folder)
 
 
-def check_disk(folder: Path, method: Method, experts: PlannedExperts | None) -> None:
+def check_disk(folder: Path, method: Method) -> None:
     """OSError where the disk of `folder` has less room than the run is going to take there."""
-    one, every = method.task.start.images.numel() * 4, method.settings.snapshot_every
+    one, every, experts = method.task.start.images.numel() * 4, method.settings.snapshot_every, method.task.experts
     needs = {
-        "experts": 0 if experts is None else experts.bytes_missing(),
+        "experts": experts.bytes_missing() if isinstance(experts, PlannedExperts) else 0,
         "snapshots": 0 if every == 0 else (method.iterations // every + 2) * one,
         "set and checkpoint": 6 * one,
     }

@@ -3,6 +3,7 @@ earlier, killed call left in the run's folder."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def run(
     set. experts: where the expert trajectories are; None: in `folder`. The same call after a kill continues. Raises
     ValueError when `folder` holds a run with other settings."""
     folder = Path(folder)
-    context = _begin(settings, folder, device)
+    context = _begin(settings, folder, device, lambda c: preflight.check_run(settings, c, folder))
     store = None
     if settings.needs_experts():
         store = train_experts(context, settings.experts, folder / "experts" if experts is None else experts)
@@ -112,7 +113,7 @@ def distill_alone(
     folder, store = Path(folder), None
     if experts is not None:
         store = ExpertStore(experts, trusted=(experts_model, vars(settings.settings).get("model")))
-    context = _begin(settings, folder, device, store)
+    context = _begin(settings, folder, device, lambda c: preflight.check_distillation(settings, c, folder, store))
     chosen = choose(settings.start, context, settings.evaluation, folder, store)
     distill(settings, chosen, context, folder, store)
     return folder / "distilled.safetensors"
@@ -172,12 +173,12 @@ def distill(settings: Run, chosen: Chosen, context: Context, folder: Path, store
     return method
 
 
-def _begin(settings: Run, folder: Path, device: torch.device, store: ExpertStore | None = None) -> Context:
-    """Checks all that can be checked without work, and takes the folder. store: experts that are there."""
+def _begin(settings: Run, folder: Path, device: torch.device, check: Callable[[Context], None]) -> Context:
+    """Checks all that can be checked without work, and takes the folder. check: of what needs the images."""
     preflight.check_choices(settings, device)
     claim(folder, to_dict(settings))
     context = Context(load_data(settings.data, settings.seed), settings.seed, device)
-    preflight.check_run(settings, context, folder, store)
+    check(context)
     return replace(context, data=recognize(folder, to_dict(settings), context.data))
 
 

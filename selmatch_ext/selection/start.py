@@ -164,7 +164,7 @@ def score_source(select: str, source: str) -> str:
         return select
     if (kind or "cscore") != coreset.BY_SCORE[select]:
         raise ValueError(
-            f"start.select {select} does not go with start.scores.source {source!r}, a file of {kind or 'C-score'}s"
+            f"start.select {select} does not go with start.scores.source {source!r}, a file of {kind + ' ' if kind else 'C-'}scores"
         )
     return source
 
