@@ -17,11 +17,12 @@ from selmatch_ext.run import Run, run
 from selmatch_ext.settings import Data, Scores, Start, Training, Window
 
 LOOPS = {"outer_loop": 1, "inner_loop": 1, "batch_real": 5, "model": MODEL, "lr_images": 1.0}
+# Two batches are all 40 images, so that each of them is learned.
 MATCHING = {
     "inner_steps": 2,
     "expert_epochs": 1,
     "max_start_epoch": 2,
-    "batch_syn": 10,
+    "batch_syn": 20,
     "lr_images": 10.0,
     "lr_lr": 1e-8,
 }
@@ -223,7 +224,7 @@ def test_a_settings_file_does_not_choose_code(scores, tmp_path, capsys):
         ({"sed": 1}, "sed is no setting of Run"),
         ({"start": {"ipc": 0}}, "start: ipc is 0; allowed is a whole number from 1"),
         ({"start": {"window": {"beta": "x"}}}, "start: window: beta is x, which is not of its type, "),
-        ({"start": [1]}, "start must be"),
+        ({"start": [1]}, "start is .1.; it must be an object"),
         ({"evaluation": {"training": {"schedule": "no"}}}, "schedule is no, which is not of its type, "),
         ({"method": 3}, "method is 3"),
         ({"method": "dx"}, "no method is called 'dx'"),

@@ -572,7 +572,7 @@ def test_checkpoints_that_make_no_sense(checkpoint, changes, message):
 
 def test_settings_of_a_checkpoint_that_are_none(checkpoint):
     forged(checkpoint.path, settings="[]")
-    with pytest.raises(ValueError, match=r"metadata field 'settings' is \[\]; it must be an object"):
+    with pytest.raises(ValueError, match=r"what it was made from is \[\]; it must be an object"):
         checkpoint.restore(*toy_method())
 
 

@@ -163,9 +163,8 @@ def score_source(select: str, source: str) -> str:
             raise ValueError(f"C-scores come from a file: start.scores.source must be its path, got {source!r}")
         return select
     if (kind or "cscore") != coreset.BY_SCORE[select]:
-        raise ValueError(
-            f"start.select {select} does not go with start.scores.source {source!r}, a file of {kind + ' ' if kind else 'C-'}scores"
-        )
+        held = f"{kind} scores" if kind else "C-scores"
+        raise ValueError(f"start.select {select} does not go with start.scores.source {source!r}, a file of {held}")
     return source
 
 

@@ -94,11 +94,8 @@ def compare(names: Sequence[str], folder: Path, seed: int, device: torch.device)
 def _table(rows: dict[str, Run], results: dict[str, dict[str, Any]]) -> list[list[str]]:
     table = [["method, images per class", "random", "start", "distilled"]]
     for name, found in results.items():
-        shown = (
-            f"{found[key]['mean']:.1f} ± {found[key]['std']:.1f}" for key in ("random", "start", rows[name].method)
-        )
-        table.append([name.replace("-ipc", ", "), *shown])
+        title, sets = name.replace("-ipc", ", "), ("random", "start", rows[name].method)
+        table.append([title, *(f"{found[key]['mean']:.1f} ± {found[key]['std']:.1f}" for key in sets)])
         for what, shares in found.get("attack", {}).items():
-            shares = (f"{shares[key]:.1f}" for key in ("random", "start", rows[name].method))
-            table.append([f"{name.replace('-ipc', ', ')}: {what}", *shares])
+            table.append([f"{title}: {what}", *[f"{shares[key]:.1f}" for key in sets]])
     return table
