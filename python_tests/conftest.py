@@ -13,7 +13,7 @@ from selmatch_ext.experts import train_experts
 from selmatch_ext.methods import MethodSettings
 from selmatch_ext.methods.loop import run
 from selmatch_ext.methods.selmatch import SelMatchSettings
-from selmatch_ext.run import Run
+from selmatch_ext.runner import Run
 from selmatch_ext.selection.start import choose
 from selmatch_ext.settings import Data, Evaluation, Experts, Scores, Start, Training, Window
 

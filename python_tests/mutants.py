@@ -29,6 +29,7 @@ from selmatch_ext.data.images import ImageData, ImageSplit
 from selmatch_ext.data.trajectories import ExpertStore, import_replay_buffer
 from selmatch_ext.data.whitening import fit_whitening
 from selmatch_ext.methods.checkpoint import Checkpoint
+from selmatch_ext.runner import Run
 from selmatch_ext.selection import features
 from selmatch_ext.selection.scores import describe, load_scores
 from selmatch_ext.settings import Features, Training
@@ -198,6 +199,16 @@ class SettingsFile(Kind):
         assert all("\n" not in line for line in provenance.other_settings(self.folder, SETTINGS))
 
 
+class RunSettings(Kind):
+    file, exact = "settings.json", False
+
+    def make(self):
+        files.write_json(self.path, provenance.to_dict(Run.of("dm")))
+
+    def read(self):
+        return provenance.to_dict(Run.load(self.folder))
+
+
 class ReplayBuffer(Kind):
     file, new_format = "replay_buffer_0.pt", True
 
@@ -222,7 +233,7 @@ class LegacyReplayBuffer(ReplayBuffer):
 
 
 KINDS = [PlainSet, ScheduledSet, WhitenedSet, Experts, CheckpointFile, NetworkCache, ImageCache, ScoresNpz]
-KINDS += [CompressedScores, ScoresNpy, Record, SettingsFile, ReplayBuffer, LegacyReplayBuffer]
+KINDS += [CompressedScores, ScoresNpy, Record, SettingsFile, RunSettings, ReplayBuffer, LegacyReplayBuffer]
 ODD = ["null", "NaN", "-Infinity", "1e999", "-1", "true", '""', "[]", "{}", "[" * 5000, "[[0]]", "9" * 5000, "1e30"]
 
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import CPU, MODEL, tiny_run
 from PIL import Image
 
-from selmatch_ext import run as runner
+from selmatch_ext import runner
 from selmatch_ext.settings import Data, Window
 
 

@@ -13,7 +13,7 @@ from selmatch_ext.evaluation import correct
 from selmatch_ext.methods import METHODS
 from selmatch_ext.methods.dd import DDSettings
 from selmatch_ext.methods.distribution import DMSettings
-from selmatch_ext.run import Run
+from selmatch_ext.runner import Run
 from selmatch_ext.schedules import follow_schedule
 from selmatch_ext.settings import Data, Start
 from selmatch_ext.studies import comparison

@@ -22,7 +22,7 @@ from selmatch_ext.models import build, flat
 from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.models.initial import xavier
 from selmatch_ext.ops.sampling import sample_augmentation
-from selmatch_ext.run import Run, distill
+from selmatch_ext.runner import Run, distill
 from selmatch_ext.schedules import follow_schedule
 from selmatch_ext.seeds import generator
 from selmatch_ext.selection.start import Chosen, choose

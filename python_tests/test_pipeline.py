@@ -26,7 +26,7 @@ from selmatch_ext.data.load import load_data
 from selmatch_ext.data.trajectories import ExpertStore
 from selmatch_ext.evaluation import Accuracy
 from selmatch_ext.provenance import to_dict
-from selmatch_ext.run import distill, run
+from selmatch_ext.runner import distill, run
 from selmatch_ext.selection import start
 from selmatch_ext.selection.difficulty import training_difficulty
 from selmatch_ext.selection.features import trained_networks

@@ -13,7 +13,7 @@ from selmatch_ext import cli
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.methods import METHODS, loop
 from selmatch_ext.provenance import from_dict, to_dict
-from selmatch_ext.run import Run, run
+from selmatch_ext.runner import Run, run
 from selmatch_ext.settings import Data, Scores, Start, Training, Window
 
 LOOPS = {"outer_loop": 1, "inner_loop": 1, "batch_real": 5, "model": MODEL, "lr_images": 1.0}

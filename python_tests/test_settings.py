@@ -7,8 +7,7 @@ import pytest
 import torch
 from conftest import CPU, MODEL, tiny_run
 
-from selmatch_ext import cli, methods, precision, preflight, settings
-from selmatch_ext import run as runner
+from selmatch_ext import cli, methods, precision, preflight, runner, settings
 from selmatch_ext.methods.mtt import MTTSettings
 from selmatch_ext.ranges import Checked, SettingError, numeric_fields, settings_classes
 

@@ -14,15 +14,14 @@ import pytest
 import torch
 from conftest import CPU, tiny_run
 
-from selmatch_ext import cli, models, openmp, report, stages, surroundings, training
-from selmatch_ext import run as runner
+from selmatch_ext import cli, models, openmp, report, runner, stages, surroundings, training
 from selmatch_ext.context import Context
 from selmatch_ext.models.statistics import refuses_one_image
 from selmatch_ext.output import SafeStream, say
 from selmatch_ext.selection.start import choose
 from selmatch_ext.settings import Start, Training
 
-RUN = "import sys; from conftest import tiny_run; from selmatch_ext import run as runner, surroundings; "
+RUN = "import sys; from conftest import tiny_run; from selmatch_ext import runner, surroundings; "
 RUN += "run = lambda words: runner.run(tiny_run(), words[0], surroundings.device_of('cpu')); "
 RUN += "sys.exit(surroundings.guarded(run, sys.argv[1:]))"
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

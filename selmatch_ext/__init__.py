@@ -14,6 +14,9 @@ openmp.prepare()  # before torch loads the OpenMP runtime
 import torch  # noqa: F401  (the extension needs torch's libraries loaded)
 # isort: on
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from selmatch_ext import models
 from selmatch_ext._C import build_info
 from selmatch_ext.ops.distance import trajectory_distance
@@ -22,18 +25,62 @@ from selmatch_ext.ops.gradient_distance import gradient_distance
 from selmatch_ext.ops.sampling import DiffAugment, ParamDiffAug, sample_augmentation
 from selmatch_ext.unroll import explain_engine, unrolled_sgd
 
+if TYPE_CHECKING:
+    from selmatch_ext import ranges
+    from selmatch_ext.context import Context
+    from selmatch_ext.data.distilled import DistilledSet
+    from selmatch_ext.data.load import load
+    from selmatch_ext.methods import Method, MethodSettings, Task
+    from selmatch_ext.runner import Run, run
+    from selmatch_ext.settings import Start
+
 __version__ = build_info()["version"]
+
+_LATER = {
+    "Context": "context",
+    "DistilledSet": "data.distilled",
+    "Method": "methods",
+    "MethodSettings": "methods",
+    "Run": "runner",
+    "Start": "settings",
+    "Task": "methods",
+    "load": "data.load",
+    "ranges": "",
+    "run": "runner",
+}
+"""Names that are imported when they are first asked for, with their modules: whoever uses the operations alone does not
+wait for the rest."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_LATER[name] or name}")
+    found = getattr(module, name) if _LATER[name] else module
+    globals()[name] = found
+    return found
+
 
 __all__ = [
     "Augmentation",
+    "Context",
     "DiffAugment",
+    "DistilledSet",
+    "Method",
+    "MethodSettings",
     "ParamDiffAug",
+    "Run",
+    "Start",
+    "Task",
     "augment",
     "build_info",
     "explain_engine",
     "gradient_distance",
+    "load",
     "mix_augmentations",
     "models",
+    "ranges",
+    "run",
     "sample_augmentation",
     "trajectory_distance",
     "unrolled_sgd",

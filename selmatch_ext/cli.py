@@ -12,8 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from selmatch_ext import cli_studies, models, preflight, recipes, report, surroundings
-from selmatch_ext import run as runner
+from selmatch_ext import cli_studies, models, preflight, recipes, report, runner, surroundings
 from selmatch_ext.cli_settings import given_run, take
 from selmatch_ext.context import Context
 from selmatch_ext.data.load import load_data
@@ -22,7 +21,7 @@ from selmatch_ext.experts import train_experts
 from selmatch_ext.methods import METHODS, find_method
 from selmatch_ext.output import say
 from selmatch_ext.provenance import set_aside, to_dict
-from selmatch_ext.run import Run
+from selmatch_ext.runner import Run
 from selmatch_ext.selection.difficulty import COMPUTED, training_difficulty
 from selmatch_ext.settings import Data, Evaluation, Experts, Scores, Start
 from selmatch_ext.surroundings import device_of

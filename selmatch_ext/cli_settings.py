@@ -12,7 +12,7 @@ from selmatch_ext import recipes
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.models import from_file
 from selmatch_ext.provenance import from_dict
-from selmatch_ext.run import Run
+from selmatch_ext.runner import Run
 from selmatch_ext.settings import Data
 
 OF_THE_SET = Data(dataset="of the set")

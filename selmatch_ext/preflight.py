@@ -29,7 +29,7 @@ from selmatch_ext.selection.start import prototype
 from selmatch_ext.settings import Evaluation, Experts, Start
 
 if TYPE_CHECKING:
-    from selmatch_ext.run import Run
+    from selmatch_ext.runner import Run
 
 
 def settings_of(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

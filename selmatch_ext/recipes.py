@@ -13,7 +13,7 @@ from selmatch_ext.methods.distribution import DMSettings
 from selmatch_ext.methods.gradient import DCSettings
 from selmatch_ext.methods.mtt import MTTSettings
 from selmatch_ext.methods.selmatch import SelMatchSettings
-from selmatch_ext.run import Run
+from selmatch_ext.runner import Run
 from selmatch_ext.settings import DSA, Data, Evaluation, Experts, Scores, Start, Training, Window
 
 

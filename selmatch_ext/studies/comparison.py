@@ -18,7 +18,7 @@ from selmatch_ext.methods.gradient import DCSettings, DSASettings
 from selmatch_ext.methods.mtt import MTTSettings
 from selmatch_ext.methods.selmatch import SelMatchSettings
 from selmatch_ext.output import say
-from selmatch_ext.run import Run, run
+from selmatch_ext.runner import Run, run
 from selmatch_ext.settings import Data, Evaluation, Experts, Scores, Start, Training, Window
 
 STRATEGY = "color_crop_cutout_scale_rotate"  # no flips: a digit's mirror image is none
