@@ -60,7 +60,7 @@ def _networks(settings: Any, prefix: str = "") -> list[tuple[str, str]]:
     """(option, value) of each setting that names a network."""
     found = []
     for field in fields(settings):
-        value, option = getattr(settings, field.name), f"{prefix}{field.name}"
+        value, option = vars(settings)[field.name], f"{prefix}{field.name}"
         if is_dataclass(value):
             found += _networks(value, "" if field.name == "settings" else f"{option}.")
         elif field.name == "model":

@@ -75,10 +75,10 @@ def check(settings: Any) -> None:
     """SettingError for the first field of a dataclass whose number is NaN, infinite, of another type or not in its
     range, or whose value is none of those that its type names. None passes where the type allows it."""
     for name, names in named_fields(type(settings)).items():
-        if getattr(settings, name) not in names:
-            raise SettingError(name, repr(getattr(settings, name)), ", ".join(map(str, names)))
+        if vars(settings)[name] not in names:
+            raise SettingError(name, repr(vars(settings)[name]), ", ".join(map(str, names)))
     for name, (kind, allowed, optional, several) in numeric_fields(type(settings)).items():
-        given = getattr(settings, name)
+        given = vars(settings)[name]
         if given is None and optional:
             continue
         for value in given if several and isinstance(given, (tuple, list)) else [given]:
