@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from selmatch_ext.models.objects import hooks_of
 from selmatch_ext.ops.block import (
     AVERAGE_POOL,
     BATCH_NORM,
@@ -28,7 +29,6 @@ from selmatch_ext.ops.block import (
     BlockKind,
 )
 from selmatch_ext.unroll.rules import Add, Average, Block, Conv, Flatten, Linear, Rule
-from selmatch_ext.unroll.state import has_hooks
 
 
 class Unsupported(Exception):
@@ -54,7 +54,7 @@ def read(model: nn.Module) -> list[Step]:
     model: in the mode in which it is to run; forward is called on it. Raises Unsupported."""
     for name, module in model.named_modules():
         name = name or type(model).__name__
-        if has_hooks(module):
+        if any(hooks_of(module)):
             raise Unsupported(f"{name} has hooks, which the fused engine does not call")
         if "forward" in vars(module):
             raise Unsupported(f"{name} has a forward of its own in place of that of its class")
@@ -107,7 +107,7 @@ class _Reader:
 
     def __init__(self, model: nn.Module, graph: fx.Graph):
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.paths = {m: path for path, m in model.named_modules()}
+        self.paths = {id(m): path for path, m in model.named_modules()}
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.graph = graph
         self.found: list[Step] = []
@@ -224,7 +224,7 @@ def _norm(reader: _Reader, m: nn.Module, name: str, norm: int, groups: int, cent
     if not m.training and getattr(m, "running_mean", None) is not None:
         raise Unsupported(f"{name} is in evaluation mode, in which it uses its running statistics")
     kind = BlockKind(norm, groups, m.eps)
-    return [Block(kind, reader.parameter(m.weight), reader.parameter(m.bias), centres, reader.paths[m])]
+    return [Block(kind, reader.parameter(m.weight), reader.parameter(m.bias), centres, reader.paths[id(m)])]
 
 
 def _layer_norm(reader: _Reader, m: nn.LayerNorm, name: str) -> list[Rule]:
