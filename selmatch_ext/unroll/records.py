@@ -7,7 +7,7 @@ import operator
 import random
 import types
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +40,7 @@ class Record(NamedTuple):
     a tensor; another object that can change stands for itself, and has a record of its own."""
 
     value: Any
-    items: Any  # of a container a dictionary, list or set; of a module the names of its parameters; else a state
+    items: Any  # of a container a dictionary, list or set; of a module its parameters; else a state
     attributes: dict | None
 
 
@@ -71,7 +71,9 @@ class Recorder:
         if id(value) in self.records:
             return
         if isinstance(value, nn.Module):
-            self._record(value, list(value._parameters), attributes_of(value))
+            # Other tensors than parameters were put in their places by `PrivateModel`.
+            own = {name: p if isinstance(p, nn.Parameter) else None for name, p in value._parameters.items()}
+            self._record(value, own, attributes_of(value))
             self._record(value._buffers, dict(value._buffers), None)
             self._record(value._modules, dict(value._modules), None)
         elif isinstance(value, type):
@@ -158,10 +160,11 @@ def _size(parts: Any) -> int:
 
 
 class Comparison:
-    """Of the records of two moments."""
+    """Of the records of two moments. registered: ids of modules that are compared by themselves, and not as a part of
+    what refers to them."""
 
-    def __init__(self, mine: dict[int, Record], others: dict[int, Record]):
-        self.mine, self.others = mine, others
+    def __init__(self, mine: dict[int, Record], others: dict[int, Record], registered: Container[int]):
+        self.mine, self.others, self.registered = mine, others, registered
 
     def first_difference(self, number: int) -> str | None:
         """The name of the first attribute, or entry, of the object with the id `number` that differs."""
@@ -177,7 +180,7 @@ class Comparison:
         waiting, seen = [(mine, other)], set()
         while waiting:
             a, b = waiting.pop()
-            if (type(a) in CONSTANTS and a is b) or (id(a), id(b)) in seen:
+            if (a is b and (type(a) in CONSTANTS or id(a) in self.registered)) or (id(a), id(b)) in seen:
                 continue
             seen.add((id(a), id(b)))
             record, of_other = self.mine.get(id(a)), self.others.get(id(b))
@@ -187,6 +190,8 @@ class Comparison:
                 found = _pairs(record.items, of_other.items)
                 more = _pairs(record.attributes, of_other.attributes)
                 found = None if found is None or more is None else found + more
+                if found is not None and isinstance(a, nn.Module):
+                    found += [(a._buffers, b._buffers), (a._modules, b._modules)]
             else:
                 found = [] if a is b or (isinstance(a, _COMPARED) and same(a, b)) else None
             if found is None:
@@ -219,8 +224,9 @@ class PutBack:
     def __call__(self, record: Record) -> None:
         value, items = record.value, record.items
         if isinstance(value, nn.Module):
-            for name in value._parameters.keys() - set(items):
+            for name in value._parameters.keys() - items.keys():
                 del value._parameters[name]
+            value._parameters.update({name: p for name, p in items.items() if name not in value._parameters})
         elif isinstance(value, dict):
             self._dictionary(value, items)
         elif isinstance(value, (list, deque)):

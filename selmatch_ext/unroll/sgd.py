@@ -1,5 +1,6 @@
 """`unrolled_sgd`: checks what it is given, chooses an engine, and runs the recursion with it."""
 
+import contextlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,7 +106,20 @@ def unrolled_sgd(
     stepper, choice = _choose(model, start, images, plan, engine)
     if cuda_graphs:
         stepper = _graphed(stepper, choice, start.device)
-    return unroll(stepper, start, images, labels, _learning_rates(lr, len(batches), start), plan)
+    rates = _learning_rates(lr, len(batches), start)
+    with _classes_kept(stepper):
+        return unroll(stepper, start, images, labels, rates, plan)
+
+
+@contextlib.contextmanager
+def _classes_kept(stepper):
+    """Puts back what steps change in classes, which the copy of the user's module shares with the module."""
+    before = stepper.model.state() if isinstance(stepper, AutogradStepper) else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            before.restore_objects()
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,9 @@ class State:
             return "draws random numbers"
         if self.modules.keys() != later.modules.keys():
             return "changes its submodules"
-        compared = Comparison(self.records, later.records)
+        compared = Comparison(self.records, later.records, self.modules)
         for number, m in self.modules.items():
-            if self.records[number].items != later.records[number].items:
+            if self.records[number].items.keys() != later.records[number].items.keys():
                 return "changes which parameters it has"
             name = compared.first_difference(number)
             if name is not None:
