@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from selmatch_ext.files import one_line
 from selmatch_ext.models.objects import hooks_of
 from selmatch_ext.ops.block import (
     AVERAGE_POOL,
@@ -76,8 +77,7 @@ def read(model: nn.Module) -> list[Step]:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, without the full stop."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")
+    return one_line(error).rstrip(".")
 
 
 class _Proxy(fx.Proxy):

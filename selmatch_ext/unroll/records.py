@@ -106,6 +106,8 @@ class Recorder:
             old = old if isinstance(old, dict) else {}
             return {key: self._entry(value, old.get(key)) for key, value in parts.items()}
         if isinstance(parts, (list, tuple)):
+            if CONSTANTS.issuperset(map(type, parts)):
+                return parts
             old = [*(old if type(old) is type(parts) else ()), *[None] * len(parts)]
             return type(parts)([self._entry(value, before) for value, before in zip(parts, old, strict=False)])
         if isinstance(parts, set):
@@ -113,11 +115,15 @@ class Recorder:
         return parts
 
     def _entry(self, value: Any, old: Any) -> Any:
-        if type(value) in CONSTANTS or isinstance(value, nn.Parameter):
+        if type(value) in CONSTANTS:
             return value
         if isinstance(value, Tensor):
+            if isinstance(value, nn.Parameter):
+                return value
             return self._picture(value, old.values if isinstance(old, _Picture) else None)
         if isinstance(value, tuple):
+            if CONSTANTS.issuperset(map(type, value)):
+                return value
             plain = tuple(value)
             parts = self._entries(plain, old.parts if isinstance(old, _Tuple) else None)
             self.left -= len(parts)
@@ -170,8 +176,11 @@ class Comparison:
         """The name of the first attribute, or entry, of the object with the id `number` that differs."""
         records = self.mine[number], self.others.get(number, Record(None, None, {}))
         mine, other = (r.items if r.attributes is None else r.attributes for r in records)
-        for name in [*mine, *(name for name in other if name not in mine)]:
-            if name not in mine or name not in other or not self._alike(mine[name], other[name]):
+        for name in [*mine, *(other.keys() - mine.keys())]:
+            if name not in mine or name not in other:
+                return name
+            a, b = mine[name], other[name]
+            if not (a is b and type(a) in CONSTANTS) and not self._alike(a, b):
                 return name
         return None
 
