@@ -22,6 +22,7 @@ import selmatch_ext as sm
 from selmatch_ext.models.objects import LIMIT
 from selmatch_ext.models.statistics import refuses_one_image
 from selmatch_ext.unroll import unrolled_sgd
+from selmatch_ext.unroll.private import PrivateModel
 from selmatch_ext.unroll.state import State
 
 CPU = torch.device("cpu")
@@ -101,7 +102,7 @@ class InAFrozenObject(Stateful):
 
 class InOtherContainers(Stateful):
     def reset(self):
-        self.kept = collections.defaultdict(list), collections.OrderedDict(), collections.deque([0], maxlen=1)
+        self.kept = collections.defaultdict(list), collections.UserDict(), collections.deque([0], maxlen=1)
         self.kept[1]["set"] = set()
 
     def count(self, h):
@@ -316,6 +317,15 @@ def test_an_unchanged_tensor_is_kept_once():
     second = State(module, CPU, first)
     pictures = [state.records[id(module.large["a"])].items[0].values for state in (first, second)]
     assert pictures[0] is pictures[1]
+
+
+def test_parameters_that_a_module_lists_are_not_copied():
+    """As torch's recurrent layers do, in `_flat_weights`."""
+    private = PrivateModel(nn.LSTM(3, 5), torch.empty((), dtype=torch.float64))
+    parameters = private.split(torch.randn(sum(private.sizes), dtype=torch.float64))
+    private(parameters, torch.randn(2, 3, dtype=torch.float64))
+    kept = private.state().records[id(private.module._flat_weights)].items
+    assert all(a is b for a, b in zip(kept, parameters, strict=True))
 
 
 class Holding(Base):

@@ -6,7 +6,7 @@ import argparse
 import functools
 import sys
 import types
-from collections import deque
+from collections import UserDict, UserList, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +16,7 @@ LIMIT = 10_000  # objects that a walk visits; it takes a few milliseconds
 CONSTANTS = frozenset({bool, int, float, complex, str, bytes, type(None)})
 _CONTAINERS = (dict, list, tuple, deque, set, frozenset)
 _FOREIGN = sys.stdlib_module_names | {"torch", "numpy"}
-_NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
+_NAMESPACES = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 
 

@@ -35,6 +35,15 @@ class _Tuple(NamedTuple):
     parts: tuple
 
 
+class _Whole(NamedTuple):
+    """Stands for what a container held that is too large to be looked into."""
+
+    parts: Any
+
+
+_STAND_INS = frozenset({_Picture, _Tuple})
+
+
 class Record(NamedTuple):
     """An object that can be changed in place, and what it held. Among the parts of a container a `_Picture` stands for
     a tensor; another object that can change stands for itself, and has a record of its own."""
@@ -53,9 +62,12 @@ class Recorder:
         self.waiting: deque[Any] = deque()
         self.left: float = math.inf
         self.near = True  # attributes themselves always count
+        self.parameters: set[int] = set()  # ids of what stands in their places, which is given at each call
 
     def records_of(self, modules: Iterable[nn.Module]) -> dict[int, Record]:
         """By the ids of the objects, which live as long as their records."""
+        modules = list(modules)
+        self.parameters = {id(p) for m in modules for p in m._parameters.values()}
         for m in modules:
             self._add(m)
             self._add_classes(type(m))
@@ -78,7 +90,7 @@ class Recorder:
             self._record(value._modules, dict(value._modules), None)
         elif isinstance(value, type):
             self._add_classes(value)
-        else:
+        elif self.near or not isinstance(value, (dict, list, deque, set)) or len(value) <= self.left:
             old = self.before.get(id(value))
             items, attributes = _contents(value, old.items if old is not None else None), attributes_of(value)
             if items is not None or attributes is not None:
@@ -92,13 +104,13 @@ class Recorder:
 
     def _record(self, value: Any, items: Any, attributes: dict | None) -> None:
         size = _size(items) + _size(attributes)
-        if size <= self.left or (self.near and isinstance(value, np.ndarray)):
-            old = self.before.get(id(value), Record(None, None, None))
-            self.left -= size
-            items, attributes = self._entries(items, old.items), self._entries(attributes, old.attributes)
-        elif not self.near:
+        if size > self.left and not self.near:
             return
-        self.records[id(value)] = Record(value, items, attributes)
+        old = self.before.get(id(value), Record(None, None, None))
+        large = size > self.left and not isinstance(items, np.ndarray)
+        self.left -= 0 if large else size
+        items = _Whole(items) if large else self._entries(items, old.items)
+        self.records[id(value)] = Record(value, items, self._entries(attributes, old.attributes))
 
     def _entries(self, parts: Any, old: Any) -> Any:
         """The parts of an object, with pictures in place of tensors."""
@@ -118,7 +130,7 @@ class Recorder:
         if type(value) in CONSTANTS:
             return value
         if isinstance(value, Tensor):
-            if isinstance(value, nn.Parameter):
+            if isinstance(value, nn.Parameter) or id(value) in self.parameters:
                 return value
             return self._picture(value, old.values if isinstance(old, _Picture) else None)
         if isinstance(value, tuple):
@@ -150,7 +162,7 @@ def _contents(value: Any, old: Any) -> Any:
     if isinstance(value, bytearray):
         return bytes(value)
     if isinstance(value, random.Random):
-        return value.getstate()
+        return None if isinstance(value, random.SystemRandom) else value.getstate()
     if isinstance(value, _GENERATORS):
         return value.bit_generator.state if isinstance(value, np.random.Generator) else value.get_state()
     if isinstance(value, dict):
@@ -217,11 +229,26 @@ def _pairs(a: Any, b: Any) -> list[tuple[Any, Any]] | None:
         return [] if a.values is None or b.values is None or same(a.values, b.values) else None
     if isinstance(a, _Tuple):
         return _pairs(a.parts, b.parts) if a.kind is b.kind else None
+    if isinstance(a, _Whole):
+        return [] if _identical(a.parts, b.parts) else None
     if isinstance(a, dict):
-        return [(value, b[key]) for key, value in a.items()] if a.keys() == b.keys() else None
+        if a.keys() != b.keys():
+            return None
+        a, b = list(a.values()), [b[key] for key in a]
     if isinstance(a, (list, tuple)):
-        return list(zip(a, b, strict=True)) if len(a) == len(b) else None
+        pairs = zip(a, b, strict=False)
+        different = [(x, y) for x, y in pairs if x is not y or type(x) not in CONSTANTS]
+        return different if len(a) == len(b) else None
     return [] if same(a, b) else None
+
+
+def _identical(a: Any, b: Any) -> bool:
+    """Whether two containers hold the same objects."""
+    if type(a) is not type(b) or len(a) != len(b):
+        return False
+    if isinstance(a, set):
+        return a == b
+    return all(map(operator.is_, a, b)) and (not isinstance(a, dict) or _identical([*a.values()], [*b.values()]))
 
 
 class PutBack:
@@ -232,6 +259,10 @@ class PutBack:
 
     def __call__(self, record: Record) -> None:
         value, items = record.value, record.items
+        if isinstance(items, _Whole):
+            if _identical(items.parts, _contents(value, None)):
+                return
+            items = items.parts
         if isinstance(value, nn.Module):
             for name in value._parameters.keys() - items.keys():
                 del value._parameters[name]
@@ -250,7 +281,7 @@ class PutBack:
             value[...] = items
         elif isinstance(value, bytearray):
             value[:] = items
-        elif isinstance(value, _GENERATORS):
+        elif isinstance(value, _GENERATORS) and items is not None:
             _set_generator(value, items)
         if record.attributes is not None:
             self._attributes(value, record.attributes)
@@ -273,6 +304,8 @@ class PutBack:
 
     def _wanted(self, parts: Any, now: Any) -> Any:
         """The parts of a record as they have to be; now: as they are."""
+        if _STAND_INS.isdisjoint(map(type, parts.values() if isinstance(parts, dict) else parts)):
+            return parts
         if isinstance(parts, dict):
             return {key: self._value(part, now.get(key)) for key, part in parts.items()}
         now = [*now, *[None] * len(parts)]
