@@ -1,13 +1,10 @@
-"""State that a network keeps where Python lets it: nested containers and objects, classes, functions, submodules; and
-that nothing which is remembered of a network keeps it alive."""
+"""State that a network keeps where Python lets it: nested containers and objects, classes, functions, submodules."""
 
 import collections
 import dataclasses
 import functools
-import gc
 import random
 import types
-import weakref
 
 import numpy as np
 import pytest
@@ -16,11 +13,9 @@ from reference import unrolled_sgd_full_graph
 from test_given_networks import Base, assert_same, gradients, seeded
 from test_unroll import one_thread  # noqa: F401  (a fixture)
 from torch import nn
-from torch.nn import functional as F
 
 import selmatch_ext as sm
 from selmatch_ext.models.objects import LIMIT
-from selmatch_ext.models.statistics import refuses_one_image
 from selmatch_ext.unroll import unrolled_sgd
 from selmatch_ext.unroll.private import PrivateModel
 from selmatch_ext.unroll.state import State
@@ -235,9 +230,49 @@ class OfAnotherClass(Stateful):
         return self.settings.counts[0]
 
 
+class VariableOfAFunction(Stateful):
+    def reset(self):
+        calls, box = 0, [0]
+
+        def counting():
+            nonlocal calls
+            calls += 1
+            box[0] += 1
+            return calls + box[0]
+
+        self.counting = functools.lru_cache(maxsize=0)(counting)
+
+    def count(self, h):
+        return self.counting()
+
+
+class DefaultOfAMethod(Stateful):
+    def reset(self):
+        DefaultOfAMethod.count.__defaults__[0].clear()
+        DefaultOfAMethod.count.calls = 0
+
+    def count(self, h, seen=[]):  # noqa: B006
+        seen.append(0)
+        DefaultOfAMethod.count.calls += 1
+        return len(seen) + DefaultOfAMethod.count.calls
+
+
+class HookThatCounts(Stateful):
+    """An object that is a hook, and another hook that the first call adds."""
+
+    def reset(self):
+        counting = Callable()
+        self.norm.register_forward_hook(lambda m, inputs, output: output * counting(output))
+
+    def count(self, h):
+        if not hasattr(self, "hooked"):
+            self.hooked = self.second.register_forward_hook(lambda m, inputs, output: 2 * output)
+        return self.norm(h).mean()
+
+
 KINDS = [ListInDictionary, ListOfLists, ObjectInObject, ObjectWithSlots, InAFrozenObject, InOtherContainers]
 KINDS += [InAContainerWithAttributes, NestedTensors, NestedGenerators, Circular, CallableObject, ModuleInAList]
-KINDS += [SubmoduleAtFirst, OfTheClass, OfAnotherClass]
+KINDS += [SubmoduleAtFirst, OfTheClass, OfAnotherClass, VariableOfAFunction, DefaultOfAMethod, HookThatCounts]
 
 
 @pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
@@ -326,179 +361,3 @@ def test_parameters_that_a_module_lists_are_not_copied():
     private(parameters, torch.randn(2, 3, dtype=torch.float64))
     kept = private.state().records[id(private.module._flat_weights)].items
     assert all(a is b for a, b in zip(kept, parameters, strict=True))
-
-
-class Holding(Base):
-    """Refers to itself, in ways that a dictionary of what is known must not."""
-
-    def __init__(self):
-        super().__init__()
-        self.parts, self.named, self.own = [self], {"me": {"again": (self,)}}, types.SimpleNamespace(net=self)
-
-
-def forward_of_a_class_inside():
-    module = Base()
-
-    class Inside(Base):
-        def forward(self, x):
-            return super().forward(x) if module is not None else None
-
-        @property
-        def outside(self):
-            return module
-
-    module = Inside()
-    return module
-
-
-@pytest.mark.parametrize("make", [Base, Holding, forward_of_a_class_inside])
-def test_nothing_that_is_known_keeps_a_network_alive(make):
-    module = seeded(make)
-    for _ in range(2):
-        sm.explain_engine(module, torch.randn(4, 3, 8, 8, dtype=torch.float64))
-    gone = weakref.ref(module)
-    del module
-    gc.collect()
-    assert gone() is None
-
-
-class EqualToAll(Base):
-    def __eq__(self, other):
-        return isinstance(other, EqualToAll)
-
-    def __hash__(self):
-        return 7
-
-
-class WithoutGradients(EqualToAll):
-    def middle(self, h):
-        return self.second(h).detach()
-
-
-def test_networks_that_are_equal_are_not_the_same():
-    images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
-    modules = seeded(EqualToAll), seeded(WithoutGradients)
-    assert modules[0] == modules[1]
-    for _ in range(2):
-        assert [sm.explain_engine(m, images).name for m in modules] == ["fused", "autograd"]
-    assert_same(gradients(modules[0], unrolled_sgd), gradients(modules[0], unrolled_sgd_full_graph))
-
-
-class Unhashable(Base):
-    def __eq__(self, other):
-        return self is other
-
-
-@pytest.mark.parametrize("wrap", [lambda m: m, nn.Sequential, lambda m: nn.Sequential(nn.Sequential(m))])
-def test_a_network_without_a_hash_is_refused_in_a_sentence(wrap):
-    """torch cannot list its parameters either."""
-    module = wrap(Unhashable())
-    with pytest.raises(TypeError, match="unhashable"):
-        list(module.parameters())
-    with pytest.raises(TypeError, match="^model holds a module of class Unhashable, which defines __eq__ without") as e:
-        sm.explain_engine(module, torch.randn(4, 3, 8, 8))
-    assert "\n" not in str(e.value)
-
-
-# --- functions that refer to the network ------------------------------------------------------------------------------
-
-
-def recursive():
-    module = Base()
-
-    def applied(h, times):
-        return applied(module.second(h), times - 1) if times else h
-
-    module.middle = lambda h: applied(h, 2)
-    return module
-
-
-def mutually_recursive():
-    module = Base()
-
-    def even(h, times):
-        return odd(module.second(h), times - 1) if times else h
-
-    def odd(h, times):
-        return even(F.silu(h), times - 1) if times else h
-
-    module.middle = functools.partial(even, times=3)
-    return module
-
-
-def with_an_empty_cell():
-    module = Base()
-
-    def forward(h):
-        return module.second(h) if len(h) else later
-
-    module.middle = forward
-    if module is None:
-        later = 0
-    return module
-
-
-def by_a_container():
-    module = Base()
-    layers = [module.second, {"again": (module.second,)}]
-    module.middle = lambda h: layers[1]["again"][0](layers[0](h))
-    return module
-
-
-def in_a_container():
-    module = Base()
-    module.steps = [lambda h: module.second(h), {"then": (lambda h: module.second(h) + h,)}]
-    module.middle = lambda h: module.steps[1]["then"][0](module.steps[0](h))
-    return module
-
-
-def by_an_object():
-    module = Base()
-    owner = types.SimpleNamespace(net=module)
-    module.middle = lambda h, *, of=owner: of.net.second(h)
-    return module
-
-
-def by_a_global_of_an_inner_function():
-    GLOBAL["net"] = module = Base()
-    module.middle = lambda h: (lambda t: GLOBAL["net"].second(t))(h)
-    return module
-
-
-GLOBAL = {}
-FUNCTIONS = [recursive, mutually_recursive, with_an_empty_cell, by_a_container, in_a_container, by_an_object]
-FUNCTIONS += [by_a_global_of_an_inner_function]
-
-
-@pytest.mark.parametrize("make", FUNCTIONS, ids=lambda make: make.__name__)
-def test_functions_of_a_network_run_on_its_copy(make):
-    expected = gradients(seeded(make), unrolled_sgd_full_graph)
-    for engine in ("auto", "autograd"):
-        assert_same(gradients(seeded(make), unrolled_sgd, engine=engine), expected)
-
-
-# --- BatchNorm and a single image -------------------------------------------------------------------------------------
-
-
-class DrawsAndCounts(Base):
-    def middle(self, h):
-        random.random(), np.random.rand(), torch.rand(())
-        return self.norm(F.adaptive_avg_pool2d(h, 1))
-
-
-def old_weight_norm():
-    module = DrawsAndCounts()
-    module.second = nn.utils.weight_norm(module.second)
-    module.second(torch.randn(1, 6, 4, 4))  # leaves a weight that copy.deepcopy refuses
-    return module
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("make", [DrawsAndCounts, old_weight_norm])
-def test_whether_a_network_refuses_one_image_is_asked_without_a_trace(make):
-    module = make().eval()
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    assert refuses_one_image(module, torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
-    assert torch.equal(states[0], torch.get_rng_state())
-    assert states[1:] == (random.getstate(), np.random.get_state()[1].tolist())
-    assert not module.training and module.norm.num_batches_tracked == 0

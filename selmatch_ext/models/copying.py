@@ -5,12 +5,22 @@ from __future__ import annotations
 import copy
 import functools
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from selmatch_ext.models.objects import EMPTY, attributes_of, cell_value, hooks_of, reaches, referred, walk
+from selmatch_ext.models.objects import (
+    EMPTY,
+    CachedFunction,
+    attributes_of,
+    cell_value,
+    hooks_of,
+    reaches,
+    referred,
+    walk,
+)
 
 
 def copied(model: nn.Module, stand_in: Callable[[nn.Parameter], nn.Parameter]) -> nn.Module:
@@ -63,6 +73,10 @@ class _Functions:
         """`value` of the copied model with copies in place of functions; itself where there are none."""
         if isinstance(value, types.FunctionType):
             return self._function(value)
+        if isinstance(value, CachedFunction) and reaches(value, self.own):
+            return self._part(value)
+        if isinstance(value, weakref.ref):
+            return self._part(value)
         if type(value) is tuple:
             parts = tuple(map(self._moved, value))
             return value if all(a is b for a, b in zip(parts, value, strict=True)) else parts
@@ -74,9 +88,16 @@ class _Functions:
             return self._function(value)
         if not reaches(value, self.own):
             return value
+        if isinstance(value, CachedFunction):
+            return functools.lru_cache(**value.cache_parameters())(self._part(value.__wrapped__))
+        if isinstance(value, weakref.ref):
+            return weakref.ref(copy.deepcopy(value(), self.memo))
         if id(value) not in self.memo:
             self.replace_in([copy.deepcopy(value, self.memo)])
-        return copy.deepcopy(value, self.memo)
+        result = copy.deepcopy(value, self.memo)
+        if result is value:
+            raise TypeError(f"a function refers to it by way of {value!r:.80}, which stays the same object in a copy")
+        return result
 
     def _function(self, function: types.FunctionType) -> types.FunctionType:
         if id(function) in self.copies:

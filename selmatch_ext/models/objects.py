@@ -6,6 +6,7 @@ import argparse
 import functools
 import sys
 import types
+import weakref
 from collections import UserDict, UserList, deque
 from collections.abc import Iterator
 from typing import Any
@@ -93,6 +94,8 @@ def hooks_of(m: nn.Module) -> list[dict]:
 
 
 EMPTY = object()
+_VARIABLE, _DEFAULT = "variable ", "default "  # with a space: no names of attributes
+CachedFunction = type(functools.lru_cache(len))
 
 
 def cell_value(cell: types.CellType) -> Any:
@@ -103,13 +106,41 @@ def cell_value(cell: types.CellType) -> Any:
         return EMPTY
 
 
+def variables_of(function: types.FunctionType) -> dict[str, Any]:
+    """What a function of the user's keeps from call to call, by names: the variables of the enclosing functions,
+    default values and attributes. Empty for functions that keep nothing that could change."""
+    cells = [cell_value(cell) for cell in function.__closure__ or ()]
+    found = dict(vars(function)) if not is_foreign(function) else {}
+    if is_foreign(function) or all(isinstance(v, type) for v in cells):  # `super()` needs the class
+        cells = []
+    found |= {f"{_VARIABLE}{name}": v for name, v in zip(function.__code__.co_freevars, cells, strict=False)}
+    given = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    return found | {f"{_DEFAULT}{i}": v for i, v in enumerate(given) if type(v) not in CONSTANTS}
+
+
+def set_variable(function: types.FunctionType, name: str, value: Any) -> None:
+    """Sets one of `variables_of`. Default values cannot be set; they are changed in place."""
+    if name.startswith(_VARIABLE):
+        cell = function.__closure__[function.__code__.co_freevars.index(name[len(_VARIABLE) :])]
+        if value is not EMPTY:
+            cell.cell_contents = value
+        elif cell_value(cell) is not EMPTY:
+            del cell.cell_contents
+    elif not name.startswith(_DEFAULT):
+        vars(function)[name] = value
+
+
 def parts_of(value: Any) -> list[Any]:
-    """What a container, an object, a functools.partial or a bound method refers to, as far as it can be the user's.
+    """What a container, an object, a bound method and the like refer to, as far as it can be the user's.
     Containers of more than `LIMIT` entries are not looked into."""
     if isinstance(value, functools.partial):
         return [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, types.MethodType):
         return [value.__self__, value.__func__]
+    if isinstance(value, CachedFunction):
+        return [value.__wrapped__]
+    if isinstance(value, weakref.ref):
+        return [value()]
     found = [*value._modules.values(), *value._parameters.values()] if isinstance(value, nn.Module) else []
     found += ({} if is_large(value) else entries_of(value) or {}).values()
     return [part for part in found if type(part) not in CONSTANTS]

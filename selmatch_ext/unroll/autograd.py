@@ -131,8 +131,8 @@ def _check_repeated(fingerprint, expected, precision):
     far = 5 * near * max(norm, norm_before)
     if not math.isclose(norm, norm_before, rel_tol=near) or abs(product - product_before) > far:
         raise RuntimeError(
-            "model computes something else when a step is repeated in the backward pass: it keeps state that is "
-            'neither a buffer nor reached from an attribute of a module; keep="activations" repeats no step'
+            "model computes something else when a step is repeated in the backward pass: it keeps state that is not "
+            'put back, such as a global variable or an iterator; keep="activations" repeats no step'
         )
 
 

@@ -3,21 +3,26 @@ hold, and attributes of classes. A `State` is a picture of it, so that a step ca
 
 from __future__ import annotations
 
+import types
+
 import torch
 from torch import nn
 
 from selmatch_ext.seeds import RandomState
-from selmatch_ext.unroll.records import Comparison, PutBack, Recorder
+from selmatch_ext.unroll.changes import Comparison, PutBack
+from selmatch_ext.unroll.records import Recorder
+
+_OF_WHAT = "an attribute of a class", "what a function keeps"
 
 
 class State:
     """The state of a module and of the global generators at one moment.
 
     Looked at are the module's attributes and buffers, those of the classes of its modules, and what can be reached from
-    them: containers, arrays, random generators, modules that are not registered, and objects and classes that are not
-    of Python, torch or numpy. Attributes themselves always count; of what lies deeper the nearest `objects.LIMIT`
-    objects do, where a tensor or an array counts once more for each KiB. A change beyond that is not noticed and not
-    undone, and neither is one of a global variable, an iterator, or a variable that a function holds.
+    them: containers, arrays, random generators, modules that are not registered, and objects, classes and functions
+    that are not of Python, torch or numpy. Attributes themselves always count; of what lies deeper the nearest
+    `objects.LIMIT` objects do, where a tensor or an array counts once more for each KiB. A change beyond that is not
+    noticed and not undone, and neither is one of a global variable or an iterator.
 
     previous: an earlier state of the same module. Tensors that have not changed since share its memory."""
 
@@ -36,8 +41,11 @@ class State:
             return "changes its submodules"
         compared = Comparison(self.records, later.records, self.modules)
         for number, m in self.modules.items():
-            if self.records[number].items.keys() != later.records[number].items.keys():
+            now, then = self.records[number].items, later.records[number].items
+            if now.parameters.keys() != then.parameters.keys():
                 return "changes which parameters it has"
+            if now.hooks != then.hooks:
+                return "changes its hooks"
             name = compared.first_difference(number)
             if name is not None:
                 return f"changes its attribute {name}"
@@ -46,9 +54,11 @@ class State:
                 if name is not None:
                     return f"changes its buffer {name}"
         for number, record in self.records.items():
-            name = compared.first_difference(number) if isinstance(record.value, type) else None
-            if name is not None:
-                return f"changes an attribute of a class, {record.value.__name__}.{name}"
+            value = record.value
+            if isinstance(value, (type, types.FunctionType)):
+                name = compared.first_difference(number)
+                if name is not None:
+                    return f"changes {_OF_WHAT[type(value) is types.FunctionType]}, {value.__name__}.{name}"
         return None
 
     def restore(self) -> None:
