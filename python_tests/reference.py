@@ -238,7 +238,7 @@ def block(z, gamma, beta, kind):
     else:
         n = z
     a = [F.leaky_relu(n, kind.slope), torch.sigmoid(n), F.silu(n)][kind.activation]
-    return [a, F.avg_pool2d(a, 2), F.max_pool2d(a, 2)][kind.pool]
+    return [lambda t, _: t, F.avg_pool2d, F.max_pool2d][kind.pool](a, 2)
 
 
 def block_gradients(z, gamma, beta, g, kind):

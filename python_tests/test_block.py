@@ -9,6 +9,7 @@ import pytest
 import reference
 import torch
 from torch.func import jvp
+from torch.nn import functional as F
 
 import selmatch_ext.ops.block as ops
 from selmatch_ext.ops.block import BlockKind
@@ -187,18 +188,38 @@ def test_operators_are_registered_completely():
 @pytest.mark.parametrize("size", [(0, 4, 6, 6), (2, 4, 0, 6), (2, 4, 6, 0), (2, 0, 4, 4)], ids=str)
 @pytest.mark.parametrize("norm", NORMS)
 def test_empty_tensors(norm, size, device):
-    kind = BlockKind(NORMS[norm][0], 1, 1e-5, *ACTIVATIONS["relu"], ops.AVERAGE_POOL)
+    by = 1 if 0 in size[2:] else 2  # torch pools no map without pixels, and neither does a block
+    kind = BlockKind(NORMS[norm][0], 1, 1e-5, *ACTIVATIONS["relu"], ops.AVERAGE_POOL if by == 2 else ops.NO_POOL)
     z = torch.zeros(size, device=device)
     shape = size[1:] if norm == "layer" else size[1:2]
     affine = (None, None) if norm == "none" else (torch.ones(shape, device=device), torch.zeros(shape, device=device))
     y, stats = ops.block_forward(z, *affine, kind)
-    assert y.shape == (*size[:2], size[2] // 2, size[3] // 2) and (stats == 0).all()
+    assert y.shape == (*size[:2], size[2] // by, size[3] // by) and (stats == 0).all()
     gz, *gradients = ops.block_backward(y, z, stats, *affine, kind)
     assert gz.shape == z.shape and all((g == 0).all() for g in gradients)
     both, stats = ops.block_dual_forward(z, z, None, *affine, *affine, kind)
     assert both.shape == (2 * len(y), *y.shape[1:]) and (stats == 0).all()
     both, *gradients = ops.block_dual_backward(y, y, None, z, z, None, stats, *affine, *affine, kind)
     assert both.shape == (2 * len(z), *size[1:]) and all((g == 0).all() for g in gradients)
+
+
+@pytest.mark.parametrize("pool", [ops.AVERAGE_POOL, ops.MAX_POOL])
+@pytest.mark.parametrize("sides", [(1, 2), (2, 1), (0, 4), (4, 0)], ids=str)
+def test_maps_too_small_to_pool_are_refused(sides, pool, device):
+    """By torch as well; in the same words on tensors without memory."""
+    kind, sizes = BlockKind(pool=pool), (2, 3, *sides)
+    with pytest.raises(RuntimeError):
+        (F.avg_pool2d if pool == ops.AVERAGE_POOL else F.max_pool2d)(torch.zeros(sizes, device=device), 2)
+    for z in (torch.zeros(sizes, device=device), torch.zeros(sizes, device="meta")):
+        g, stats = z[..., : sides[0] // 2, : sides[1] // 2], z.new_zeros(1, 2, 3)
+        for call in (
+            lambda z=z: ops.block_forward(z, None, None, kind),
+            lambda z=z, g=g, stats=stats: ops.block_backward(g, z, stats, None, None, kind),
+            lambda z=z: ops.block_dual_forward(z, z, None, None, None, None, None, kind),
+            lambda z=z, g=g, s=stats: ops.block_dual_backward(g, g, None, z, z, None, s, None, None, None, None, kind),
+        ):
+            with pytest.raises(ValueError, match=f"^block: pooling needs maps of at least 2 x 2, z has {sides[0]} x"):
+                call()
 
 
 def test_the_gradient_cannot_be_differentiated_again():

@@ -2,6 +2,9 @@
 other default devices and dtypes, wrapped networks."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -215,6 +218,98 @@ def test_buffers_and_parameters_of_all_kinds():
     for keep in ("nothing", "activations"):
         found = problem.gradients(unrolled_sgd, keep=keep)
         assert_all_close(found.values(), expected.values())
+
+
+MADE = torch.arange(6)
+NO_NUMBER = r"^lr must be a floating tensor or a number, got "
+ODD = [
+    ({"batches": None}, TypeError, "^batches must be a list of index tensors, one a step, got NoneType$"),
+    ({"batches": 3}, TypeError, "^batches must be a list of index tensors, one a step, got int 3$"),
+    ({"batches": torch.tensor(3)}, TypeError, "^batches must be a list of index tensors, one a step, got Tensor$"),
+    ({"batches": [None, MADE]}, TypeError, r"^batches\[0\] must be an int64 or int32 tensor of indices, got NoneType$"),
+    ({"batches": [MADE, MADE.short()]}, TypeError, r"^batches\[1\] must be an int64 or int32 .*, got torch.int16$"),
+    (
+        {"batches": [MADE.to("meta")] * 2},
+        ValueError,
+        r"^batches\[0\] must have values, got a tensor on the meta device$",
+    ),
+    ({"batches": [MADE.to_sparse()] * 2}, TypeError, r"^batches\[0\] must be a dense tensor, got .* torch.sparse_coo;"),
+    (
+        {"augmentations": 3},
+        TypeError,
+        "^augmentations must be a list of results of sample_augmentation, .*, got int 3$",
+    ),
+    ({"augmentations": [None, None]}, TypeError, r"^augmentations\[0\] must be a result of .*, got NoneType$"),
+    ({"augmentations": sm.sample_augmentation(6, 8, 8)}, TypeError, "^augmentations must be .*, got Augmentation$"),
+    (
+        {"augmentations": [sm.sample_augmentation(rows, 8, 8, per_sample=True) for rows in (6, 5)]},
+        ValueError,
+        r"^augmentations\[1\] must have 1 row or 6, as batches\[1\], got 5$",
+    ),
+    ({"images": torch.ones(12, 3, 8, 8).to_sparse()}, TypeError, "^images must be a dense tensor, got .*sparse_coo;"),
+    ({"images": torch.ones(12, 3, 8, 8, device="meta")}, ValueError, "^images are on meta, start is on cpu"),
+    ({"start": torch.ones(3).to_sparse()}, TypeError, "^start must be a dense tensor, got .*sparse_coo;"),
+    ({"labels": torch.ones(12).long().to_sparse()}, TypeError, "^labels must be a dense tensor, got .*sparse_coo;"),
+    ({"labels": torch.ones(12, device="meta").long()}, ValueError, "^labels are on meta, start is on cpu"),
+    ({"lr": float("nan")}, ValueError, "^lr must be finite in 64 bits, got float nan$"),
+    ({"lr": np.array([0.1, np.inf])}, ValueError, "^lr must be finite in 64 bits, got ndarray$"),
+    ({"lr": 10**400}, ValueError, "^lr must be finite in 64 bits, got int$"),
+    ({"lr": True}, TypeError, NO_NUMBER + "bool True$"),
+    ({"lr": np.bool_(True)}, TypeError, NO_NUMBER + "bool"),
+    ({"lr": np.array([True, False])}, TypeError, "^lr must be an array of floating numbers, got bool$"),
+    ({"lr": 0.1j}, TypeError, NO_NUMBER + "complex 0.1j$"),
+    ({"lr": torch.tensor(True)}, TypeError, NO_NUMBER + "a tensor of torch.bool$"),
+    ({"lr": torch.tensor(0.1, device="meta")}, ValueError, "^lr must have values, got .* meta device$"),
+    ({"lr": torch.ones(2).to_sparse()}, TypeError, "^lr must be a dense tensor, got .*sparse_coo;"),
+]
+
+
+@pytest.mark.parametrize("change, error, message", ODD, ids=[f"{next(iter(c))}, {m}" for c, _, m in ODD])
+def test_an_odd_argument_is_named(change, error, message):
+    model = network("ConvNetD1W4").float()
+    given = {"model": model, "start": flatten(model.parameters()).detach(), "images": torch.ones(12, 3, 8, 8)}
+    given |= {"labels": torch.arange(12) % CLASSES, "batches": [MADE, MADE], "lr": 0.1} | change
+    with pytest.raises(error, match=message) as found:
+        unrolled_sgd(**given)
+    assert "\n" not in str(found.value)
+
+
+def test_indices_of_32_bits_are_taken():
+    problem = Problem(network("ConvNetD1W4"))
+    arguments = problem.model, problem.start, problem.images, problem.labels
+    results = [
+        unrolled_sgd(*arguments, [b.to(kind) for b in problem.batches], 0.1) for kind in (torch.int32, torch.int64)
+    ]
+    assert torch.equal(*results)
+
+
+DISTRIBUTED = """
+import sys
+import torch
+from torch import distributed, nn
+import selmatch_ext as sm
+
+distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+torch.manual_seed(0)
+plain = sm.models.build("ConvNetD1W4BN", 3, 4, 8)
+wrapped = nn.parallel.DistributedDataParallel(plain)
+start = sm.models.flat.flatten(plain.parameters()).detach()
+images, results = torch.randn(6, 3, 8, 8).requires_grad_(), []
+for model in (plain, wrapped):
+    theta = sm.unrolled_sgd(model, start, images, torch.arange(6) % 4, [torch.arange(6)] * 2, 0.1, engine="fused")
+    results.append((theta, torch.autograd.grad(theta.square().sum(), images)[0]))
+    print(sm.explain_engine(model, images).name)
+assert all(map(torch.equal, *results))
+distributed.destroy_process_group()
+"""
+
+
+def test_a_network_in_distributed_data_parallel(tmp_path):
+    """In a process of its own, because torch has one process group."""
+    program = [sys.executable, "-W", "ignore", "-c", DISTRIBUTED, str(tmp_path / "store")]
+    run = subprocess.run(program, capture_output=True, text=True, cwd=Path(sm.__file__).parents[1])
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.split() == ["fused"] * 2
 
 
 def assert_all_close(found, expected):

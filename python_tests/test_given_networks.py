@@ -666,6 +666,29 @@ def test_state_that_cannot_be_put_back_is_noticed():
     assert_same(gradients(seeded(HiddenState), unrolled_sgd, engine="autograd", keep="activations"), expected)
 
 
+class SignedByHiddenState(Base):
+    """Its gradient has another sign in each call and always the same length."""
+
+    def forward(self, x):
+        HIDDEN["calls"] += 1
+        logits = super().forward(x)
+        return logits if HIDDEN["calls"] % 3 else -logits
+
+
+def test_another_gradient_of_the_same_length_is_noticed():
+    """Where all parameters are zero, the other sign of the logits gives the other sign of the gradient."""
+    HIDDEN["calls"] = 0
+    module = seeded(SignedByHiddenState)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.zero_()
+    start = flatten(module.parameters()).detach().requires_grad_()
+    images, labels = torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+    theta = unrolled_sgd(module, start, images, labels, [torch.arange(3)] * 2, 0.0, engine="autograd")
+    with pytest.raises(RuntimeError, match="computes something else when a step is repeated"):
+        theta.sum().backward()
+
+
 def test_hard_sigmoid_has_a_second_derivative():
     x = torch.linspace(-4, 4, 10, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(F.hardsigmoid, x) and torch.autograd.gradgradcheck(F.hardsigmoid, x)

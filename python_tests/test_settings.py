@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Annotated, Literal, Optional
 
 import pytest
 import torch
@@ -56,6 +57,24 @@ def test_choices_are_refused_by_name():
     with pytest.raises(SettingError, match="^beta is 1.5; allowed is 0 to 1, where beta_unit is class$"):
         settings.Window(beta=1.5)
     settings.Window(beta=1.5, beta_unit="ipc")
+
+
+@dataclass(frozen=True)
+class Optionals(Checked):
+    one: Literal["a", "b"] | None = None
+    other: Optional[Annotated[Literal["a", "b"], "by name"]] = "a"  # noqa: UP045  (as people write it)
+    two: Literal["a"] | Literal[3] = "a"
+    free: Literal["a"] | str = "a"
+
+
+def test_choices_that_may_be_absent_are_refused_by_name():
+    Optionals("a", None, 3, "anything")
+    refused = {"one": "a, b, None", "other": "a, b, None", "two": "a, 3"}
+    for name, allowed in refused.items():
+        with pytest.raises(SettingError, match=f"^{name} is 'c'; allowed is {allowed}$"):
+            Optionals(**{name: "c"})
+    with pytest.raises(SettingError, match="^two is None; allowed is a, 3$"):
+        Optionals(two=None)
 
 
 @pytest.mark.parametrize(

@@ -109,9 +109,26 @@ def numeric_fields(settings: type) -> dict[str, tuple[type, Range, bool, bool]]:
 
 @functools.cache
 def named_fields(settings: type) -> dict[str, tuple]:
-    """The allowed values of each field of a settings class whose type is a Literal."""
+    """The allowed values of each field of a settings class whose type is a Literal, or one of several that are; None is
+    one where the type allows it."""
     hints = get_type_hints(settings)
-    return {f.name: get_args(hints[f.name]) for f in fields(settings) if get_origin(hints[f.name]) is Literal}
+    found = {f.name: _named(hints[f.name]) for f in fields(settings)}
+    return {name: values for name, values in found.items() if values is not None}
+
+
+def _named(hint: Any) -> tuple | None:
+    """The values of a Literal, of an Optional or other union of Literals; None for other types."""
+    origin, inside = get_origin(hint), get_args(hint)
+    if hint is type(None):
+        return (None,)
+    if origin is Literal:
+        return inside
+    if origin is Annotated:
+        return _named(inside[0])
+    if origin not in (Union, types.UnionType):
+        return None
+    parts = [_named(part) for part in inside]
+    return None if None in parts else tuple(value for part in parts for value in part)
 
 
 def _read(hint: Any) -> tuple[type | None, Range | None, bool, bool]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from selmatch_ext import ranks
+from selmatch_ext.files import one_line
 from selmatch_ext.output import safe_streams
 from selmatch_ext.precision import insist_on_bfloat16
 from selmatch_ext.ranges import SettingError
@@ -66,8 +67,7 @@ def device_of(name: str) -> torch.device:
             raise ValueError(f"device {name!r} is not supported; there are {there}")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"device {name!r} is not available here; there are {there} ({why})") from error
+        raise ValueError(f"device {name!r} is not available here; there are {there} ({one_line(error)})") from error
     return device
 
 
@@ -81,17 +81,17 @@ def guarded(command: Callable[[list[str]], None], arguments: list[str]) -> int:
                 command(rest)
             return 0
         except UsageError as error:
-            return _end(error, str(error), 2, options)
+            return _end(error, one_line(error), 2, options)
         except Terminated as error:
             return _end(error, "terminated; the same command continues", 143, options)
         except KeyboardInterrupt as error:
             return _end(error, "interrupted; the same command continues", 130, options)
         except NotImplementedError as error:
-            return _end(error, str(error), 1, options)
+            return _end(error, one_line(error), 1, options)
         except (RuntimeError, MemoryError) as error:
             return _end(error, describe(error), 1, options)
         except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
-            return _end(error, str(error), 1, options)
+            return _end(error, one_line(error), 1, options)
 
 
 def _end(error: BaseException, line: str, status: int, options: Options) -> int:

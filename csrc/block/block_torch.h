@@ -40,6 +40,8 @@ class BlockChecks {
     check_choice("norm", options.norm, kBlockNorms);
     check_choice("activation", options.activation, kBlockActivations);
     check_choice("pool", options.pool, kBlockPools);
+    TORCH_CHECK_VALUE(options.pool == kBlockNoPool || (z.sym_size(2) >= 2 && z.sym_size(3) >= 2),
+                      "block: pooling needs maps of at least 2 x 2, z has ", z.sym_size(2), " x ", z.sym_size(3));
     TORCH_CHECK_VALUE(options.groups >= 1 && z.sym_size(1) % options.groups == 0, "block: ", z.sym_size(1),
                       " channels do not divide into ", options.groups, " groups");
     TORCH_CHECK_VALUE(std::isfinite(options.slope), "block: slope must be a finite number, got ", options.slope);

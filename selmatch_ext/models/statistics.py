@@ -1,9 +1,10 @@
 """BatchNorm's statistics, taken from given images."""
 
-import copy
-
 import torch
 from torch import nn
+
+from selmatch_ext.models.copying import copied
+from selmatch_ext.seeds import RandomState
 
 
 def batchnorms(model):
@@ -37,13 +38,16 @@ def freeze_statistics(model, x, momentum=1.0):
 @torch.no_grad()
 def refuses_one_image(model, x):
     """Whether BatchNorm in `model` cannot train on the batch x of one image (1, C, H, W): one of its layers sees a
-    single value per channel. The model and torch's generators stay as they are."""
+    single value per channel. The model and the generators of torch, Python and numpy stay as they are.
+
+    Raises TypeError where the module cannot be copied."""
     if not batchnorms(model):
         return False
-    devices = [x.device] if x.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        try:
-            copy.deepcopy(model).train()(x)
-        except ValueError as error:
-            return "more than 1 value per channel" in str(error)
+    before = RandomState(x.device)
+    try:
+        copied(model, lambda p: nn.Parameter(p.detach().clone(), p.requires_grad)).train()(x)
+    except ValueError as error:
+        return "more than 1 value per channel" in str(error)
+    finally:
+        before.restore()
     return False

@@ -11,7 +11,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside DataParallel, DistributedDataParallel, AveragedModel and torch.compile, else `model` itself.
 
     Raises TypeError for what is no module, and for modules that cannot be differentiated as functions of their
-    parameters: of torch.jit, with uninitialized parameters, or with a flat parameter in place of their own."""
+    parameters: of torch.jit, without a hash, with uninitialized parameters, or with a flat parameter in place of their
+    own."""
     while True:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -21,6 +22,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # of torch.compile
         else:
             break
+    _refuse_unhashable(model)
     if any(isinstance(m, jit.ScriptModule) for m in model.modules()):
         raise TypeError("model holds a torch.jit.ScriptModule; give the Python module that it was made from")
     if any(map(is_lazy, model.parameters())):
@@ -30,3 +32,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     ):
         raise TypeError("model is a ReparamModule, which takes its parameters as flat_param; pass the network inside")
     return model
+
+
+def _refuse_unhashable(model: nn.Module) -> None:
+    kind = type(model)
+    if kind.__hash__ is None:
+        raise TypeError(
+            f"model holds a module of class {kind.__name__}, which defines __eq__ without __hash__, so that torch "
+            "cannot list its parameters; add the line __hash__ = torch.nn.Module.__hash__ to the class"
+        )
+    for child in model._modules.values():
+        if child is not None:
+            _refuse_unhashable(child)

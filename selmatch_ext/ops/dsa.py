@@ -75,6 +75,8 @@ def check_images(x: Tensor) -> None:
 
 
 def _check_table(x: Tensor, p: Augmentation) -> None:
+    if not isinstance(p, Augmentation):
+        raise TypeError(f"p must be a result of sample_augmentation, got {type(p).__name__}")
     if p.ops.device != x.device or p.params.device != x.device:
         raise ValueError(f"x is on {x.device}, the table on {p.ops.device}; move it with p.to(x.device)")
     if p.ops.shape[0] not in (1, x.shape[0]):

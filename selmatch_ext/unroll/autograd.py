@@ -25,11 +25,11 @@ class _Graph:
 
 @dataclass
 class _Step:
-    """What a step's derivative needs: the state in which the model was called, the length of the gradient that came
+    """What a step's derivative needs: the state in which the model was called, a fingerprint of the gradient that came
     out, and the graph where it is kept."""
 
     state: State
-    norm: torch.Tensor
+    fingerprint: torch.Tensor
     graph: _Graph | None
 
 
@@ -41,6 +41,7 @@ class AutogradStepper:
         self.model, self.plan = model, plan
         self.last_state: State | None = None
         self.checked = False
+        self.fingerprint = _Fingerprint()
 
     def gradient(self, theta, x, y, wanted, keep):
         if wanted is not None:
@@ -52,7 +53,7 @@ class AutogradStepper:
         gradient = flatten(graph.gradients).detach()
         if wanted is None:
             return gradient, None
-        return gradient, _Step(self.last_state, gradient.norm(), graph if keep else None)
+        return gradient, _Step(self.last_state, self.fingerprint(gradient), graph if keep else None)
 
     def derivative(self, theta, x, y, kept, direction, wanted):
         with self.model.as_it_was(kept.state), twice_differentiable():
@@ -65,13 +66,13 @@ class AutogradStepper:
                 check_differentiable_again(graph.gradients)
                 self.checked = True
             gradient = flatten(graph.gradients).detach()
-            _check_repeated(gradient.norm(), kept.norm, self.plan.precision)
+            _check_repeated(self.fingerprint(gradient), kept.fingerprint, self.plan.precision)
             h, u_x, u_y = _derivative(graph, self.model.split(direction), wanted)
         product = torch.dot(gradient, direction)
         return Derivative(product, flatten(h) if wanted.parameters else None, u_x, u_y)
 
     def freed(self, kept):
-        return _Step(kept.state, kept.norm, None)
+        return _Step(kept.state, kept.fingerprint, None)
 
     def _run(self, theta, x, y, wanted):
         """The gradients at theta; with `wanted` differentiable in what it names."""
@@ -99,14 +100,39 @@ class AutogradStepper:
             return _Graph(parameters, x, y, self.model.hooked(gradients))
 
 
-def _check_repeated(norm, expected, precision):
+class _Fingerprint:
+    """(2,) of a gradient (P,): its length, and its inner product with a random vector of entries of size 1, which tells
+    gradients of one length apart. The vector is the outer product of a column and a row, so it takes little memory."""
+
+    ROW = 4096
+
+    def __init__(self):
+        self.column = self.row = None
+
+    def __call__(self, gradient):
+        if self.row is None:
+            draw = torch.Generator().manual_seed(0)
+            signs = torch.randint(2, (self.ROW + len(gradient) // self.ROW + 1,), generator=draw, device="cpu")
+            self.row, self.column = (2 * signs - 1).to(gradient).tensor_split([self.ROW])
+        whole = len(gradient) - len(gradient) % self.ROW
+        products = gradient[:whole].view(-1, self.ROW) @ self.row
+        rest = gradient[whole:]
+        product = products @ self.column[:-1] + (rest @ self.row[: len(rest)]) * self.column[-1]
+        return torch.stack([gradient.norm(), product])
+
+
+def _check_repeated(fingerprint, expected, precision):
     """RuntimeError where a repeated step has another gradient than the step had. On a GPU rounding may differ."""
-    near = 1e-9 if norm.dtype == torch.float64 else 1e-4 if precision == "float32" else 1e-2
-    norm, expected = norm.item(), expected.item()
-    if math.isfinite(norm) and math.isfinite(expected) and not math.isclose(norm, expected, rel_tol=near):
+    near = 1e-9 if fingerprint.dtype == torch.float64 else 1e-4 if precision == "float32" else 1e-2
+    (norm, product), (norm_before, product_before) = fingerprint.tolist(), expected.tolist()
+    if not all(map(math.isfinite, (norm, product, norm_before, product_before))):
+        return
+    # An error of size e in the gradient changes the length by no more than e, and the product by about e.
+    far = 5 * near * max(norm, norm_before)
+    if not math.isclose(norm, norm_before, rel_tol=near) or abs(product - product_before) > far:
         raise RuntimeError(
-            "model computes something else when a step is repeated in the backward pass: it keeps state that is "
-            'neither a buffer nor an attribute of a module; keep="activations" repeats no step'
+            "model computes something else when a step is repeated in the backward pass: it keeps state that is not "
+            'put back, such as a global variable or an iterator; keep="activations" repeats no step'
         )
 
 

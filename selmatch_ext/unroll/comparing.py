@@ -19,13 +19,14 @@ from selmatch_ext.seeds import seed_globally
 from selmatch_ext.unroll.forward import Forward
 from selmatch_ext.unroll.private import PrivateModel
 from selmatch_ext.unroll.program import Step, Unsupported, first_line, read
+from selmatch_ext.unroll.records import same
 from selmatch_ext.unroll.rules import Add, Linear
-from selmatch_ext.unroll.state import same, signature
+from selmatch_ext.unroll.signature import signature
 
 _TOLERANCE = 1e-6  # of float64 results; those of the same network differ by about 1e-12
 _BATCHES = 3, 2
 
-_known: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
+_known: dict[int, tuple[weakref.ref, dict]] = {}  # by the id of a model, which may have no hash
 
 
 def steps_of(model: nn.Module, images: Tensor, training: bool) -> list[Step]:
@@ -46,7 +47,7 @@ def steps_of(model: nn.Module, images: Tensor, training: bool) -> list[Step]:
         steps = read(private.module)
     key = training, images.shape[1:], images.device
     now = [steps, *signature(model), [m.training for m in model.modules()] if training else None]
-    known = _known.setdefault(model, {})
+    known = _known_of(model)
     if key not in known or not same(known[key][0], now):
         try:
             _compare(model, private, steps, images.detach(), training)
@@ -56,6 +57,14 @@ def steps_of(model: nn.Module, images: Tensor, training: bool) -> list[Step]:
     if known[key][1] is not None:
         raise Unsupported(known[key][1])
     return steps
+
+
+def _known_of(model: nn.Module) -> dict:
+    """What is known of a model, until it is gone; it must not refer to the model."""
+    number = id(model)
+    if number not in _known:
+        _known[number] = weakref.ref(model, lambda _: _known.pop(number, None)), {}
+    return _known[number][1]
 
 
 def _compare(model: nn.Module, private: PrivateModel, steps: list[Step], images: Tensor, training: bool) -> None:
@@ -91,7 +100,7 @@ def _called_once(private: PrivateModel, seed: int | None = None) -> Iterator[Non
         if change is not None:
             raise Unsupported(f"a call of the network {change}, so that no two calls need be alike")
     finally:
-        before.restore(private.module)
+        before.restore()
 
 
 def _small_batch(model: nn.Module, images: Tensor, count: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import types
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from selmatch_ext.models.copying import copied
 from selmatch_ext.unroll.state import State
 
 
@@ -22,7 +21,8 @@ class PrivateModel:
 
     def __init__(self, model: nn.Module, like: Tensor):
         self.device = like.device
-        self.module = _copy(model)
+        # Placeholders without memory stand for the parameters, which would otherwise be copied for nothing.
+        self.module = copied(model, lambda p: nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False))
         # Every place of each parameter, in the order of `parameters()`: a shared one has several.
         self.names, self.shapes, placeholders = [], [], []
         for name, p in self.module.named_parameters():
@@ -79,57 +79,8 @@ class PrivateModel:
     def as_it_was(self, state: State) -> Iterator[None]:
         """Within, the module and the global random generators are as in `state`; afterwards they are as before."""
         now = self.state(state)
-        state.restore(self.module)
+        state.restore()
         try:
             yield
         finally:
-            now.restore(self.module)
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    # Placeholders without memory stand for the parameters, which would otherwise be copied for nothing.
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()
-    }
-    for m in model.modules():
-        # deepcopy refuses results of operations, such as the weight that torch.nn.utils.weight_norm computes.
-        memo |= {id(t): t.detach().clone() for t in vars(m).values() if isinstance(t, Tensor) and t.grad_fn is not None}
-    own = {id(part) for part in (*model.modules(), *model.parameters())}
-    try:
-        copied = copy.deepcopy(model, memo)
-        for m in copied.modules():
-            for holder in (vars(m), m._forward_hooks, m._forward_pre_hooks):
-                for key, value in list(holder.items()):
-                    if isinstance(value, types.FunctionType):
-                        holder[key] = _of_the_copy(value, own, memo)
-    except Exception as error:
-        raise TypeError(f"model, a {type(model).__name__}, cannot be copied by copy.deepcopy: {error}") from error
-    return copied
-
-
-def _of_the_copy(function: types.FunctionType, own: set[int], memo: dict[int, Any]) -> types.FunctionType:
-    """The function, or, where it refers to a part of the original model, one that refers to that of the copy: deepcopy
-    leaves functions as they are. (net.forward = lambda x: 2 * Net.forward(net, x) is such a one.)"""
-
-    def refers(value: Any) -> bool:
-        if isinstance(value, types.MethodType):
-            return id(value.__self__) in own
-        return id(value) in own
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, types.FunctionType):
-            return _of_the_copy(value, own, memo)
-        return copy.deepcopy(value, memo) if refers(value) else value
-
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    names = [n for n in function.__code__.co_names if refers(function.__globals__.get(n))]
-    values = [moved(value) for value in (*cells, *(function.__defaults__ or ()))]
-    if not names and all(a is b for a, b in zip(values, (*cells, *(function.__defaults__ or ())), strict=True)):
-        return function
-    scope = function.__globals__ | {name: moved(function.__globals__[name]) for name in names}
-    closure = tuple(types.CellType(value) for value in values[: len(cells)])
-    result = types.FunctionType(
-        function.__code__, scope, function.__name__, tuple(values[len(cells) :]) or None, closure or None
-    )
-    result.__kwdefaults__ = function.__kwdefaults__
-    return result
+            now.restore()

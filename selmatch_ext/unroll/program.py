@@ -15,6 +15,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from selmatch_ext.files import one_line
+from selmatch_ext.models.objects import hooks_of
 from selmatch_ext.ops.block import (
     AVERAGE_POOL,
     BATCH_NORM,
@@ -28,7 +30,6 @@ from selmatch_ext.ops.block import (
     BlockKind,
 )
 from selmatch_ext.unroll.rules import Add, Average, Block, Conv, Flatten, Linear, Rule
-from selmatch_ext.unroll.state import has_hooks
 
 
 class Unsupported(Exception):
@@ -54,7 +55,7 @@ def read(model: nn.Module) -> list[Step]:
     model: in the mode in which it is to run; forward is called on it. Raises Unsupported."""
     for name, module in model.named_modules():
         name = name or type(model).__name__
-        if has_hooks(module):
+        if any(hooks_of(module)):
             raise Unsupported(f"{name} has hooks, which the fused engine does not call")
         if "forward" in vars(module):
             raise Unsupported(f"{name} has a forward of its own in place of that of its class")
@@ -76,8 +77,7 @@ def read(model: nn.Module) -> list[Step]:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, without the full stop."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")
+    return one_line(error).rstrip(".")
 
 
 class _Proxy(fx.Proxy):
@@ -107,7 +107,7 @@ class _Reader:
 
     def __init__(self, model: nn.Module, graph: fx.Graph):
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.paths = {m: path for path, m in model.named_modules()}
+        self.paths = {id(m): path for path, m in model.named_modules()}
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.graph = graph
         self.found: list[Step] = []
@@ -224,7 +224,7 @@ def _norm(reader: _Reader, m: nn.Module, name: str, norm: int, groups: int, cent
     if not m.training and getattr(m, "running_mean", None) is not None:
         raise Unsupported(f"{name} is in evaluation mode, in which it uses its running statistics")
     kind = BlockKind(norm, groups, m.eps)
-    return [Block(kind, reader.parameter(m.weight), reader.parameter(m.bias), centres, reader.paths[m])]
+    return [Block(kind, reader.parameter(m.weight), reader.parameter(m.bias), centres, reader.paths[id(m)])]
 
 
 def _layer_norm(reader: _Reader, m: nn.LayerNorm, name: str) -> list[Rule]:

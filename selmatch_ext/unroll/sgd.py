@@ -1,8 +1,8 @@
 """`unrolled_sgd`: checks what it is given, chooses an engine, and runs the recursion with it."""
 
+import contextlib
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
@@ -11,17 +11,22 @@ from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.models.unwrap import unwrapped
 from selmatch_ext.precision import warn_if_slow
 from selmatch_ext.unroll.adjoint import Plan, Stepper, unroll
+from selmatch_ext.unroll.arguments import (
+    check_augmentations,
+    check_batches,
+    check_choices,
+    check_labels,
+    check_tensors,
+    check_types,
+    check_values,
+    learning_rates,
+)
 from selmatch_ext.unroll.autograd import AutogradStepper
 from selmatch_ext.unroll.comparing import steps_of
 from selmatch_ext.unroll.fused import FusedStepper
 from selmatch_ext.unroll.graphs import CudaRecorder, GraphedStepper
 from selmatch_ext.unroll.private import PrivateModel
 from selmatch_ext.unroll.program import Unsupported
-
-ENGINES = ("auto", "fused", "autograd")
-KEEP = ("nothing", "activations")
-GRADIENT = ("exact", "tesla")
-PRECISION = ("float32", "tf32", "bfloat16")
 
 
 @torch.compiler.disable(reason="unrolled_sgd reads the network in Python; it runs as it is in compiled code")
@@ -54,8 +59,11 @@ def unrolled_sgd(
     model has now. All its parameters are trained, whatever their `requires_grad`; those that the loss does not reach
     stay as they are; shared ones count once. Dropout, and whatever else draws from the global generators of torch,
     Python or numpy, draws as in ordinary training; the backward pass repeats each step with the draws, buffers and
-    attributes that it had, without advancing a generator. Hooks run on the copy. An autocast around the call has no
-    effect: `precision` alone decides.
+    attributes that it had, without advancing a generator. What steps change in attributes of the module's classes is
+    put back afterwards. Hooks run on the copy. An autocast around the call has no effect: `precision` alone decides.
+
+    The first call with a network must not run while other threads use PyTorch: torch.fx reads the network by patching
+    torch, and the comparison with what was read seeds the global generators and puts them back.
 
     Args:
         model: nn.Module, images (B, C, H, W) -> logits (B, K). Of DataParallel, DistributedDataParallel, AveragedModel
@@ -63,8 +71,10 @@ def unrolled_sgd(
         start: (P,) float32 or float64, P = number of parameters, in `model.parameters()` order.
         images: (n, C, H, W), dtype and device of start.
         labels: (n,) integers in [0, K), or (n, K) probabilities of the dtype of start.
-        batches: N index tensors, each (B_i,) integers in [0, n), not empty; an image may occur any number of times.
-        lr: learning rate, 0-d or (N,) floating tensor, or a number (64 bits of it count where start is float64).
+        batches: N index tensors, each (B_i,) int64 or int32 in [0, n), not empty; an image may occur any number of
+            times.
+        lr: learning rate, 0-d or (N,) floating tensor, or a finite number or numpy array (64 bits count where start is
+            float64).
         augmentations: None, or N results of `sample_augmentation`, one a step.
         engine: "fused" (networks of known operations, on the CPU and CUDA; float32, float64 and bfloat16), "autograd"
             (any module), or "auto": fused where it can run the model, else autograd. `explain_engine` says which.
@@ -88,15 +98,13 @@ def unrolled_sgd(
         RuntimeError: in the backward pass, with create_graph=True, or where a repeated step of `model` computes
             something else than it did.
     """
-    _check_choices(engine, keep, gradient, precision)
+    check_choices(engine, keep, gradient, precision)
     model = unwrapped(model)
-    _check_tensors(model, start, images)
-    label_range = _check_labels(labels, start, images)
-    batches = _check_batches(batches, images)
-    if augmentations is not None:
-        augmentations = list(augmentations)
-        if len(augmentations) != len(batches):
-            raise ValueError(f"augmentations: {len(augmentations)} given for {len(batches)} batches; give one a batch")
+    check_tensors(model, start, images)
+    label_range = check_labels(labels, start, images)
+    batches = check_batches(batches, images)
+    augmentations = check_augmentations(augmentations, batches)
+    rates = learning_rates(lr, len(batches), start)
     if precision == "tf32" and start.device.type != "cuda":
         raise ValueError(f'precision="tf32" needs CUDA tensors, start is on {start.device}')
     if precision == "bfloat16":
@@ -105,7 +113,19 @@ def unrolled_sgd(
     stepper, choice = _choose(model, start, images, plan, engine)
     if cuda_graphs:
         stepper = _graphed(stepper, choice, start.device)
-    return unroll(stepper, start, images, labels, _learning_rates(lr, len(batches), start), plan)
+    with _classes_kept(stepper):
+        return unroll(stepper, start, images, labels, rates, plan)
+
+
+@contextlib.contextmanager
+def _classes_kept(stepper):
+    """Puts back what steps change in classes, which the copy of the user's module shares with the module."""
+    before = stepper.model.state() if isinstance(stepper, AutogradStepper) else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            before.restore_objects()
 
 
 @dataclass(frozen=True)
@@ -125,12 +145,14 @@ def explain_engine(model, images):
     model: nn.Module; images: any (n, C, H, W) tensor like those it will be given. "autograd" is exact too, and slower;
     its reason says in a sentence what the fused engine has no rule for, or in what the module differs from what was
     read of it: the fused engine runs a network only after its outputs and gradients on a small batch were compared with
-    the module's own. That happens once for a network. Raises TypeError or ValueError as `unrolled_sgd` does.
+    the module's own. That happens once for a network; it must not run while other threads use PyTorch, because reading
+    patches torch and comparing seeds the global generators. Raises TypeError or ValueError as `unrolled_sgd` does.
     """
     model = unwrapped(model)
-    _check_types(images=images)
+    check_types(images=images)
+    check_values("images", images)
     start = images.new_empty((parameter_count(model),))
-    _check_tensors(model, start, images)
+    check_tensors(model, start, images)
     return _read(model, images)[1]
 
 
@@ -170,99 +192,3 @@ def _graphed(stepper, choice, device) -> Stepper:
     if device.type != "cuda":
         raise ValueError(f"cuda_graphs=True needs CUDA tensors, start is on {device}")
     return GraphedStepper(stepper, CudaRecorder(device))
-
-
-def _check_choices(engine, keep, gradient, precision):
-    choices = (
-        ("engine", engine, ENGINES),
-        ("keep", keep, KEEP),
-        ("gradient", gradient, GRADIENT),
-        ("precision", precision, PRECISION),
-    )
-    for name, value, allowed in choices:
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def _check_types(**tensors):
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name} must be float32 or float64, got {tensor.dtype}")
-
-
-def _check_tensors(model, start, images):
-    _check_types(start=start, images=images)
-    count = parameter_count(model)
-    if start.dim() != 1 or start.numel() != count:
-        raise ValueError(
-            f"start must have shape ({count},), the number of parameters of the model, got {tuple(start.shape)}"
-        )
-    if images.dtype != start.dtype:
-        raise TypeError(f"images must have the dtype of start, {start.dtype}, got {images.dtype}")
-    if images.dim() != 4:
-        raise ValueError(f"images must have shape (n, C, H, W), got {tuple(images.shape)}")
-    if images.device != start.device:
-        raise ValueError(f"images are on {images.device}, start is on {start.device}; put them on one device")
-    for name, parameter in model.named_parameters():
-        if parameter.device != start.device:
-            raise ValueError(f"parameter {name} of the model is on {parameter.device}, start is on {start.device}")
-
-
-def _check_labels(labels, start, images):
-    """(smallest, largest) of integer labels, None for probabilities. Their upper end is checked once K is known."""
-    if not isinstance(labels, torch.Tensor):
-        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
-    if labels.device != start.device:
-        raise ValueError(f"labels are on {labels.device}, start is on {start.device}; put them on one device")
-    if labels.dim() == 0 or labels.shape[0] != images.shape[0]:
-        raise ValueError(f"labels must have one entry per image ({images.shape[0]}), got shape {tuple(labels.shape)}")
-    if labels.is_floating_point():
-        if labels.dtype != start.dtype:
-            raise TypeError(f"float labels must have the dtype of start, {start.dtype}, got {labels.dtype}")
-        if labels.dim() != 2:
-            raise ValueError(f"float labels are probabilities of shape (n, K), got shape {tuple(labels.shape)}")
-        return None
-    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise TypeError(f"labels must be integers or probabilities, got {labels.dtype}")
-    if labels.dim() != 1:
-        raise ValueError(f"integer labels must have shape (n,), got {tuple(labels.shape)}")
-    if labels.numel() == 0 or torch._C._functorch.is_batchedtensor(labels):
-        return None  # within vmap nothing looks at values
-    smallest, largest = torch.stack(labels.aminmax()).tolist()
-    if smallest < 0:
-        raise ValueError(f"labels must not be negative, the smallest is {smallest}")
-    return smallest, largest
-
-
-def _check_batches(batches, images):
-    batches = list(batches)
-    if not batches:
-        raise ValueError("batches is empty: give at least one index tensor")
-    for i, batch in enumerate(batches):
-        if not isinstance(batch, torch.Tensor) or batch.dtype not in (torch.int64, torch.int32):
-            what = batch.dtype if isinstance(batch, torch.Tensor) else type(batch).__name__
-            raise TypeError(f"batches[{i}] must be an int64 tensor of indices, got {what}")
-        if batch.dim() != 1 or batch.numel() == 0:
-            raise ValueError(f"batches[{i}] must have shape (B,) with B of at least 1, got {tuple(batch.shape)}")
-    batches = [batch.to(images.device, torch.int64) for batch in batches]
-    smallest, largest = torch.stack(torch.cat(batches).aminmax()).tolist()
-    if smallest < 0 or largest >= images.shape[0]:
-        raise ValueError(
-            f"batches must hold indices of the {images.shape[0]} images, from 0 to {images.shape[0] - 1}, "
-            f"got {smallest} to {largest}"
-        )
-    return batches
-
-
-def _learning_rates(lr, count, start):
-    """lr as a (count,) tensor like start, differentiable in what was given."""
-    if isinstance(lr, (int, float, np.number, np.ndarray)):
-        lr = torch.as_tensor(lr, dtype=torch.float64, device=start.device)
-    if not isinstance(lr, torch.Tensor) or not lr.is_floating_point():
-        what = lr.dtype if isinstance(lr, torch.Tensor) else type(lr).__name__
-        raise TypeError(f"lr must be a floating tensor or a number, got {what}")
-    if lr.shape not in ((), (count,)):
-        raise ValueError(f"lr must be 0-d or have shape ({count},), one for each batch, got {tuple(lr.shape)}")
-    return lr.to(start.device, start.dtype).expand(count)

@@ -1,0 +1,172 @@
+"""Checks of what `unrolled_sgd` and `explain_engine` are given."""
+
+import numbers
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from selmatch_ext.models.flat import parameter_count
+from selmatch_ext.ops.dsa import Augmentation
+
+ENGINES = ("auto", "fused", "autograd")
+KEEP = ("nothing", "activations")
+GRADIENT = ("exact", "tesla")
+PRECISION = ("float32", "tf32", "bfloat16")
+
+
+def check_choices(engine, keep, gradient, precision):
+    """ValueError for an option that is none of the allowed words."""
+    choices = (
+        ("engine", engine, ENGINES),
+        ("keep", keep, KEEP),
+        ("gradient", gradient, GRADIENT),
+        ("precision", precision, PRECISION),
+    )
+    for name, value, allowed in choices:
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_types(**tensors):
+    """TypeError for what is no ordinary tensor of float32 or float64."""
+    for name, tensor in tensors.items():
+        _check_ordinary(name, tensor)
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} must be float32 or float64, got {tensor.dtype}")
+
+
+def _check_ordinary(name, tensor):
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got one of layout {tensor.layout}; use {name}.to_dense()")
+
+
+def check_values(name, tensor):
+    """ValueError for a tensor without values."""
+    if tensor.is_meta:
+        raise ValueError(f"{name} must have values, got a tensor on the meta device")
+
+
+def check_tensors(model, start, images):
+    """TypeError or ValueError where model, start and images do not fit each other."""
+    check_types(start=start, images=images)
+    check_values("start", start)
+    count = parameter_count(model)
+    if start.dim() != 1 or start.numel() != count:
+        raise ValueError(
+            f"start must have shape ({count},), the number of parameters of the model, got {tuple(start.shape)}"
+        )
+    if images.dtype != start.dtype:
+        raise TypeError(f"images must have the dtype of start, {start.dtype}, got {images.dtype}")
+    if images.dim() != 4:
+        raise ValueError(f"images must have shape (n, C, H, W), got {tuple(images.shape)}")
+    if images.device != start.device:
+        raise ValueError(f"images are on {images.device}, start is on {start.device}; put them on one device")
+    for name, parameter in model.named_parameters():
+        if parameter.device != start.device:
+            raise ValueError(f"parameter {name} of the model is on {parameter.device}, start is on {start.device}")
+
+
+def check_labels(labels, start, images):
+    """(smallest, largest) of integer labels, None for probabilities. Their upper end is checked once K is known."""
+    _check_ordinary("labels", labels)
+    if labels.device != start.device:
+        raise ValueError(f"labels are on {labels.device}, start is on {start.device}; put them on one device")
+    if labels.dim() == 0 or labels.shape[0] != images.shape[0]:
+        raise ValueError(f"labels must have one entry per image ({images.shape[0]}), got shape {tuple(labels.shape)}")
+    if labels.is_floating_point():
+        if labels.dtype != start.dtype:
+            raise TypeError(f"float labels must have the dtype of start, {start.dtype}, got {labels.dtype}")
+        if labels.dim() != 2:
+            raise ValueError(f"float labels are probabilities of shape (n, K), got shape {tuple(labels.shape)}")
+        return None
+    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"labels must be integers or probabilities, got {labels.dtype}")
+    if labels.dim() != 1:
+        raise ValueError(f"integer labels must have shape (n,), got {tuple(labels.shape)}")
+    if labels.numel() == 0 or torch._C._functorch.is_batchedtensor(labels):
+        return None  # within vmap nothing looks at values
+    smallest, largest = torch.stack(labels.aminmax()).tolist()
+    if smallest < 0:
+        raise ValueError(f"labels must not be negative, the smallest is {smallest}")
+    return smallest, largest
+
+
+def _listed(name, values, of_what):
+    """`values` as a list; TypeError for what has no elements, and for tuples with names, which are one thing."""
+    single = isinstance(values, (str, bytes, dict, set)) or hasattr(values, "_fields")
+    if single or not isinstance(values, Iterable) or (isinstance(values, torch.Tensor) and values.dim() == 0):
+        raise TypeError(f"{name} must be a list of {of_what}, got {_what(values)}")
+    return list(values)
+
+
+def _what(value):
+    """A value in an error: short, and in one line."""
+    shown = isinstance(value, (int, float, complex)) and len(f"{value!r}") < 30
+    return f"{type(value).__name__}{f' {value!r}' * shown}"
+
+
+def check_batches(batches, images):
+    """The batches as int64 tensors on the images' device."""
+    batches = _listed("batches", batches, "index tensors, one a step")
+    if not batches:
+        raise ValueError("batches is empty: give at least one index tensor")
+    for i, batch in enumerate(batches):
+        if not isinstance(batch, torch.Tensor) or batch.dtype not in (torch.int64, torch.int32):
+            what = batch.dtype if isinstance(batch, torch.Tensor) else _what(batch)
+            raise TypeError(f"batches[{i}] must be an int64 or int32 tensor of indices, got {what}")
+        _check_ordinary(f"batches[{i}]", batch)
+        check_values(f"batches[{i}]", batch)
+        if batch.dim() != 1 or batch.numel() == 0:
+            raise ValueError(f"batches[{i}] must have shape (B,) with B of at least 1, got {tuple(batch.shape)}")
+    batches = [batch.to(images.device, torch.int64) for batch in batches]
+    smallest, largest = torch.stack(torch.cat(batches).aminmax()).tolist()
+    if smallest < 0 or largest >= images.shape[0]:
+        raise ValueError(
+            f"batches must hold indices of the {images.shape[0]} images, from 0 to {images.shape[0] - 1}, "
+            f"got {smallest} to {largest}"
+        )
+    return batches
+
+
+def check_augmentations(augmentations, batches):
+    """The augmentations as a list, or None; TypeError or ValueError where they are none, or do not fit the batches."""
+    if augmentations is None:
+        return None
+    augmentations = _listed("augmentations", augmentations, "results of sample_augmentation, one a step, or None")
+    if len(augmentations) != len(batches):
+        raise ValueError(f"augmentations: {len(augmentations)} given for {len(batches)} batches; give one a batch")
+    for i, (p, batch) in enumerate(zip(augmentations, batches, strict=True)):
+        if not isinstance(p, Augmentation):
+            raise TypeError(f"augmentations[{i}] must be a result of sample_augmentation, got {_what(p)}")
+        if p.ops.shape[0] not in (1, len(batch)):
+            raise ValueError(f"augmentations[{i}] must have 1 row or {len(batch)}, as batches[{i}], got {len(p.ops)}")
+    return augmentations
+
+
+def _is_finite(number):
+    try:
+        return bool(np.isfinite(np.asarray(number, dtype=np.float64)).all())
+    except OverflowError:  # of a whole number beyond 64 bits
+        return False
+
+
+def learning_rates(lr, count, start):
+    """lr as a (count,) tensor like start, differentiable in what was given."""
+    if isinstance(lr, (bool, np.bool_)) or not isinstance(lr, (numbers.Real, np.ndarray, torch.Tensor)):
+        raise TypeError(f"lr must be a floating tensor or a number, got {_what(lr)}")
+    if not isinstance(lr, torch.Tensor):
+        if isinstance(lr, np.ndarray) and lr.dtype.kind not in "fiu":
+            raise TypeError(f"lr must be an array of floating numbers, got {lr.dtype}")
+        if not _is_finite(lr):
+            raise ValueError(f"lr must be finite in 64 bits, got {_what(lr)}")
+        lr = torch.as_tensor(lr, dtype=torch.float64, device=start.device)
+    _check_ordinary("lr", lr)
+    check_values("lr", lr)
+    if not lr.is_floating_point():
+        raise TypeError(f"lr must be a floating tensor or a number, got a tensor of {lr.dtype}")
+    if lr.shape not in ((), (count,)):
+        raise ValueError(f"lr must be 0-d or have shape ({count},), one for each batch, got {tuple(lr.shape)}")
+    return lr.to(start.device, start.dtype).expand(count)
