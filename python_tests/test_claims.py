@@ -5,10 +5,13 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 from conftest import CPU, MODEL, tiny_run
 from PIL import Image
 
-from selmatch_ext import pipeline
+from selmatch_ext import cli, evaluation, pipeline
+from selmatch_ext.data.images import load
+from selmatch_ext.experts import train_experts
 from selmatch_ext.settings import Data, Training
 
 
@@ -82,6 +85,70 @@ def pictures(digits, tmp_path):
             for i, image in enumerate(part.images[part.labels == label][:count]):
                 Image.fromarray(image[0].numpy()).save(folder / f"{i}.png")
     return tmp_path / "old"
+
+
+EVALUATION = "--evaluation.model ConvNetD1W4 --evaluation.networks 2 --evaluation.training.epochs 1"
+FEATURES = "--features.model ConvNetD1W4 --features.training.epochs 1"
+STUDIES = {
+    "evaluate SET --record OUT/record.json": EVALUATION,
+    "coverage SET --out OUT --coverage.networks 1": f"{EVALUATION} {FEATURES}",
+    "cross SET --out OUT --models ConvNetD1W4 MLP": EVALUATION,
+    "continual SET --out OUT --continual.steps 2": EVALUATION,
+}
+
+
+@pytest.mark.parametrize("command", STUDIES)
+def test_studies_recognize_images_that_moved(pictures, command, tmp_path, monkeypatch, capsys):
+    data = load(f"imagefolder:{pictures}")
+    pipeline.random_set(data, 2, 0).save(tmp_path / "set.safetensors")
+    words = f"{command} {STUDIES[command]} --device cpu".replace("OUT", str(tmp_path / "out"))
+    words = words.replace("SET", str(tmp_path / "set.safetensors")).split()
+    assert cli.main([*words, "--data.dataset", f"imagefolder:{pictures}"]) == 0
+    made, first = stamps(tmp_path / "out"), capsys.readouterr().out
+    records = {p: p.read_text() for p in made if p.suffix == ".json"}
+    pictures.rename(tmp_path / "new")
+    with monkeypatch.context() as patch:
+        for module in ("evaluation", "experts"):
+            patch.setattr(f"selmatch_ext.{module}.train", lambda *rest: pytest.fail("trained again"))
+        moved = [*words, "--data.dataset", f"imagefolder:{tmp_path / 'new'}"]
+        assert cli.main(moved) == 0
+    lines = capsys.readouterr().out.splitlines(keepends=True)
+    said = [line for line in lines if line.startswith(f"{tmp_path / 'out'}") and " knows the images of new" in line]
+    assert 1 <= len(said) <= 2 and "".join(line for line in lines if line not in said) == first
+    assert all(text == path.read_text() for path, text in records.items() if path.stem != "coverage")
+    shutil.copy(next((tmp_path / "new" / "test" / "1").iterdir()), tmp_path / "new" / "test" / "0" / "0.png")
+    assert cli.main(moved) == 1
+    assert "images.test: " in capsys.readouterr().err
+
+
+def test_experts_and_scores_recognize_images_that_moved(digits, tmp_path, monkeypatch, capsys):
+    moved, run = replace(digits, name="moved"), tiny_run()
+    store = train_experts(digits, replace(run.experts, count=1), tmp_path / "experts", 0, CPU)
+    scores = tmp_path / "scores.npz"
+    made = pipeline.training_difficulty(run.scores, Data("digits"), digits, None, 0, CPU, scores)
+    train_experts(moved, replace(run.experts, count=2), tmp_path / "experts", 0, CPU)
+    monkeypatch.setattr("selmatch_ext.experts.train", lambda *rest: pytest.fail("trained again"))
+    assert torch.equal(made, pipeline.training_difficulty(run.scores, Data("digits"), moved, None, 0, CPU, scores))
+    train_experts(digits, replace(run.experts, count=2), tmp_path / "experts", 0, CPU)
+    store.check(1, {"dataset": "digits"})  # the name that the store has
+    said = [f"{tmp_path / name} knows the images of moved as those of digits" for name in ("experts", "scores.npz")]
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == said
+    other = replace(moved, train=replace(digits.train, images=digits.train.images.flip(3)))
+    with pytest.raises(ValueError, match="made differently: images: "):
+        train_experts(other, run.experts, tmp_path / "experts", 0, CPU)
+    with pytest.raises(ValueError, match=r"made with other settings \(images: "):
+        pipeline.training_difficulty(run.scores, Data("digits"), other, None, 0, CPU, scores)
+
+
+def test_a_record_of_an_earlier_version_is_told_by_the_name(digits, tmp_path):
+    subset, path = pipeline.random_set(digits, 2, 0), tmp_path / "record.json"
+    evaluation.evaluate(subset, digits, tiny_run().evaluation, 0, CPU, path)
+    record = json.loads(path.read_text())
+    del record["images"]
+    path.write_text(json.dumps(record))
+    evaluation.evaluate(subset, digits, tiny_run().evaluation, 0, CPU, path)
+    with pytest.raises(ValueError, match=r"other settings \(data: digits → moved\)"):
+        evaluation.evaluate(subset, replace(digits, name="moved"), tiny_run().evaluation, 0, CPU, path)
 
 
 def test_images_that_moved_are_recognized(pictures, tmp_path):

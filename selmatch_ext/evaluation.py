@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from selmatch_ext import ranks
 from selmatch_ext.data.distilled import DistilledSet, Schedule
 from selmatch_ext.data.images import ImageData
+from selmatch_ext.data.origin import changes, known_name
 from selmatch_ext.experts import network, real_images
 from selmatch_ext.files import check_writable, read_json, write_json
 from selmatch_ext.models import flat, from_file
@@ -20,7 +22,7 @@ from selmatch_ext.models.statistics import freeze_statistics
 from selmatch_ext.precision import precision_scope
 from selmatch_ext.seeds import generator
 from selmatch_ext.selection import coreset
-from selmatch_ext.settings import Evaluation, differences, to_dict
+from selmatch_ext.settings import Evaluation, to_dict
 from selmatch_ext.stages import stage
 from selmatch_ext.strict_json import numbers, shown
 from selmatch_ext.training import combined_augmenter, predict, train
@@ -68,18 +70,10 @@ def evaluate(
     data = seen_as(subset, data)
     if subset.schedule is not None:
         _check_schedule(subset.schedule, data, (settings.model,))
-    header = {
-        "settings": to_dict(settings),
-        "seed": seed,
-        "splits": list(splits),
-        "data": data.name,
-        "set": subset.digest(),
-    }
     groups = groups or {}
-    if groups:
-        header["groups"] = {name: mask.nonzero().squeeze(1).tolist() for name, mask in groups.items()}
     names, networks = [*splits, *groups], settings.networks
     asked = {*splits, "test"} if groups else set(splits)
+    header = _header(subset, data, settings, seed, splits, groups)
     if subset.schedule is not None and subset.schedule.starts is not None:
         networks = min(networks, len(subset.schedule.starts))
     finished = [] if record is None else _recorded(Path(record), header, networks, len(names))
@@ -99,6 +93,29 @@ def evaluate(
             if record is not None and ranks.first():
                 write_json(record, {**header, "accuracies": finished})
     return {name: Accuracy(list(values)) for name, values in zip(names, zip(*finished, strict=True), strict=True)}
+
+
+def _header(
+    subset: DistilledSet,
+    data: ImageData,
+    settings: Evaluation,
+    seed: int,
+    splits: tuple[str, ...],
+    groups: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """What a record says of the evaluation: everything that its accuracies depend on."""
+    seen = {*splits, *(["test"] if groups else []), *(["train"] if subset.schedule is not None else [])}
+    header = {
+        "settings": to_dict(settings),
+        "seed": seed,
+        "splits": list(splits),
+        "data": data.name,
+        "images": {split: getattr(data, split).digest() for split in sorted(seen)},
+        "set": subset.digest(),
+    }
+    if groups:
+        header["groups"] = {name: mask.nonzero().squeeze(1).tolist() for name, mask in groups.items()}
+    return header
 
 
 def trained_on(
@@ -206,16 +223,18 @@ def real_subset(data: ImageData, indices: Tensor, method: str) -> DistilledSet:
 
 
 def _recorded(path: Path, header: dict, networks: int, columns: int) -> list[list[float]]:
-    """The accuracies of the networks that are finished, `columns` in % for each; at most `networks` of them."""
+    """The accuracies of the networks that are finished, `columns` in % for each; at most `networks` of them. The record
+    keeps the name that it knows the data set by: it is put into `header`."""
     if not path.exists():
         check_writable(path)
         return []
     old = read_json(path, "accuracies")
-    changed = differences({key: old.get(key) for key in header}, header)
+    changed = changes(old, header)
     if changed:
         raise ValueError(
             f"{path} was made with other settings ({'; '.join(changed)}); choose another --out or delete it"
         )
+    header["data"] = known_name(old, header["data"], path.parent)
     rows = old["accuracies"]
     if not isinstance(rows, list) or len(rows) > networks:
         raise ValueError(

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from selmatch_ext import models, ranks
 from selmatch_ext.data.images import ImageData
+from selmatch_ext.data.origin import known_name
 from selmatch_ext.data.trajectories import ExpertStore
 from selmatch_ext.files import check_writable
 from selmatch_ext.models import flat
@@ -27,8 +28,8 @@ def train_experts(
 
     Row 0 of a trajectory is the initialisation, row e the parameters after epoch e. A killed run goes on with the
     missing experts; expert i depends on `seed` and i alone. Of several processes each trains every world-th expert.
-    Raises ValueError when the folder holds experts of another network, of other images or labels (even if the data set
-    has the same name), of whitened images or plain ones, or made with other settings."""
+    Raises ValueError when the folder holds experts of another network, of other images or labels (whatever the data set
+    is called), of whitened images or plain ones, or made with other settings."""
     store = ExpertStore(folder, trusted=(settings.model,))
     share = ranks.mine(settings.count)
     how = {key: value for key, value in to_dict(settings).items() if key != "count"}
@@ -40,6 +41,9 @@ def train_experts(
         "seed": seed,
         "settings": how,
     }
+    if store.count > 0:
+        store.check(0, metadata)
+        metadata["dataset"] = known_name(store.metadata, data.name, store.folder)
     with ranks.progress(total=len(share) * settings.training.epochs, desc="experts", unit="epoch") as progress:
         for index in share:
             if store.path(index).exists():

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from selmatch_ext import models, ranks, strict_json
 from selmatch_ext.data.images import ImageData
+from selmatch_ext.data.origin import changes, known_name
 from selmatch_ext.experts import network, real_images, train_on_real
 from selmatch_ext.files import check_writable, json_field, load_tensors, save_tensors
 from selmatch_ext.seeds import generator
-from selmatch_ext.settings import Features, differences, to_dict
+from selmatch_ext.settings import Features, to_dict
 from selmatch_ext.training import predict
 
 KIND = "network"
@@ -58,11 +59,12 @@ def _load(
     path = _path(folder, index)
     state, metadata = load_tensors(path, KIND)
     how = strict_json.mapping(json_field(metadata, "how", path), f"{path}: metadata field 'how'")
-    changed = differences(how, json.loads(json.dumps(_how(data, settings, seed, index))))
+    changed = changes(how, json.loads(json.dumps(_how(data, settings, seed, index))))
     if changed:
         raise ValueError(
             f"{path} holds a network made otherwise ({'; '.join(changed)}); choose another --out or delete it"
         )
+    known_name(how, data.name, folder)
     model = network(data, settings.model, seed, device, "features", index)
     _check_state(state, model.state_dict(), path)
     model.load_state_dict(state)

@@ -15,6 +15,7 @@ from selmatch_ext import preflight, ranks, report
 from selmatch_ext.claims import claim, recognize
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.images import ImageData, load
+from selmatch_ext.data.origin import changes, known_name
 from selmatch_ext.data.trajectories import ExpertStore
 from selmatch_ext.evaluation import Accuracy, evaluate, real_subset, seen_as
 from selmatch_ext.experts import compute_scores, train_experts
@@ -72,8 +73,12 @@ def training_difficulty(
                     np.savez(file, scores=scores.numpy(), labels=data.train.labels.numpy(), how=how)
             ranks.barrier()
         scores = load_scores(path, data)
-        if describe(path)[1] != json.loads(how):
-            raise ValueError(f"{path} holds scores made with other settings; choose another or delete it")
+        made = describe(path)[1]
+        if changed := changes(made, json.loads(how)):
+            raise ValueError(
+                f"{path} holds scores made with other settings ({'; '.join(changed)}); choose another or delete it"
+            )
+        known_name(made, data.name, path)
         return difficulty(scores, settings.source)
     kind, _, source = settings.source.rpartition(":")
     kind = kind or "cscore"

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from selmatch_ext import strict_json
+from selmatch_ext.data.origin import changes
 from selmatch_ext.data.replay import describe, is_list, read_replay_buffer
 from selmatch_ext.files import TensorFile, json_field, open_tensors, save_tensors
 from selmatch_ext.models import from_file
-from selmatch_ext.settings import differences
 
 KIND = "expert"
 OPTION = "--experts-model"
@@ -135,13 +135,14 @@ class ExpertStore:
         save_tensors(self.path(expert), KIND, {"trajectory": trajectory}, described, by_row=("trajectory",))
 
     def check(self, expert: int, metadata: Mapping[str, Any]) -> None:
-        """Raises ValueError, naming what differs, unless the expert was saved with these values of these keys. Where an
-        older expert does not say `zca`, it may be either."""
+        """Raises ValueError, naming what differs, unless the expert was saved with these values of these keys. Where
+        both say `images`, `dataset` may differ: the images lie elsewhere now. Where an older expert does not say `zca`,
+        it may be either."""
         expected = json.loads(json.dumps(dict(metadata)))  # as they read back: tuples are lists
         saved = self._metadata(expert)
         if "zca" not in saved:
             expected.pop("zca", None)
-        changed = differences({key: saved.get(key) for key in expected}, expected)
+        changed = changes(saved, expected)
         if changed:
             raise ValueError(
                 f"{self.path(expert)} was made differently: {'; '.join(changed)} (saved → now). "
