@@ -5,10 +5,15 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from conftest import CPU, MODEL, tiny_run
+import torch
+from conftest import CPU, MODEL, random_set, tiny_run
 from PIL import Image
 
-from selmatch_ext import runner
+from selmatch_ext import cli, evaluation, runner
+from selmatch_ext.context import Context
+from selmatch_ext.data.load import load
+from selmatch_ext.experts import train_experts
+from selmatch_ext.selection.difficulty import training_difficulty
 from selmatch_ext.settings import Data, Window
 
 
@@ -85,6 +90,70 @@ def pictures(digits, tmp_path):
             for i, image in enumerate(part.images[part.labels == label][:count]):
                 Image.fromarray(image[0].numpy()).save(folder / f"{i}.png")
     return tmp_path / "old"
+
+
+EVALUATION = "--evaluation.model ConvNetD1W4 --evaluation.networks 2 --evaluation.training.epochs 1"
+FEATURES = "--features.model ConvNetD1W4 --features.training.epochs 1"
+STUDIES = {
+    "evaluate SET --record OUT/record.json": EVALUATION,
+    "coverage SET --out OUT --coverage.networks 1": f"{EVALUATION} {FEATURES}",
+    "cross SET --out OUT --models ConvNetD1W4 MLP": EVALUATION,
+    "continual SET --out OUT --continual.steps 2": EVALUATION,
+}
+
+
+@pytest.mark.parametrize("command", STUDIES)
+def test_studies_recognize_images_that_moved(pictures, command, tmp_path, monkeypatch, capsys):
+    data = load(f"imagefolder:{pictures}")
+    random_set(data, 2).save(tmp_path / "set.safetensors")
+    words = f"{command} {STUDIES[command]} --device cpu".replace("OUT", str(tmp_path / "out"))
+    words = words.replace("SET", str(tmp_path / "set.safetensors")).split()
+    assert cli.main([*words, "--data.dataset", f"imagefolder:{pictures}"]) == 0
+    made, first = stamps(tmp_path / "out"), capsys.readouterr().out
+    records = {p: p.read_text() for p in made if p.suffix == ".json"}
+    pictures.rename(tmp_path / "new")
+    with monkeypatch.context() as patch:
+        for module in ("evaluation", "training"):
+            patch.setattr(f"selmatch_ext.{module}.train", lambda *rest: pytest.fail("trained again"))
+        moved = [*words, "--data.dataset", f"imagefolder:{tmp_path / 'new'}"]
+        assert cli.main(moved) == 0
+    lines = capsys.readouterr().out.splitlines(keepends=True)
+    said = [line for line in lines if line.startswith(f"{tmp_path / 'out'}") and " knows the images of new" in line]
+    assert 1 <= len(said) <= 2 and "".join(line for line in lines if line not in said) == first
+    assert all(text == path.read_text() for path, text in records.items() if path.stem != "coverage")
+    shutil.copy(next((tmp_path / "new" / "test" / "1").iterdir()), tmp_path / "new" / "test" / "0" / "0.png")
+    assert cli.main(moved) == 1
+    assert "images.test: " in capsys.readouterr().err
+
+
+def test_experts_and_scores_recognize_images_that_moved(digits, tmp_path, monkeypatch, capsys):
+    moved, run = replace(digits, name="moved"), tiny_run()
+    store = train_experts(Context(digits), replace(run.experts, count=1), tmp_path / "experts")
+    scores = tmp_path / "scores.npz"
+    made = training_difficulty(Context(digits), run.start.scores, scores)
+    train_experts(Context(moved), replace(run.experts, count=2), tmp_path / "experts")
+    monkeypatch.setattr("selmatch_ext.training.train", lambda *rest: pytest.fail("trained again"))
+    assert torch.equal(made, training_difficulty(Context(moved), run.start.scores, scores))
+    train_experts(Context(digits), replace(run.experts, count=2), tmp_path / "experts")
+    store.check(1, {"dataset": "digits"})  # the name that the store has
+    said = [f"{tmp_path / name} knows the images of moved as those of digits" for name in ("experts", "scores.npz")]
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == said
+    other = replace(moved, train=replace(digits.train, images=digits.train.images.flip(3)))
+    with pytest.raises(ValueError, match="made with other settings .images: "):
+        train_experts(Context(other), run.experts, tmp_path / "experts")
+    with pytest.raises(ValueError, match=r"made with other settings \(images: "):
+        training_difficulty(Context(other), run.start.scores, scores)
+
+
+def test_a_record_of_an_earlier_version_is_told_by_the_name(digits, tmp_path):
+    subset, path = random_set(digits, 2), tmp_path / "record.json"
+    evaluation.evaluate(subset, Context(digits), tiny_run().evaluation, path)
+    record = json.loads(path.read_text())
+    del record["images"]
+    path.write_text(json.dumps(record))
+    evaluation.evaluate(subset, Context(digits), tiny_run().evaluation, path)
+    with pytest.raises(ValueError, match=r"other settings \(data: digits → moved\)"):
+        evaluation.evaluate(subset, Context(replace(digits, name="moved")), tiny_run().evaluation, path)
 
 
 def test_images_that_moved_are_recognized(pictures, tmp_path):

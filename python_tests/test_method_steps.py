@@ -346,13 +346,19 @@ def test_the_pool_has_the_last_epochs_of_all_experts_but_the_last(digits):
 
 
 def test_adapt_wants_experts_of_other_data(digits, experts):
-    other = replace(digits, name="other digits")
+    """Whatever the data sets are called."""
+    flipped = replace(digits.train, images=digits.train.images.flip(3))
+    for name in ("digits", "renamed"):
+        same, other = (task(replace(digits, name=name, train=t), experts=experts) for t in (digits.train, flipped))
+        assert DD(other, DDSettings(**UNROLLED, init="loaded", objective="adapt"))
+        assert DD(same, DDSettings(**UNROLLED, init="loaded"))
+        with pytest.raises(
+            ValueError, match=f"the same images .'digits'. as the objective is on .{name}.: adapt wants"
+        ):
+            DD(same, DDSettings(**UNROLLED, init="loaded", objective="adapt"))
+        with pytest.raises(ValueError, match="other images .*: adapt wants another data set"):
+            DD(other, DDSettings(**UNROLLED, init="loaded"))
     t = task(digits, experts=experts)
-    assert DD(replace(t, context=Context(other, 3)), DDSettings(**UNROLLED, init="loaded", objective="adapt"))
-    with pytest.raises(ValueError, match="adapt wants another data set"):
-        DD(t, DDSettings(**UNROLLED, init="loaded", objective="adapt"))
-    with pytest.raises(ValueError, match="adapt wants another data set"):
-        DD(replace(t, context=Context(other, 3)), DDSettings(**UNROLLED, init="loaded"))
     with pytest.raises(ValueError, match="needs init loaded"):
         DD(t, DDSettings(**UNROLLED, objective="adapt"))
     with pytest.raises(ValueError, match="more than test_networks 2; there are 2"):
@@ -365,7 +371,7 @@ def test_adapt_runs_with_experts_that_were_trained_here(digits, experts, tmp_pat
     settings = DDSettings(**{**UNROLLED, "batch_real": 1300}, init="loaded", objective="adapt", passes=1)
     made = distill(Run("dd", settings), start, Context(other, 3), tmp_path / "adapt", experts).distilled()
     assert made.settings["experts"]["dataset"] == "digits" and not torch.equal(made.images, start.images.images)
-    with pytest.raises(ValueError, match="made with other settings .images: "):
+    with pytest.raises(ValueError, match="other images .'digits'. as the objective is on .digits."):
         basic = Run("dd", replace(settings, objective="basic"))
         distill(basic, start, Context(replace(other, name="digits"), 3), tmp_path / "basic", experts)
 

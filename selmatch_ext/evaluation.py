@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from selmatch_ext import ranks
 from selmatch_ext.context import Context
 from selmatch_ext.data.distilled import DistilledSet, seen_as
 from selmatch_ext.files import check_writable, read_json, write_json
-from selmatch_ext.provenance import check_same, to_dict
+from selmatch_ext.provenance import check_same, known_name, to_dict
 from selmatch_ext.schedules import check_schedule, follow_schedule
 from selmatch_ext.settings import Evaluation
 from selmatch_ext.stages import stage
@@ -60,18 +61,10 @@ def evaluate(
     context = replace(context, data=seen_as(subset, context.data))
     if subset.schedule is not None:
         check_schedule(subset.schedule, context.data, (settings.model,))
-    header = {
-        "settings": to_dict(settings),
-        "seed": context.seed,
-        "splits": list(splits),
-        "data": context.data.name,
-        "set": subset.digest(),
-    }
     groups = groups or {}
-    if groups:
-        header["groups"] = {name: mask.nonzero().squeeze(1).tolist() for name, mask in groups.items()}
     names, networks = [*splits, *groups], settings.networks
     asked = {*splits, "test"} if groups else set(splits)
+    header = _header(subset, context, settings, splits, groups)
     if subset.schedule is not None and subset.schedule.starts is not None:
         networks = min(networks, len(subset.schedule.starts))
     finished = [] if record is None else _recorded(Path(record), header, networks, len(names))
@@ -91,6 +84,28 @@ def evaluate(
             if record is not None and ranks.first():
                 write_json(record, {**header, "accuracies": finished})
     return {name: Accuracy(list(values)) for name, values in zip(names, zip(*finished, strict=True), strict=True)}
+
+
+def _header(
+    subset: DistilledSet,
+    context: Context,
+    settings: Evaluation,
+    splits: tuple[str, ...],
+    groups: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """What a record says of the evaluation: everything that its accuracies depend on."""
+    seen = {*splits, *(["test"] if groups else []), *(["train"] if subset.schedule is not None else [])}
+    header = {
+        "settings": to_dict(settings),
+        "seed": context.seed,
+        "splits": list(splits),
+        "data": context.data.name,
+        "images": {split: getattr(context.data, split).digest() for split in sorted(seen)},
+        "set": subset.digest(),
+    }
+    if groups:
+        header["groups"] = {name: mask.nonzero().squeeze(1).tolist() for name, mask in groups.items()}
+    return header
 
 
 def trained_on(subset: DistilledSet, context: Context, settings: Evaluation, k: int = 0) -> torch.nn.Module:
@@ -114,12 +129,13 @@ def correct(model: torch.nn.Module, context: Context, split: str) -> Tensor:
 
 
 def _recorded(path: Path, header: dict, networks: int, columns: int) -> list[list[float]]:
-    """The accuracies of the networks that are finished, `columns` in % for each; at most `networks` of them."""
+    """The accuracies of the networks that are finished, `columns` in % for each; at most `networks` of them. The record
+    keeps the name that it knows the data set by: it is put into `header`."""
     if not path.exists():
         check_writable(path)
         return []
     old = read_json(path, "accuracies")
-    check_same(path, {key: value for key, value in old.items() if key != "accuracies"}, header)
+    header["data"] = known_name(check_same(path, old, header), header["data"], path.parent)
     rows = old["accuracies"]
     if not isinstance(rows, list) or len(rows) > networks:
         raise ValueError(

@@ -14,7 +14,7 @@ from selmatch_ext.files import check_writable
 from selmatch_ext.models import flat
 from selmatch_ext.models.statistics import freeze_statistics
 from selmatch_ext.precision import precision_scope
-from selmatch_ext.provenance import of_images, to_dict
+from selmatch_ext.provenance import known_name, of_images, to_dict
 from selmatch_ext.settings import Experts
 from selmatch_ext.training import train_on_real
 
@@ -24,8 +24,8 @@ def train_experts(context: Context, settings: Experts, folder: str | Path) -> Ex
 
     Row 0 of a trajectory is the initialisation, row e the parameters after epoch e. A killed run goes on with the
     missing experts; expert i depends on the seed and i alone. Of several processes each trains every world-th expert.
-    Raises ValueError when the folder holds experts of another network, of other images or labels (even if the data set
-    has the same name), of whitened images or plain ones, or made with other settings."""
+    Raises ValueError when the folder holds experts of another network, of other images or labels (whatever the data set
+    is called), of whitened images or plain ones, or made with other settings."""
     store = ExpertStore(folder, trusted=(settings.model,))
     share = ranks.mine(settings.count)
     how = {key: value for key, value in to_dict(settings).items() if key != "count"}
@@ -36,6 +36,9 @@ def train_experts(context: Context, settings: Experts, folder: str | Path) -> Ex
         "seed": context.seed,
         "settings": how,
     }
+    if store.count > 0:
+        store.check(0, metadata)
+        metadata["dataset"] = known_name(store.metadata, context.data.name, store.folder)
     with ranks.progress(total=len(share) * settings.training.epochs, desc="experts", unit="epoch") as progress:
         for index in share:
             if store.path(index).exists():

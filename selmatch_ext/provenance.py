@@ -5,6 +5,7 @@ A run's folder holds its settings (`claim`, `recognize`); every other file holds
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import types
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from selmatch_ext import ranks, strict_json
-from selmatch_ext.files import check_writable, read_json, remove_abandoned, write_json
+from selmatch_ext.files import check_writable, plain, read_json, remove_abandoned, write_json
 from selmatch_ext.output import say
 from selmatch_ext.ranges import SettingError
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from selmatch_ext.data.images import ImageData
 
 Settings = TypeVar("Settings")
+NAMES = ("data", "dataset")
+"""Keys of the data set's name in what a file was made from."""
+CONTENT = "images"
+"""Key of the digest, or digests, of its images."""
 
 PLACES = ("data.dataset", "data.root", "data.download", "data.cache")
 """Settings that say where the images lie. Whether they are the same is asked of the images."""
@@ -108,15 +113,41 @@ def _name(line: str) -> str:
     return line.partition(":")[0]
 
 
-def check_same(path: str | Path, made_from: Any, now: Mapping[str, Any]) -> None:
-    """ValueError naming what differs unless the file at `path` was made from what is asked for now. made_from: what the
-    file says, a dictionary; now: the same as it would be written."""
+def changes(made_from: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Lines of `differences` between what a file was made from and `now`, for the keys of `now`. Where both say the
+    digest of the images, the name of the data set does not count: a folder may have moved. Where one of them does not
+    say it, as imported experts, the name has to do."""
+    unused = NAMES if CONTENT in made_from and CONTENT in now else (CONTENT,)
+    compared = {key: value for key, value in now.items() if key not in unused}
+    as_read = json.loads(json.dumps(compared))  # tuples are lists
+    return differences({key: made_from.get(key) for key in as_read}, as_read)
+
+
+def check_same(path: str | Path, made_from: Any, now: Mapping[str, Any]) -> dict[str, Any]:
+    """ValueError naming what differs unless the file at `path` was made from what is asked for now (`changes`).
+
+    made_from: what the file says, a dictionary, which is returned."""
     saved = strict_json.mapping(made_from, f"{path}: what it was made from")
-    changed = differences(saved, json.loads(json.dumps(dict(now))))  # as it reads back: tuples are lists
+    changed = changes(saved, now)
     if changed:
         raise ValueError(
             f"{path} was made with other settings ({'; '.join(changed)}); choose another --out or delete it"
         )
+    return saved
+
+
+def known_name(made_from: Mapping[str, Any], name: str, where: Path) -> str:
+    """The name under which a file without `changes` knows the data set; says so in a line, once for each `where`, if it
+    is not `name`. Files that are added to it keep that name."""
+    known = next((made_from[key] for key in NAMES if isinstance(made_from.get(key), str)), name)
+    if known != name:
+        _say_once(str(where), known, name)
+    return known
+
+
+@functools.cache
+def _say_once(where: str, known: str, name: str) -> None:
+    say(f"{where} knows the images of {plain(name)} as those of {plain(known)}: they are the same")
 
 
 def of_images(data: ImageData) -> dict[str, Any]:

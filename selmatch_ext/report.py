@@ -6,19 +6,19 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.textpath import TextPath
-from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor
 
 from selmatch_ext.data.distilled import folder_names
 from selmatch_ext.data.names import readable
 from selmatch_ext.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import Locator
 
 DPI = 100
 TILE = 48  # pixels that an image is at least enlarged to, by whole factors
@@ -126,10 +126,10 @@ def plot_loss(values: Sequence[float], path: str | os.PathLike, title: str | Non
     known = losses[np.isfinite(losses)]
     if len(known) and known.min() > 0 and known.max() > 5 * known.min():
         axes.set_yscale("log")
-        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axes.yaxis.set_minor_locator(_two_and_five())
         for set_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             set_format("{x:g}")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(_whole_numbers())
     _save(figure, path)
 
 
@@ -139,7 +139,7 @@ def plot_coverage(results: Mapping[str, Mapping[str, Sequence[float]]], path: st
     results: {run: {"iterations": [...], "all": [%, ...], "easy": [...], "hard": [...]}}. A run of one iteration becomes
     a horizontal line.
     """
-    figure = Figure(figsize=(11, 3.8), dpi=DPI, facecolor="white", layout="constrained")
+    figure = _figure(11, 3.8, "constrained")
     panels = figure.subplots(1, 3)
     alone = all(len(found["iterations"]) == 1 for found in results.values())
     for axes, group in zip(panels, ("all", "easy", "hard"), strict=True):
@@ -151,7 +151,7 @@ def plot_coverage(results: Mapping[str, Mapping[str, Sequence[float]]], path: st
                 axes.axhline(found[group][0], color=colour, linestyle="--", linewidth=1.5, label=_shown(name))
             else:
                 axes.plot(found["iterations"], found[group], color=colour, marker="o", markersize=4, label=_shown(name))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(_whole_numbers())
         axes.set_ylim(bottom=0)
         if alone:
             axes.set_xticks([])
@@ -192,7 +192,7 @@ def plot_curves(
         means, stds = zip(*values.values(), strict=True)
         line = {"color": colour, "marker": "o", "markersize": 5, "capsize": 3, "label": _shown(name)}
         axes.errorbar(list(values), means, yerr=stds, **line)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(_whole_numbers())
     if len(results) > 1:
         axes.legend(frameon=False)
     _save(figure, path)
@@ -296,7 +296,7 @@ def _write_mosaic(
     widths = [max(b.shape[1], _text_width(titles[i], 11) if titles else 0) for i, b in enumerate(blocks)]
     height = blocks[0].shape[0] + top + margin
     width = left + sum(widths) + between * (len(blocks) - 1) + margin
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
+    figure = _figure(width / DPI, height / DPI)
     x = left
     for i, block in enumerate(blocks):
         axes = figure.add_axes((x / width, margin / height, block.shape[1] / width, block.shape[0] / height))
@@ -325,11 +325,34 @@ def _shown(text: str) -> str:
 
 def _text_width(text: str, size: int) -> int:
     """Pixels that `text` takes at `size` points."""
+    from matplotlib.textpath import TextPath
+
     return math.ceil(TextPath((0, 0), text, size=size).get_extents().width * DPI / 72) if text.strip() else 0
 
 
+def _figure(width: float, height: float, layout: str | None = None) -> Figure:
+    """An empty figure of that many inches. matplotlib is imported here, as the command line, which imports this file,
+    draws only at the end: the import takes a third as long as torch's."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout=layout)
+
+
+def _whole_numbers() -> Locator:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(integer=True)
+
+
+def _two_and_five() -> Locator:
+    """2 and 5 times the powers of ten."""
+    from matplotlib.ticker import LogLocator
+
+    return LogLocator(subs=(2, 5))
+
+
 def _plot(xlabel: str, ylabel: str, title: str | None = None):
-    figure = Figure(figsize=(7, 4), dpi=DPI, facecolor="white", layout="constrained")
+    figure = _figure(7, 4, "constrained")
     axes = figure.add_subplot()
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title and _shown(title))
     axes.grid(alpha=0.25)
@@ -354,6 +377,8 @@ def _running_mean(values: np.ndarray, reach: int) -> np.ndarray:
 
 
 def _save(figure: Figure, path: str | os.PathLike) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     with atomic_write(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a box is drawn in its place
         FigureCanvasAgg(figure)

@@ -135,12 +135,13 @@ class ExpertStore:
         save_tensors(self.path(expert), KIND, {"trajectory": trajectory}, described, by_row=("trajectory",))
 
     def check(self, expert: int, metadata: Mapping[str, Any]) -> None:
-        """Raises ValueError, naming what differs, unless the expert was saved with these values of these keys. Where an
-        older expert does not say `zca`, it may be either."""
+        """Raises ValueError, naming what differs, unless the expert was saved with these values of these keys. Where
+        both say `images`, `dataset` may differ: the images lie elsewhere now. Where an older expert does not say `zca`,
+        it may be either."""
         saved, expected = self._metadata(expert), dict(metadata)
         if "zca" not in saved:
             expected.pop("zca", None)
-        check_same(self.path(expert), {key: saved.get(key) for key in expected}, expected)
+        check_same(self.path(expert), saved, expected)
 
     def _check_exists(self, expert: int) -> None:
         if not self.path(expert).exists():

@@ -15,6 +15,7 @@ from selmatch_ext.methods.base import CONVNET, Defaults, Method, MethodSettings,
 from selmatch_ext.models import flat
 from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.models.initial import xavier
+from selmatch_ext.provenance import changes
 from selmatch_ext.ranges import Count, Number, Positive, Rate
 from selmatch_ext.schedules import follow_schedule
 from selmatch_ext.settings import Experts, Start, Training
@@ -136,11 +137,13 @@ class DD(Method):
             )
         if s.pool_epochs > store.epochs:
             raise ValueError(f"pool_epochs is {s.pool_epochs}, but the experts were trained for {store.epochs} epochs")
-        same = store.metadata.get("dataset") == self.task.data.name
+        data = self.task.data
+        same = not changes(store.metadata, {"dataset": data.name, "images": data.train.digest()})
         if same == (s.objective == "adapt"):
             raise ValueError(
-                f"the experts in {store.folder} were trained on {store.metadata.get('dataset')}, the objective is on "
-                f"{self.task.data.name}: adapt wants another data set, the other objectives the same"
+                f"the experts in {store.folder} were trained on {'the same' if same else 'other'} images "
+                f"({shown(store.metadata.get('dataset'))}) as the objective is on ({data.name}): adapt wants another "
+                "data set, the other objectives the same"
             )
 
     @classmethod

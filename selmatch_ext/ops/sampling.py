@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from selmatch_ext.compiling import constant
 from selmatch_ext.ops.dsa import AFFINE, BOX, COLOR, FLIP, SHIFT, Augmentation, augment, check_images
 
 DEFAULT_STRATEGY = "color_crop_cutout_flip_scale_rotate"
@@ -244,7 +245,7 @@ STRENGTHS = (
 _generators: list[torch.Generator] = []  # those that compiled code draws from, which it knows by their place here
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _place(generator: torch.Generator) -> int:
     for place, known in enumerate(_generators):
         if known is generator:

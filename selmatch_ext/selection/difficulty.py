@@ -14,7 +14,7 @@ from selmatch_ext import ranks
 from selmatch_ext.context import Context
 from selmatch_ext.data.images import ImageData
 from selmatch_ext.files import atomic_write, check_writable
-from selmatch_ext.provenance import check_same, of_images, to_dict
+from selmatch_ext.provenance import check_same, known_name, of_images, to_dict
 from selmatch_ext.selection.scores import describe, difficulty, el2n, forgetting_events, load_scores
 from selmatch_ext.settings import Scores
 from selmatch_ext.training import predict, train_on_real
@@ -35,7 +35,7 @@ def training_difficulty(context: Context, settings: Scores, path: Path) -> Tenso
                 with atomic_write(path) as temporary, open(temporary, "wb") as file:
                     np.savez(file, scores=scores.numpy(), labels=data.train.labels.numpy(), how=json.dumps(made_from))
             ranks.barrier()
-        check_same(path, describe(path)[1], made_from)
+        known_name(check_same(path, describe(path)[1], made_from), data.name, path)
         return difficulty(load_scores(path, data.train.labels, data.name), settings.source)
     kind, _, source = settings.source.rpartition(":")
     kind, full = kind or "cscore", data.full

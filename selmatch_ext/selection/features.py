@@ -11,7 +11,7 @@ from torch import Tensor
 from selmatch_ext import models, ranks
 from selmatch_ext.context import Context
 from selmatch_ext.files import check_writable, json_field, load_tensors, save_tensors
-from selmatch_ext.provenance import check_same, of_images, to_dict
+from selmatch_ext.provenance import check_same, known_name, of_images, to_dict
 from selmatch_ext.settings import Features
 from selmatch_ext.training import predict, train_on_real
 
@@ -50,7 +50,8 @@ def _train(context: Context, settings: Features, folder: Path, index: int, progr
 def _load(context: Context, settings: Features, folder: Path, index: int) -> torch.nn.Module:
     path = _path(folder, index)
     state, metadata = load_tensors(path, KIND)
-    check_same(path, json_field(metadata, "how", path), _how(context, settings, index))
+    made_from = check_same(path, json_field(metadata, "how", path), _how(context, settings, index))
+    known_name(made_from, context.data.name, folder)
     model = context.network(settings.model, "features", index)
     _check_state(state, model.state_dict(), path)
     model.load_state_dict(state)

@@ -7,6 +7,7 @@ import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from selmatch_ext._C import build_info
+from selmatch_ext.compiling import never_compiled
 from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.models.unwrap import unwrapped
 from selmatch_ext.precision import warn_if_slow
@@ -29,7 +30,7 @@ from selmatch_ext.unroll.private import PrivateModel
 from selmatch_ext.unroll.program import Unsupported
 
 
-@torch.compiler.disable(reason="unrolled_sgd reads the network in Python; it runs as it is in compiled code")
+@never_compiled("unrolled_sgd reads the network in Python; it runs as it is in compiled code")
 def unrolled_sgd(
     model,
     start,
