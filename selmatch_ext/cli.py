@@ -24,6 +24,7 @@ from selmatch_ext.evaluation import Accuracy
 from selmatch_ext.experts import train_experts
 from selmatch_ext.methods import METHODS, Method
 from selmatch_ext.output import attempt, say
+from selmatch_ext.ranges import Seed, check_number
 from selmatch_ext.selection.window import check_classes, split
 from selmatch_ext.settings import (
     Data,
@@ -351,6 +352,7 @@ def _later(verb: Callable[..., None]) -> Callable[..., Callable[[], None]]:
 
     @functools.wraps(verb)
     def call(*arguments: Any, **options: Any) -> Callable[[], None]:
+        check_number("seed", options.get("seed", 0), Seed)
         return functools.partial(verb, *arguments, **options)
 
     return call
