@@ -326,10 +326,11 @@ def test_errors_are_one_line_that_names_what_is_wrong(arguments, message, tmp_pa
 
 
 def test_a_demo_with_another_seed_sets_the_old_one_aside(tmp_path):
+    place = cli.Place(tmp_path / "demo", "cpu")
     parts = {name: value for name, value in vars(tiny_run()).items() if name not in ("method", "seed")}
-    cli.demo(**parts, out=tmp_path / "demo", device="cpu")
+    cli.demo(**parts, place=place)
     first = (tmp_path / "demo" / "results.json").read_text()
-    cli.demo(**parts, seed=1, out=tmp_path / "demo", device="cpu")
+    cli.demo(**parts, seed=1, place=place)
     assert (tmp_path / "demo.1" / "results.json").read_text() == first
     assert json.loads((tmp_path / "demo" / "settings.json").read_text())["seed"] == 1
 

@@ -83,6 +83,8 @@ def test_choices_that_may_be_absent_are_refused_by_name():
         (["run", "mtt", "--max-loss", "nan"], "--max-loss is nan; allowed is above 0 to 1e+30"),
         (["run", "dm", "--start.window.step=1e-9"], "--start.window.step is 1e-09; allowed is 0.001 to 1e+06"),
         (["run", "dc", "--start.scores.training.lr", "1", "--experts.training.lr", "inf"], "--experts.training.lr is"),
+        (["run", "dsa", "--seed", "9" * 30], f"--seed is {'9' * 30}; allowed is a whole number from -92"),
+        (["scores", "--seed", "9" * 30], f"--seed is {'9' * 30}; allowed is a whole number from -92"),
         (["distill", "dm", "--lr-images", "-1"], "--lr-images is -1.0; allowed is above 0 to 1e+30"),
         (["search", "set", "--search.depths", "1", "0"], "--search.depths is 0; allowed is a whole number"),
         (["run", "--settings", "dm-cifar10-ipc1", "--batch-real", "0"], "--batch-real is 0; allowed is a whole number"),

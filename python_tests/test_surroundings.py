@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 from conftest import CPU, tiny_run
+from PIL import Image
 
 from selmatch_ext import cli, models, openmp, report, runner, stages, surroundings, training
 from selmatch_ext.context import Context
@@ -51,6 +52,44 @@ def test_a_run_ends_with_its_results_whatever_becomes_of_what_it_prints(finished
     assert (tmp_path / "run" / "distilled.png").exists()
     if streams == "2>/dev/full":
         assert b"beta = " in done.stdout and "β = " in (tmp_path / "run" / "table.md").read_text(encoding="utf-8")
+
+
+FOLDER = """
+import os, sys
+from dataclasses import replace as replaced
+from conftest import tiny_run
+from selmatch_ext import pipeline, surroundings
+from selmatch_ext.settings import Data
+real, folder, images, stop = os.replace, *sys.argv[1:]
+def replace(source, target):
+    real(source, target)
+    if stop == "stop" and str(target).endswith("checkpoint.safetensors"):
+        os.kill(os.getpid(), 15)
+os.replace = replace
+settings = tiny_run(data=Data("imagefolder:" + images), matching=replaced(tiny_run().matching, lr_lr=0.0))
+sys.exit(surroundings.guarded(lambda words: pipeline.run(settings, folder, surroundings.device_of("cpu")), []))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file names are UTF-8")
+def test_sigterm_then_the_same_command_with_class_names_of_any_bytes_on_an_ascii_terminal(digits, tmp_path):
+    for part, count in (("train", 16), ("test", 3)):
+        split = getattr(digits, part)
+        for label, name in enumerate((b"caf\xe9", b"tea")):
+            (folder := tmp_path / "images" / part / os.fsdecode(name)).mkdir(parents=True)
+            for i, image in enumerate(split.images[split.labels == label][:count]):
+                Image.fromarray(image[0].numpy()).save(folder / f"{i}.png")
+    environment = {**os.environ, **ASCII, "PYTHONPATH": os.pathsep.join(["python_tests", "."])}
+    root = os.path.dirname(os.path.dirname(__file__))
+    shown = []
+    for stop, status in (("stop", 143), ("go on", 0)):
+        words = [sys.executable, "-c", FOLDER, str(tmp_path / "run"), str(tmp_path / "images"), stop]
+        done = subprocess.run(words, env=environment, capture_output=True, cwd=root)
+        assert done.returncode == status, done.stderr
+        shown.append(done.stderr.decode("ascii").splitlines()[-1])
+        assert (tmp_path / "run" / "results.json").exists() == (stop != "stop")
+    assert shown[0] == "selmatch: terminated; the same command continues"
+    assert (tmp_path / "run" / "distilled.png").exists()
 
 
 def test_a_stream_never_fails():

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from selmatch_ext import cli_studies, models, preflight, recipes, report, runner, surroundings
-from selmatch_ext.cli_settings import given_run, take
+from selmatch_ext.cli_settings import Here, Place, WithExperts, given_run, take
 from selmatch_ext.context import Context
 from selmatch_ext.data.load import load_data
 from selmatch_ext.data.trajectories import import_replay_buffer
@@ -21,6 +21,7 @@ from selmatch_ext.experts import train_experts
 from selmatch_ext.methods import METHODS, find_method
 from selmatch_ext.output import say
 from selmatch_ext.provenance import set_aside, to_dict
+from selmatch_ext.ranges import Seed, check_number
 from selmatch_ext.runner import Run
 from selmatch_ext.selection.difficulty import COMPUTED, training_difficulty
 from selmatch_ext.settings import Data, Evaluation, Experts, Scores, Start
@@ -41,19 +42,12 @@ def run_by(method: str) -> Callable[..., None]:
         experts: Experts = run.experts,
         evaluation: Evaluation = run.evaluation,
         *,
-        out: Path,
+        place: Here,
         seed: int = 0,
-        device: str = "auto",
     ) -> None:
-        runner.run(Run(method, settings, data, start, experts, evaluation, seed), out, device_of(device))
+        runner.run(Run(method, settings, data, start, experts, evaluation, seed), place.out, device_of(place.device))
 
-    return _described(
-        verb,
-        kind,
-        "All stages, from data set to evaluated distilled set. A killed run continues.",
-        """
-        out: Folder of the run.""",
-    )
+    return _described(verb, kind, "All stages, from data set to evaluated distilled set. A killed run continues.")
 
 
 def distill_by(method: str) -> Callable[..., None]:
@@ -66,36 +60,23 @@ def distill_by(method: str) -> Callable[..., None]:
         start: Start = run.start,
         evaluation: Evaluation = run.evaluation,
         *,
-        out: Path,
-        experts: Path | None = None,
-        experts_model: str | None = None,
+        place: Annotated[WithExperts, tyro.conf.arg(name="")],
         seed: int = 0,
-        device: str = "auto",
     ) -> None:
-        asked = Run(method, settings, data, start, run.experts, evaluation, seed)
-        say(runner.distill_alone(asked, out, device_of(device), experts, experts_model))
+        asked, where = Run(method, settings, data, start, run.experts, evaluation, seed), device_of(place.device)
+        say(runner.distill_alone(asked, place.out, where, place.experts, place.experts_model))
 
-    return _described(
-        verb,
-        kind,
-        "From a start to a distilled set, without evaluation. A killed run continues.",
-        """
-        evaluation: How networks are trained that compare windows, where start.window.beta is not given.
-        out: Folder of the run; distilled.safetensors is written there.
-        experts: Folder of the expert store, for methods that match trajectories or start from trained networks.
-        experts_model: The network of the experts, where it is a function of yours (package.module:function).""",
-    )
+    return _described(verb, kind, "From a start to a distilled set, with existing experts. A killed run continues.")
 
 
-def _described(verb: Callable[..., None], kind: type, what: str, arguments: str) -> Callable[..., None]:
+def _described(verb: Callable[..., None], kind: type, what: str) -> Callable[..., None]:
     verb.__annotations__["settings"] = Annotated[kind, tyro.conf.arg(name="")]
     verb.__doc__ = f"""{kind.__doc__}
 
     {what}
 
-    Args:{arguments}
+    Args:
         seed: Seed of every random choice.
-        device: auto, cpu, cuda, cuda:1 …
     """
     return verb
 
@@ -107,20 +88,19 @@ def demo(
     experts: Experts = DEMO.experts,
     evaluation: Evaluation = DEMO.evaluation,
     *,
-    out: Path = Path("runs/demo"),
+    place: Here = Place(Path("runs/demo"), "cpu"),
     seed: int = 0,
-    device: str = "cpu",
 ) -> None:
     """SelMatch on scikit-learn's digits, with settings for a few minutes on two cores.
 
+    A run with other settings that is in the folder is renamed first, to demo.1, demo.2 and so on.
+
     Args:
-        out: Folder of the run. A run with other settings that is there is renamed first, to demo.1, demo.2 and so on.
         seed: Seed of every random choice.
-        device: auto, cpu, cuda, cuda:1 …
     """
-    asked, where = Run(DEMO.method, settings, data, start, experts, evaluation, seed), device_of(device)
-    set_aside(out, to_dict(asked))
-    runner.run(asked, out, where)
+    asked, where = Run(DEMO.method, settings, data, start, experts, evaluation, seed), device_of(place.device)
+    set_aside(place.out, to_dict(asked))
+    runner.run(asked, place.out, where)
 
 
 def scores(
@@ -247,6 +227,7 @@ def _later(verb: Callable[..., None], defaults: Run | None) -> Callable[..., Cal
 
     @functools.wraps(verb)
     def call(*arguments: Any, **options: Any) -> Callable[[], None]:
+        check_number("seed", options.get("seed", 0), Seed)
         return functools.partial(verb, *arguments, **options)
 
     if defaults is not None:

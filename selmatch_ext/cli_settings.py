@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from selmatch_ext import recipes
 from selmatch_ext.data.distilled import DistilledSet
@@ -17,6 +19,29 @@ from selmatch_ext.settings import Data
 
 OF_THE_SET = Data(dataset="of the set")
 """Stands for the data set that a set's file names."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where results go, and where to compute."""
+
+    out: Path
+    """Where the results go: a folder, or the file where it is one."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 …"""
+
+
+@dataclass(frozen=True)
+class WithExperts(Place):
+    """The same, and where the expert trajectories are."""
+
+    experts: Path | None = None
+    """Folder of the expert store, for methods that match trajectories or start from trained networks."""
+    experts_model: str | None = None
+    """The network of the experts, where it is a function of yours (package.module:function)."""
+
+
+Here = Annotated[Place, tyro.conf.arg(name="")]
 
 
 def given_run(arguments: list[str], with_method: Collection[str]) -> tuple[Run | None, list[str]]:

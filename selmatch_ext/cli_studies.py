@@ -8,7 +8,7 @@ import torch
 import tyro
 
 from selmatch_ext import report
-from selmatch_ext.cli_settings import OF_THE_SET, data_of
+from selmatch_ext.cli_settings import OF_THE_SET, Here, data_of
 from selmatch_ext.context import Context
 from selmatch_ext.data.distilled import DistilledSet, training_set
 from selmatch_ext.data.load import load_data
@@ -74,23 +74,20 @@ def coverage(
     features: Features = Features(),
     evaluation: Evaluation = Evaluation(),
     *,
-    out: Path,
+    place: Here,
     seed: int = 0,
-    device: str = "auto",
 ) -> None:
     """Share of the test images, of the easy and of the hard half, that lie near an image of a set, and the accuracy on
-    each; over iterations for runs with snapshots.
+    each; over iterations for runs with snapshots. Writes coverage.json, coverage.png, accuracy.png and table.md.
 
     Args:
-        paths: Sets (.safetensors files of selmatch), or folders of runs with matching.snapshot-every above 0.
-        out: Folder for coverage.json, coverage.png, accuracy.png and table.md.
+        paths: Sets (.safetensors files of selmatch), or folders of runs with snapshot-every above 0.
         seed: Seed of initial weights, order and augmentation.
-        device: auto, cpu, cuda, cuda:1 …
     """
-    where = device_of(device)
+    where = device_of(place.device)
     check_choices({"coverage": coverage, "features": features, "evaluation": evaluation}, where)
     context = _context(data, _first(paths), seed, where)
-    measure_coverage(list(paths), context, coverage, features, evaluation, out)
+    measure_coverage(list(paths), context, coverage, features, evaluation, place.out)
 
 
 def cross(

@@ -82,8 +82,14 @@ def check(settings: Any) -> None:
         if given is None and optional:
             continue
         for value in given if several and isinstance(given, (tuple, list)) else [given]:
-            if not _is(value, kind) or value not in allowed:
-                raise SettingError(name, value, f"{'a whole number from ' * (kind is int)}{allowed}")
+            check_number(name, value, Annotated[kind, allowed])
+
+
+def check_number(name: str, value: Any, annotation: Any) -> None:
+    """SettingError unless `value` is in the range of one of the types above, for a number that stands alone."""
+    kind, allowed, _, _ = _read(annotation)
+    if not _is(value, kind) or value not in allowed:
+        raise SettingError(name, value, f"{'a whole number from ' * (kind is int)}{allowed}")
 
 
 def _is(value: Any, kind: type) -> bool:
@@ -154,4 +160,5 @@ def settings_classes(*modules: types.ModuleType) -> list[type]:
 
 
 __all__ = [name for name, value in list(globals().items()) if typing.get_origin(value) is Annotated]
-__all__ += ["Checked", "Range", "SettingError", "check", "named_fields", "numeric_fields", "settings_classes"]
+__all__ += ["Checked", "Range", "SettingError", "check", "check_number", "named_fields", "numeric_fields"]
+__all__ += ["settings_classes"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,17 +16,7 @@ from selmatch_ext.settings import Data
 TORCHVISION = ("MNIST", "FashionMNIST", "SVHN", "CIFAR10", "CIFAR100")
 
 
-def load(
-    spec: str,
-    root: str | os.PathLike | None = None,
-    *,
-    download: bool = False,
-    resize: int | None = None,
-    cache: str | os.PathLike | None = None,
-    background: str = "white",
-    test_share: float | None = None,
-    seed: int = 0,
-) -> ImageData:
+def load(spec: str, root: str | os.PathLike | None = None, *, seed: int = 0, **options: Any) -> ImageData:
     """Loads a data set into memory.
 
     spec:
@@ -47,45 +38,47 @@ def load(
     test_share: where there is neither `test` nor `val`, this share of each class, drawn from `seed`, becomes the test
     split, and PATH/CLASS/IMAGE will do. None: such a folder is refused.
 
+    options: other settings of `Data`, such as `per_class` and `zca`. seed: of the random choices among images.
+
     Raises ValueError, FileNotFoundError or OSError naming the data set, class or file that is wrong.
     """
+    return load_data(Data(spec, None if root is None else str(root), **options), seed)
+
+
+def _load(settings: Data, seed: int) -> ImageData:
+    spec, root = settings.dataset, settings.root
     kind, _, path = spec.partition(":")
     if kind in ("imagefolder", "tinyimagenet") and path:
         from selmatch_ext.data.folders import Options, load_folder
 
-        options = Options(kind == "tinyimagenet", resize, background, test_share, seed)
-        return load_folder(Path(path).expanduser(), options, cache)
+        options = Options(kind == "tinyimagenet", settings.resize, settings.background, settings.test_share, seed)
+        return load_folder(Path(path).expanduser(), options, settings.cache)
     if spec != "digits" and spec not in TORCHVISION:
         raise ValueError(
             f"data set is {spec!r}; allowed are digits, {', '.join(TORCHVISION)}, imagefolder:PATH, tinyimagenet:PATH"
         )
-    _refuse_unused(spec, resize, background, test_share)
-    return _digits() if spec == "digits" else _torchvision(spec, Path(root or "data"), download)
+    _refuse_unused(settings)
+    return _digits() if spec == "digits" else _torchvision(spec, Path(root or "data"), settings.download)
 
 
 def load_data(settings: Data, seed: int) -> ImageData:
     """The data set that the settings name, reduced and whitened as they say."""
-    data = load(
-        settings.dataset,
-        root=settings.root,
-        download=settings.download,
-        resize=settings.resize,
-        cache=settings.cache,
-        background=settings.background,
-        test_share=settings.test_share,
-        seed=seed,
-    )
+    data = _load(settings, seed)
     if settings.per_class is not None:
         data = data.subset(settings.per_class, generator(seed, "subset"))
     return data.whitened() if settings.zca else data
 
 
-def _refuse_unused(spec: str, resize: int | None, background: str, test_share: float | None) -> None:
+def _refuse_unused(settings: Data) -> None:
+    spec, resize = settings.dataset, settings.resize
     if resize is not None:
         raise ValueError(
             f"resize is {resize}, but {spec} has images of one size; resize is for imagefolder: and tinyimagenet:"
         )
-    for name, given, unused in (("test_share", test_share, None), ("background", background, "white")):
+    for name, given, unused in (
+        ("test_share", settings.test_share, None),
+        ("background", settings.background, "white"),
+    ):
         if given != unused:
             raise ValueError(
                 f"{name} is {given!r}, but {spec} does not use it; it is for imagefolder: and tinyimagenet:"
