@@ -201,6 +201,65 @@ def test_what_no_copy_can_replace_is_refused():
         sm.explain_engine(module, torch.randn(4, 3, 8, 8))
 
 
+# --- parameters that are held in more places than their module --------------------------------------------------------
+
+
+def conv(h, weight, module):
+    return F.conv2d(h, weight, module.second.bias, padding=1)
+
+
+def in_a_list():
+    module = Base()
+    module.weights = [{"second": module.second.weight}]
+    module.middle = lambda h: conv(h, module.weights[0]["second"], module)
+    return module
+
+
+def in_an_object():
+    module = Base()
+    module.kept = types.SimpleNamespace(weight=module.second.weight)
+    module.middle = lambda h: conv(h, module.kept.weight, module)
+    return module
+
+
+def in_a_function():
+    module = Base()
+    weight = module.second.weight
+    module.middle = lambda h, *, again=weight: conv(h, (weight + again) / 2, module)
+    return module
+
+
+def in_a_partial_function():
+    module = Base()
+    module.middle = functools.partial(conv, weight=module.second.weight, module=module)
+    return module
+
+
+def in_a_tuple():
+    module = Base()
+    module.weights = (module.second.weight,)
+    module.middle = lambda h: conv(h, module.weights[0], module)
+    return module
+
+
+@pytest.mark.parametrize("make", [in_a_list, in_an_object, in_a_function, in_a_partial_function])
+@pytest.mark.parametrize("keep", ["nothing", "activations"])
+def test_a_parameter_is_the_same_in_all_its_places(make, keep):
+    expected = gradients(seeded(Base), unrolled_sgd_full_graph)
+    assert_same(gradients(seeded(make), unrolled_sgd, keep=keep), expected)
+
+
+def test_a_parameter_that_cannot_be_replaced_is_refused_where_it_is_used():
+    with pytest.raises(
+        TypeError, match="^model holds its parameter second.weight in a tuple or the like, where no other"
+    ):
+        gradients(seeded(in_a_tuple), unrolled_sgd)
+    module = seeded(Base)
+    module.weights, module.listed = tuple(module.parameters()), list(module.parameters())  # which forward does not read
+    assert_same(gradients(module, unrolled_sgd, engine="fused"), gradients(seeded(Base), unrolled_sgd_full_graph))
+    assert_same(gradients(module, unrolled_sgd, engine="autograd"), gradients(seeded(Base), unrolled_sgd_full_graph))
+
+
 # --- BatchNorm and a single image -------------------------------------------------------------------------------------
 
 

@@ -155,6 +155,32 @@ def parts_of_function(function: types.FunctionType) -> list[Any]:
     return [*cells, *given, *(value for _, value in referred(function))]
 
 
+class _Cell:
+    """A variable of an enclosing function, as a container."""
+
+    def __init__(self, cell: types.CellType):
+        self.cell = cell
+
+    def __setitem__(self, _: Any, value: Any) -> None:
+        self.cell.cell_contents = value
+
+
+def places_in(value: Any) -> list[tuple[Any, Any, Any]]:
+    """(container, key, part) of every part of an object that `container[key] = other` replaces."""
+    if isinstance(value, dict):
+        return [(value, key, part) for key, part in value.items()]
+    if isinstance(value, (list, deque)):
+        return [(value, i, part) for i, part in enumerate(value)]
+    if isinstance(value, functools.partial):
+        return [(value.keywords, name, part) for name, part in value.keywords.items()]
+    if isinstance(value, types.FunctionType):
+        cells = [(_Cell(cell), 0, cell_value(cell)) for cell in value.__closure__ or ()]
+        named = [(value.__kwdefaults__, name, part) for name, part in (value.__kwdefaults__ or {}).items()]
+        return cells + named + [(value.__globals__, name, part) for name, part in referred(value)]
+    own = vars(value) if attributes_of(value) and hasattr(value, "__dict__") and not isinstance(value, type) else {}
+    return [(own, name, part) for name, part in own.items() if name not in _OF_EVERY_MODULE]
+
+
 def walk(roots: list[Any], functions: bool) -> Iterator[Any]:
     """The roots and what can be reached from them, near things first, at most `LIMIT` objects beside the roots.
     functions: whether also by way of functions."""

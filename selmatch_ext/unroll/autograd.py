@@ -89,6 +89,12 @@ class AutogradStepper:
             if theta._version != version:
                 raise ValueError("model changes its parameters in its forward, which unrolled steps cannot repeat")
             check_logits(logits, x, y, self.plan.label_range)
+            out_of_reach = self.model.out_of_reach
+            if out_of_reach and not logits.isfinite().all():
+                raise TypeError(
+                    f"model holds its parameter {out_of_reach[0]} in a tuple or the like, where no other value can "
+                    "take its place; read it from its module, or hold it in a list"
+                )
             # In the dtype of the parameters also where the model ran in a lower precision.
             loss = F.cross_entropy(logits.to(theta.dtype), y)
         if not loss.requires_grad:  # all of the model is inside torch.no_grad

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from selmatch_ext.models.copying import copied
+from selmatch_ext.models.objects import parts_of, parts_of_function, places_in, walk
 from selmatch_ext.unroll.state import State
 
 
@@ -21,8 +23,7 @@ class PrivateModel:
 
     def __init__(self, model: nn.Module, like: Tensor):
         self.device = like.device
-        # Placeholders without memory stand for the parameters, which would otherwise be copied for nothing.
-        self.module = copied(model, lambda p: nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False))
+        self.module = copied(model, _placeholder)
         # Every place of each parameter, in the order of `parameters()`: a shared one has several.
         self.names, self.shapes, placeholders = [], [], []
         for name, p in self.module.named_parameters():
@@ -38,9 +39,25 @@ class PrivateModel:
                 if b is not None and b.is_floating_point():
                     m._buffers[key] = b.to(like.dtype)
         self.places = list(found.values())
+        # Names of parameters that something holds where they cannot be replaced, such as a tuple.
+        self.out_of_reach = self._add_places(found, dict(zip(found, self.names, strict=True)))
         # Hooks on parameters change their gradients. They are the user's functions, not copies.
         self.hooks = [list((p._backward_hooks or {}).values()) for p in model.parameters()]
         self.sizes = [shape.numel() for shape in self.shapes]
+
+    def _add_places(self, found: dict[int, list[tuple[Any, Any]]], names: dict[int, str]) -> list[str]:
+        """Adds the places of parameters in containers, objects and functions; returns the names of those that are also
+        where nothing can take their place."""
+        out_of_reach = []
+        for value in walk(list(self.module.modules()), functions=True):
+            places = [place for place in places_in(value) if id(place[2]) in found]
+            for container, key, part in places:
+                found[id(part)].append((container, key))
+            if not isinstance(value, nn.Module):
+                parts = parts_of_function(value) if isinstance(value, types.FunctionType) else parts_of(value)
+                replaced = {id(part) for _, _, part in places}
+                out_of_reach += [names[id(p)] for p in parts if id(p) in found and id(p) not in replaced]
+        return out_of_reach
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """Views of a (P,) vector in the parameters' shapes."""
@@ -84,3 +101,14 @@ class PrivateModel:
             yield
         finally:
             now.restore()
+
+
+def _placeholder(p: nn.Parameter) -> nn.Parameter:
+    """Stands for a parameter in the copy, which would otherwise be copied for nothing: one number, which is no number,
+    so that no result can come from it unnoticed."""
+    value = torch.zeros((), dtype=p.dtype, device=p.device)
+    if p.is_floating_point() or p.is_complex():
+        value.fill_(torch.nan)
+    result = nn.Parameter(value.expand(p.shape), requires_grad=False)
+    result.is_placeholder = True  # for records.py
+    return result

@@ -155,7 +155,9 @@ class Recorder:
         if type(value) in CONSTANTS:
             return value
         if isinstance(value, Tensor):
-            if isinstance(value, nn.Parameter) or id(value) in self.parameters:
+            if id(value) in self.parameters or hasattr(value, "is_placeholder"):
+                return Picture(None, id(value))
+            if isinstance(value, nn.Parameter):
                 return value
             return self._picture(value, old.values if isinstance(old, Picture) else None)
         if isinstance(value, tuple):

@@ -60,7 +60,7 @@ def unrolled_sgd(
     model has now. All its parameters are trained, whatever their `requires_grad`; those that the loss does not reach
     stay as they are; shared ones count once. Dropout, and whatever else draws from the global generators of torch,
     Python or numpy, draws as in ordinary training; the backward pass repeats each step with the draws, buffers and
-    attributes that it had, without advancing a generator. What steps change in attributes of the module's classes is
+    attributes that it had, without advancing a generator. What steps change in the module's classes and functions is
     put back afterwards. Hooks run on the copy. An autocast around the call has no effect: `precision` alone decides.
 
     The first call with a network must not run while other threads use PyTorch: torch.fx reads the network by patching
@@ -120,7 +120,7 @@ def unrolled_sgd(
 
 @contextlib.contextmanager
 def _classes_kept(stepper):
-    """Puts back what steps change in classes, which the copy of the user's module shares with the module."""
+    """Puts back what steps change in classes and functions, which the module and its copy share."""
     before = stepper.model.state() if isinstance(stepper, AutogradStepper) else None
     try:
         yield
