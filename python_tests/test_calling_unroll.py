@@ -15,7 +15,7 @@ from torch import nn
 
 import selmatch_ext as sm
 from selmatch_ext.models.flat import flatten
-from selmatch_ext.models.unwrap import unwrapped
+from selmatch_ext.modules.unwrap import unwrapped
 from selmatch_ext.unroll import unrolled_sgd
 
 ENGINES = pytest.mark.parametrize("engine", ["fused", "autograd"])

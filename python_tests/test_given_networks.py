@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import roi_align
 
 import selmatch_ext as sm
-from selmatch_ext.models.fast import fast
+from selmatch_ext.fused.training import fast
 from selmatch_ext.models.flat import flatten, unflatten
 from selmatch_ext.unroll import unrolled_sgd
 

@@ -15,10 +15,10 @@ from test_unroll import one_thread  # noqa: F401  (a fixture)
 from torch import nn
 
 import selmatch_ext as sm
-from selmatch_ext.models.objects import LIMIT
+from selmatch_ext.modules.objects import LIMIT
+from selmatch_ext.modules.private import PrivateModel
+from selmatch_ext.modules.state import State
 from selmatch_ext.unroll import unrolled_sgd
-from selmatch_ext.unroll.private import PrivateModel
-from selmatch_ext.unroll.state import State
 
 CPU = torch.device("cpu")
 

@@ -16,8 +16,8 @@ from selmatch_ext.data.images import ImageSplit
 from selmatch_ext.data.trajectories import ExpertStore
 from selmatch_ext.evaluation import Accuracy, evaluate
 from selmatch_ext.experts import train_experts
+from selmatch_ext.fused.training import fast
 from selmatch_ext.models import flat
-from selmatch_ext.models.fast import fast
 from selmatch_ext.ops.dsa import augment
 from selmatch_ext.precision import precision_scope
 from selmatch_ext.seeds import derive, generator

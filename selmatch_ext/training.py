@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selmatch_ext.context import Context
-from selmatch_ext.models.fast import fast
+from selmatch_ext.fused.training import fast
 from selmatch_ext.models.statistics import refuses_one_image
 from selmatch_ext.ops.dsa import Augmentation, augment, mix_augmentations
 from selmatch_ext.ops.sampling import sample_augmentation

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from selmatch_ext.models.copying import copied
+from selmatch_ext.modules.copying import copied
 from selmatch_ext.seeds import RandomState
 
 

@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from selmatch_ext.models.flat import flatten
+from selmatch_ext.modules.private import PrivateModel
+from selmatch_ext.modules.state import State
 from selmatch_ext.second_order import check_differentiable_again, twice_differentiable
 from selmatch_ext.unroll.adjoint import Derivative, check_logits
-from selmatch_ext.unroll.private import PrivateModel
-from selmatch_ext.unroll.state import State
 
 
 @dataclass

@@ -7,21 +7,21 @@ the mixed term (adjoint.py says what they are for)."""
 import torch
 from torch import Tensor
 
+from selmatch_ext.fused.operations import Operation
+from selmatch_ext.fused.rules import Conv, Dual, Parameters
+from selmatch_ext.modules.private import PrivateModel
 from selmatch_ext.ops.conv3x3 import FEW
 from selmatch_ext.unroll.adjoint import Derivative, Plan, Wanted, check_logits
-from selmatch_ext.unroll.private import PrivateModel
-from selmatch_ext.unroll.program import Step
-from selmatch_ext.unroll.rules import Add, Conv, Dual, Parameters
 
 
 class FusedStepper:
-    """A `Stepper` for a network that `program.read` has read; model is the copy that it was read from. A kept step is
-    the results of its convolutions."""
+    """A `Stepper` for a network that fused/reader.py has read. model: the copy that it was read from. What is kept of a
+    step are the results of its convolutions."""
 
-    def __init__(self, model: PrivateModel, steps: list[Step], plan: Plan):
-        self.model, self.steps, self.plan = model, steps, plan
+    def __init__(self, model: PrivateModel, operations: list[Operation], plan: Plan):
+        self.model, self.operations, self.plan = model, operations, plan
         self.shapes = dict(zip(model.names, model.shapes, strict=True))
-        self.convolutions = [step.rule for step in steps if isinstance(step.rule, Conv)]
+        self.convolutions = [operation.rule for operation in operations if isinstance(operation.rule, Conv)]
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor, wanted: Wanted | None, keep: bool):
         p = self._named(theta)
@@ -29,12 +29,12 @@ class FusedStepper:
         logits = values[-1].to(theta.dtype)
         check_logits(logits, x, y, self.plan.label_range)
         gradients = self._run_back(p, saved, _logits_gradient(logits, y))
-        kept = [v if self._is_kept(step) else None for step, v in zip(self.steps, values, strict=True)]
+        kept = [v if self._is_kept(operation) else None for operation, v in zip(self.operations, values, strict=True)]
         return self._flat(gradients, theta), kept if keep else None
 
     def derivative(self, theta: Tensor, x: Tensor, y: Tensor, kept, direction: Tensor, wanted: Wanted) -> Derivative:
         p, t = self._named(theta), self._named(direction)
-        logits, saved = self._run_dual(p, t, self._images(x), kept or [None] * len(self.steps))
+        logits, saved = self._run_dual(p, t, self._images(x), kept or [None] * len(self.operations))
         logits = logits.map(lambda v: v.to(theta.dtype))
         g = _logits_gradient(logits.value, y)
         shares = logits.value.softmax(1)
@@ -54,10 +54,10 @@ class FusedStepper:
     def freed(self, kept) -> None:
         return None
 
-    def _is_kept(self, step: Step) -> bool:
+    def _is_kept(self, operation: Operation) -> bool:
         """The results of convolutions, but for those of a few channels, such as the images': they are quick to redo,
         and large (in a ConvNet three quarters of it all)."""
-        return isinstance(step.rule, Conv) and self.shapes[step.rule.weight][1] > FEW
+        return isinstance(operation.rule, Conv) and self.shapes[operation.rule.weight][1] > FEW
 
     def _named(self, vector: Tensor) -> Parameters:
         named = dict(zip(self.model.names, self.model.split(vector), strict=True))
@@ -81,29 +81,23 @@ class FusedStepper:
     def _run(self, p: Parameters, x: Tensor):
         """Every step's result, and what each needs for the way back."""
         values, saved = [], []
-        for step in self.steps:
-            inputs = [x if j < 0 else values[j] for j in step.inputs]
-            if isinstance(step.rule, Add):
-                value, keep = inputs[0] + inputs[1], None
-            else:
-                value, keep = step.rule.forward(p, inputs[0])
+        for operation in self.operations:
+            value, keep = operation.rule.forward(p, tuple(x if j < 0 else values[j] for j in operation.inputs))
             values.append(value)
             saved.append(keep)
         return values, saved
 
     def _run_back(self, p: Parameters, saved: list, g: Tensor) -> Parameters:
-        cotangents: list[Tensor | None] = [None] * len(self.steps)
+        cotangents: list[Tensor | None] = [None] * len(self.operations)
         cotangents[-1] = g
         gradients: Parameters = {}
-        for i in reversed(range(len(self.steps))):
-            step, g = self.steps[i], cotangents[i]
+        for i in reversed(range(len(self.operations))):
+            operation, g = self.operations[i], cotangents[i]
             cotangents[i] = None
-            back, found = g, {}
-            if not isinstance(step.rule, Add):
-                back, found = step.rule.backward(p, saved[i], g, max(step.inputs) >= 0)
+            backs, found = operation.rule.backward(p, saved[i], g, max(operation.inputs) >= 0)
             saved[i] = None
             _accumulate(gradients, found)
-            for j in step.inputs:
+            for j, back in zip(operation.inputs, backs, strict=True):
                 if j >= 0:
                     cotangents[j] = back if cotangents[j] is None else cotangents[j] + back
         return gradients
@@ -111,16 +105,13 @@ class FusedStepper:
     def _run_dual(self, p: Parameters, t: Parameters, x: Tensor, kept: list) -> tuple[Dual, list]:
         values: list[Dual | None] = []
         saved = []
-        waiting = [step.users for step in self.steps]
-        for step, known in zip(self.steps, kept, strict=True):
-            inputs = [Dual(x, None) if j < 0 else values[j] for j in step.inputs]
-            if isinstance(step.rule, Add):
-                value, keep = inputs[0] + inputs[1], None
-            else:
-                value, keep = step.rule.dual_forward(p, t, inputs[0], known)
+        waiting = [operation.users for operation in self.operations]
+        for operation, known in zip(self.operations, kept, strict=True):
+            inputs = tuple(Dual(x, None) if j < 0 else values[j] for j in operation.inputs)
+            value, keep = operation.rule.dual_forward(p, t, inputs, known)
             values.append(value)
             saved.append(keep)
-            for j in step.inputs:
+            for j in operation.inputs:
                 if j >= 0:
                     waiting[j] -= 1
                     if waiting[j] == 0:
@@ -129,20 +120,18 @@ class FusedStepper:
 
     def _run_dual_back(self, p: Parameters, t: Parameters, saved: list, g: Dual, wanted: Wanted):
         """The tangents of the parameters' gradients, and the dual gradient of the images."""
-        cotangents: list[Dual | None] = [None] * len(self.steps)
+        cotangents: list[Dual | None] = [None] * len(self.operations)
         cotangents[-1] = g
         gradients: Parameters = {}
         images = None
-        for i in reversed(range(len(self.steps))):
-            step, g = self.steps[i], cotangents[i]
+        for i in reversed(range(len(self.operations))):
+            operation, g = self.operations[i], cotangents[i]
             cotangents[i] = None
-            back, found = g, {}
-            if not isinstance(step.rule, Add):
-                need_x = wanted.images or max(step.inputs) >= 0
-                back, found = step.rule.dual_backward(p, t, saved[i], g, need_x, wanted.parameters)
+            need_x = wanted.images or max(operation.inputs) >= 0
+            backs, found = operation.rule.dual_backward(p, t, saved[i], g, need_x, wanted.parameters)
             saved[i] = None
             _accumulate(gradients, found)
-            for j in step.inputs:
+            for j, back in zip(operation.inputs, backs, strict=True):
                 if j >= 0:
                     cotangents[j] = back if cotangents[j] is None else cotangents[j] + back
                 elif wanted.images:

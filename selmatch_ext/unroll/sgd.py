@@ -8,8 +8,11 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from selmatch_ext._C import build_info
 from selmatch_ext.compiling import never_compiled
+from selmatch_ext.fused.comparing import operations_of
+from selmatch_ext.fused.operations import Unsupported
 from selmatch_ext.models.flat import parameter_count
-from selmatch_ext.models.unwrap import unwrapped
+from selmatch_ext.modules.private import PrivateModel
+from selmatch_ext.modules.unwrap import unwrapped
 from selmatch_ext.precision import warn_if_slow
 from selmatch_ext.unroll.adjoint import Plan, Stepper, unroll
 from selmatch_ext.unroll.arguments import (
@@ -23,11 +26,8 @@ from selmatch_ext.unroll.arguments import (
     learning_rates,
 )
 from selmatch_ext.unroll.autograd import AutogradStepper
-from selmatch_ext.unroll.comparing import steps_of
 from selmatch_ext.unroll.fused import FusedStepper
 from selmatch_ext.unroll.graphs import CudaRecorder, GraphedStepper
-from selmatch_ext.unroll.private import PrivateModel
-from selmatch_ext.unroll.program import Unsupported
 
 
 @never_compiled("unrolled_sgd reads the network in Python; it runs as it is in compiled code")
@@ -167,7 +167,7 @@ def _read(model, images):
         with temporarily_clear_interpreter_stack():
             if torch._C._functorch.is_functorch_wrapped_tensor(images):  # whose values are not to be seen
                 images = torch.zeros(images.shape, dtype=images.dtype, device=images.device)
-            steps = steps_of(model, images, training=False)
+            steps = operations_of(model, images, training=False)
     except Unsupported as problem:
         return None, Engine("autograd", str(problem))
     return steps, Engine(

@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from selmatch_ext.unroll.comparing import steps_of
-from selmatch_ext.unroll.forward import Forward
-from selmatch_ext.unroll.program import Unsupported
+from selmatch_ext.fused.comparing import operations_of
+from selmatch_ext.fused.forward import Forward
+from selmatch_ext.fused.operations import Unsupported
 
 
 def fast(model: nn.Module, x: Tensor, precision: str = "float32"):
@@ -26,7 +26,7 @@ def fast(model: nn.Module, x: Tensor, precision: str = "float32"):
         return model
     try:
         with torch.autocast(x.device.type, enabled=False):
-            steps = steps_of(model, x, training=True)
+            steps = operations_of(model, x, training=True)
     except Unsupported:
         return model
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from selmatch_ext.fused.operations import Operation
+from selmatch_ext.fused.rules import Block, Conv
 from selmatch_ext.ops.block import BATCH_NORM
-from selmatch_ext.unroll.program import Step
-from selmatch_ext.unroll.rules import Add, Block, Conv
 
 
 class Forward:
@@ -16,7 +16,7 @@ class Forward:
     model: the module that the steps were read from, whose BatchNorms keep their running statistics. parameters: by
     name. dtype: of convolutions and activations; the rest is in that of the parameters."""
 
-    def __init__(self, model: nn.Module, parameters: dict[str, Tensor], steps: list[Step], dtype: torch.dtype):
+    def __init__(self, model: nn.Module, parameters: dict[str, Tensor], steps: list[Operation], dtype: torch.dtype):
         self.model, self.parameters, self.steps, self.dtype = model, parameters, steps, dtype
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -30,10 +30,7 @@ class Forward:
         values: list[Tensor] = []
         for step in self.steps:
             inputs = [x.to(self.dtype) if j < 0 else values[j] for j in step.inputs]
-            if isinstance(step.rule, Add):
-                values.append(inputs[0] + inputs[1])
-                continue
-            value, saved = step.rule.forward(p, inputs[0])
+            value, saved = step.rule.forward(p, tuple(inputs))
             if isinstance(step.rule, Block) and step.rule.kind.norm == BATCH_NORM:
                 _update(self.model.get_submodule(step.rule.norm), saved[0], saved[1].detach())
             values.append(value)

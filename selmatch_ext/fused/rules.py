@@ -6,7 +6,11 @@ where the plain pass has x and parameters p, the dual one has (x, tangent of x) 
 is that of forward-mode differentiation of the backward pass; csrc/block/block.h has the formulas of `Block`.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +27,8 @@ from selmatch_ext.ops.block import (
 from selmatch_ext.ops.conv3x3 import FEW, conv3x3, conv3x3_input_gradient, conv3x3_suits, conv3x3_weight_gradient
 
 Parameters = dict[str, Tensor]
+Gradients = tuple[Tensor | None, ...]
+DualGradients = tuple["Dual | None", ...]
 
 
 class Dual:
@@ -32,47 +38,77 @@ class Dual:
     `both` holds the two in one batch where they were written that way: (value, tangent) on the way forward, (tangent,
     value) on the way back, so that one correlation over both pairs value with tangent and tangent with value."""
 
-    def __init__(
-        self, value: Tensor | None, tangent: Tensor | None, more: Tensor | None = None, both: Tensor | None = None
-    ):
-        self.value, self.tangent, self.more, self._both = value, tangent, more, both
+    def __init__(self, value: Tensor | None, tangent: Tensor | None, more: Tensor | None = None):
+        self.value, self.tangent, self.more = value, tangent, more
+        self._both: dict[bool, Tensor] = {}  # by whether the value comes first
 
     @classmethod
-    def forward(cls, both: Tensor) -> "Dual":
-        value, tangent = both.chunk(2)
-        return cls(value, tangent, both=both)
+    def forward(cls, both: Tensor) -> Dual:
+        dual = cls(*both.chunk(2))
+        dual._both[True] = both
+        return dual
 
     @classmethod
-    def backward(cls, both: Tensor, more: Tensor | None = None) -> "Dual":
+    def backward(cls, both: Tensor, more: Tensor | None = None) -> Dual:
         tangent, value = both.chunk(2)
-        return cls(value, tangent, more, both if more is None else None)
+        dual = cls(value, tangent, more)
+        if more is None:
+            dual._both[False] = both
+        return dual
 
     def whole_tangent(self) -> Tensor:
         if self.tangent is None:
             self.tangent = torch.zeros_like(self.value)
         if self.more is not None:
-            self.tangent, self.more, self._both = self.tangent + self.more, None, None
+            self.tangent, self.more, self._both = self.tangent + self.more, None, {}
         return self.tangent
 
     def both(self, value_first: bool) -> Tensor:
         tangent = self.whole_tangent()
-        if self._both is None:
-            self._both = torch.cat((self.value, tangent) if value_first else (tangent, self.value))
-        return self._both
+        if value_first not in self._both:
+            self._both[value_first] = torch.cat((self.value, tangent) if value_first else (tangent, self.value))
+        return self._both[value_first]
 
-    def map(self, function) -> "Dual":
+    def map(self, function: Callable[[Tensor], Tensor]) -> Dual:
         """A linear function of each image, applied to both."""
         tangent = None if self.tangent is None else function(self.whole_tangent())
         return Dual(None if self.value is None else function(self.value), tangent)
 
-    def __add__(self, other: "Dual") -> "Dual":
+    def __add__(self, other: Dual) -> Dual:
         value = None if self.value is None or other.value is None else self.value + other.value
         return Dual(value, self.whole_tangent() + other.whole_tangent())
 
 
+class Rule(Protocol):
+    """How one operation is computed. What `forward` and `dual_forward` save goes to the pass back unchanged.
+
+    p: the parameters by name; t: their tangents. inputs: the results that go in, each (B, ...). g: the gradient with
+    respect to the result. need_x, need_p: whether gradients with respect to the inputs and the parameters are asked
+    for; where they are not, the gradient may be None and the parameters may be left out. The passes back return the
+    gradient with respect to each input, in their order, and those of the parameters by name."""
+
+    def forward(self, p: Parameters, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
+        """(result, what `backward` needs)."""
+
+    def backward(self, p: Parameters, saved: Any, g: Tensor, need_x: bool) -> tuple[Gradients, Parameters]:
+        """(gradients of the inputs, gradients of the parameters)."""
+
+    def dual_forward(
+        self, p: Parameters, t: Parameters, inputs: tuple[Dual, ...], kept: Tensor | None
+    ) -> tuple[Dual, Any]:
+        """(result and tangent, what `dual_backward` needs). kept: the result, where an earlier pass kept it."""
+
+    def dual_backward(
+        self, p: Parameters, t: Parameters, saved: Any, g: Dual, need_x: bool, need_p: bool
+    ) -> tuple[DualGradients, Parameters]:
+        """(gradients of the inputs and their tangents, tangents of the parameters' gradients)."""
+
+
 @dataclass(frozen=True)
 class Conv:
-    """Convolution. Its weights come in the dtype of the images, in the memory that is best (`FusedStepper` sees to it).
+    """Convolution.
+
+    Its weights are in the dtype of the images and in the preferred memory format; `FusedStepper` converts them.
 
     cancelled: the bias is followed by a norm that takes every channel's mean away, so its gradient is exactly zero."""
 
@@ -84,18 +120,20 @@ class Conv:
     groups: int
     cancelled: bool = False
 
-    def forward(self, p: Parameters, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, p: Parameters, inputs: tuple[Tensor]) -> tuple[Tensor, Tensor]:
+        (x,) = inputs
         x = x.contiguous(memory_format=torch.channels_last)
         return self._convolve(x, p[self.weight], self._bias(p, x)), x
 
-    def backward(self, p: Parameters, x: Tensor, g: Tensor, need_x: bool) -> tuple[Tensor | None, Parameters]:
+    def backward(self, p: Parameters, x: Tensor, g: Tensor, need_x: bool) -> tuple[Gradients, Parameters]:
         gradients = {self.weight: self._weight_gradient(p, x, g)}
         if self.bias is not None:
             gradients[self.bias] = self._bias_gradient(p, g)
-        return self._input_gradient(g, p[self.weight], x) if need_x else None, gradients
+        return (self._input_gradient(g, p[self.weight], x) if need_x else None,), gradients
 
-    def dual_forward(self, p: Parameters, t: Parameters, x: Dual, kept: Tensor | None) -> tuple[Dual, Dual]:
+    def dual_forward(self, p: Parameters, t: Parameters, inputs: tuple[Dual], kept: Tensor | None) -> tuple[Dual, Dual]:
         """kept: the convolution of x.value, where it is known."""
+        (x,) = inputs
         if x.tangent is None:
             x = Dual(x.value.contiguous(memory_format=torch.channels_last), None)
         value = self._convolve(x.value, p[self.weight], self._bias(p, x.value)) if kept is None else kept
@@ -106,7 +144,7 @@ class Conv:
 
     def dual_backward(
         self, p: Parameters, t: Parameters, x: Dual, g: Dual, need_x: bool, need_p: bool
-    ) -> tuple[Dual | None, Parameters]:
+    ) -> tuple[DualGradients, Parameters]:
         gradients = {}
         if need_p and x.tangent is None:
             gradients[self.weight] = self._weight_gradient(p, x.value, g.whole_tangent())
@@ -115,13 +153,13 @@ class Conv:
         if need_p and self.bias is not None:
             gradients[self.bias] = self._bias_gradient(p, g.whole_tangent())
         if not need_x:
-            return None, gradients
+            return (None,), gradients
         weight, weight_t = p[self.weight], t[self.weight]
         if x.tangent is None:  # the images: only the tangent of their gradient is asked for
             moved = self._input_gradient(g.whole_tangent(), weight, x.value)
-            return Dual(None, moved, self._input_gradient(g.value, weight_t, x.value)), gradients
+            return (Dual(None, moved, self._input_gradient(g.value, weight_t, x.value)),), gradients
         both = self._input_gradient(g.both(value_first=False), weight, x.value)
-        return Dual.backward(both, self._input_gradient(g.value, weight_t, x.value)), gradients
+        return (Dual.backward(both, self._input_gradient(g.value, weight_t, x.value)),), gradients
 
     def _bias(self, p: Parameters, like: Tensor) -> Tensor | None:
         return None if self.bias is None else p[self.bias].to(like.dtype)
@@ -175,19 +213,21 @@ class Block:
     centres: bool = False
     norm: str | None = None
 
-    def forward(self, p: Parameters, x: Tensor) -> tuple[Tensor, tuple]:
+    def forward(self, p: Parameters, inputs: tuple[Tensor]) -> tuple[Tensor, tuple]:
+        (x,) = inputs
         z = _four(x)
         if self.kind.norm == BATCH_NORM and z.numel() == z.shape[1]:  # torch's error, in its words
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {z.shape}")
         y, stats = block_forward(z, *self._pick(p), self.kind)
         return y.flatten(1) if x.dim() == 2 else y, (z, stats)
 
-    def backward(self, p: Parameters, saved: tuple, g: Tensor, need_x: bool) -> tuple[Tensor | None, Parameters]:
+    def backward(self, p: Parameters, saved: tuple, g: Tensor, need_x: bool) -> tuple[Gradients, Parameters]:
         z, stats = saved
         gz, *gradients = block_backward(_four(g), z, stats, *self._pick(p), self.kind)
-        return gz.flatten(1) if g.dim() == 2 else gz, self._named(gradients)
+        return (gz.flatten(1) if g.dim() == 2 else gz,), self._named(gradients)
 
-    def dual_forward(self, p: Parameters, t: Parameters, x: Dual, kept: None) -> tuple[Dual, tuple]:
+    def dual_forward(self, p: Parameters, t: Parameters, inputs: tuple[Dual], kept: None) -> tuple[Dual, tuple]:
+        (x,) = inputs
         x.tangent = x.whole_tangent() if x.tangent is None else x.tangent
         z, zt = _four(x.value), _four(x.tangent)
         more = None if x.more is None else _four(x.more)
@@ -196,12 +236,12 @@ class Block:
 
     def dual_backward(
         self, p: Parameters, t: Parameters, saved: tuple, g: Dual, need_x: bool, need_p: bool
-    ) -> tuple[Dual | None, Parameters]:
+    ) -> tuple[DualGradients, Parameters]:
         more = None if g.more is None else _four(g.more)
         both, *gradients = block_dual_backward(
             _four(g.value), _four(g.tangent), more, *saved, *self._pick(p), *self._pick(t), self.kind
         )
-        return Dual.backward(both.flatten(1) if g.value.dim() == 2 else both), self._named(gradients)
+        return (Dual.backward(both.flatten(1) if g.value.dim() == 2 else both),), self._named(gradients)
 
     def _pick(self, p: Parameters) -> tuple[Tensor | None, Tensor | None]:
         return (None if self.weight is None else p[self.weight]), (None if self.bias is None else p[self.bias])
@@ -222,17 +262,19 @@ class Linear:
     weight: str
     bias: str | None
 
-    def forward(self, p: Parameters, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, p: Parameters, inputs: tuple[Tensor]) -> tuple[Tensor, Tensor]:
+        (x,) = inputs
         x = x.to(p[self.weight].dtype)
         return F.linear(x, p[self.weight], self._bias(p)), x
 
-    def backward(self, p: Parameters, x: Tensor, g: Tensor, need_x: bool) -> tuple[Tensor | None, Parameters]:
+    def backward(self, p: Parameters, x: Tensor, g: Tensor, need_x: bool) -> tuple[Gradients, Parameters]:
         gradients = {self.weight: g.T @ x}
         if self.bias is not None:
             gradients[self.bias] = g.sum(0)
-        return g @ p[self.weight] if need_x else None, gradients
+        return (g @ p[self.weight] if need_x else None,), gradients
 
-    def dual_forward(self, p: Parameters, t: Parameters, x: Dual, kept: None) -> tuple[Dual, Dual]:
+    def dual_forward(self, p: Parameters, t: Parameters, inputs: tuple[Dual], kept: None) -> tuple[Dual, Dual]:
+        (x,) = inputs
         x = x.map(lambda v: v.to(p[self.weight].dtype))
         moved = F.linear(x.value, t[self.weight], self._bias(t))
         if x.tangent is not None:
@@ -241,7 +283,7 @@ class Linear:
 
     def dual_backward(
         self, p: Parameters, t: Parameters, x: Dual, g: Dual, need_x: bool, need_p: bool
-    ) -> tuple[Dual | None, Parameters]:
+    ) -> tuple[DualGradients, Parameters]:
         gt = g.whole_tangent()
         gradients = {}
         if need_p:
@@ -251,9 +293,9 @@ class Linear:
             if self.bias is not None:
                 gradients[self.bias] = gt.sum(0)
         if not need_x:
-            return None, gradients
+            return (None,), gradients
         value = None if x.tangent is None else g.value @ p[self.weight]
-        return Dual(value, gt @ p[self.weight] + g.value @ t[self.weight]), gradients
+        return (Dual(value, gt @ p[self.weight] + g.value @ t[self.weight]),), gradients
 
     def _bias(self, p: Parameters) -> Tensor | None:
         return None if self.bias is None else p[self.bias]
@@ -263,19 +305,21 @@ class Linear:
 class Flatten:
     """(B, C, H, W) to (B, C H W)."""
 
-    def forward(self, p: Parameters, x: Tensor) -> tuple[Tensor, tuple]:
+    def forward(self, p: Parameters, inputs: tuple[Tensor]) -> tuple[Tensor, tuple]:
+        (x,) = inputs
         return x.flatten(1), (x.shape[1:], x.dtype)
 
-    def backward(self, p: Parameters, saved: tuple, g: Tensor, need_x: bool) -> tuple[Tensor | None, Parameters]:
-        return self._back(g, saved), {}
+    def backward(self, p: Parameters, saved: tuple, g: Tensor, need_x: bool) -> tuple[Gradients, Parameters]:
+        return (self._back(g, saved),), {}
 
-    def dual_forward(self, p: Parameters, t: Parameters, x: Dual, kept: None) -> tuple[Dual, tuple]:
+    def dual_forward(self, p: Parameters, t: Parameters, inputs: tuple[Dual], kept: None) -> tuple[Dual, tuple]:
+        (x,) = inputs
         return x.map(lambda v: v.flatten(1)), (x.value.shape[1:], x.value.dtype)
 
     def dual_backward(
         self, p: Parameters, t: Parameters, saved: tuple, g: Dual, need_x: bool, need_p: bool
-    ) -> tuple[Dual | None, Parameters]:
-        return g.map(lambda v: self._back(v, saved)), {}
+    ) -> tuple[DualGradients, Parameters]:
+        return (g.map(lambda v: self._back(v, saved)),), {}
 
     @staticmethod
     def _back(g: Tensor, saved: tuple) -> Tensor:
@@ -290,19 +334,21 @@ class Average:
     size: tuple[int, int] | None
     stride: tuple[int, int] = field(default=(1, 1))
 
-    def forward(self, p: Parameters, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, p: Parameters, inputs: tuple[Tensor]) -> tuple[Tensor, Tensor]:
+        (x,) = inputs
         return self._pool(x), x
 
-    def backward(self, p: Parameters, x: Tensor, g: Tensor, need_x: bool) -> tuple[Tensor | None, Parameters]:
-        return self._back(g, x), {}
+    def backward(self, p: Parameters, x: Tensor, g: Tensor, need_x: bool) -> tuple[Gradients, Parameters]:
+        return (self._back(g, x),), {}
 
-    def dual_forward(self, p: Parameters, t: Parameters, x: Dual, kept: None) -> tuple[Dual, Tensor]:
+    def dual_forward(self, p: Parameters, t: Parameters, inputs: tuple[Dual], kept: None) -> tuple[Dual, Tensor]:
+        (x,) = inputs
         return x.map(self._pool), x.value
 
     def dual_backward(
         self, p: Parameters, t: Parameters, x: Tensor, g: Dual, need_x: bool, need_p: bool
-    ) -> tuple[Dual | None, Parameters]:
-        return g.map(lambda v: self._back(v, x)), {}
+    ) -> tuple[DualGradients, Parameters]:
+        return (g.map(lambda v: self._back(v, x)),), {}
 
     def _settings(self, x: Tensor) -> tuple:
         size = tuple(x.shape[2:]) if self.size is None else self.size
@@ -317,7 +363,18 @@ class Average:
 
 @dataclass(frozen=True)
 class Add:
-    """The sum of two maps, as in residual networks. The program gives its cotangent to both."""
+    """The sum of two maps, as in residual networks."""
 
+    def forward(self, p: Parameters, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, None]:
+        return inputs[0] + inputs[1], None
 
-Rule = Conv | Block | Linear | Flatten | Average | Add
+    def backward(self, p: Parameters, saved: None, g: Tensor, need_x: bool) -> tuple[Gradients, Parameters]:
+        return (g, g), {}
+
+    def dual_forward(self, p: Parameters, t: Parameters, inputs: tuple[Dual, Dual], kept: None) -> tuple[Dual, None]:
+        return inputs[0] + inputs[1], None
+
+    def dual_backward(
+        self, p: Parameters, t: Parameters, saved: None, g: Dual, need_x: bool, need_p: bool
+    ) -> tuple[DualGradients, Parameters]:
+        return (g, g), {}

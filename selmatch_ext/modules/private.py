@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selmatch_ext.models.copying import copied
-from selmatch_ext.models.objects import parts_of, parts_of_function, places_in, walk
-from selmatch_ext.unroll.state import State
+from selmatch_ext.modules.copying import copied
+from selmatch_ext.modules.objects import parts_of, parts_of_function, places_in, walk
+from selmatch_ext.modules.state import State
 
 
 class PrivateModel:

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from selmatch_ext.fused.forward import Forward
+from selmatch_ext.fused.operations import Operation, Unsupported
+from selmatch_ext.fused.reader import first_line, read
+from selmatch_ext.fused.rules import Add, Linear
+from selmatch_ext.modules.private import PrivateModel
+from selmatch_ext.modules.records import same
+from selmatch_ext.modules.signature import signature
 from selmatch_ext.seeds import seed_globally
-from selmatch_ext.unroll.forward import Forward
-from selmatch_ext.unroll.private import PrivateModel
-from selmatch_ext.unroll.program import Step, Unsupported, first_line, read
-from selmatch_ext.unroll.records import same
-from selmatch_ext.unroll.rules import Add, Linear
-from selmatch_ext.unroll.signature import signature
 
 _TOLERANCE = 1e-6  # of float64 results; those of the same network differ by about 1e-12
 _BATCHES = 3, 2
@@ -29,7 +30,7 @@ _BATCHES = 3, 2
 _known: dict[int, tuple[weakref.ref, dict]] = {}  # by the id of a model, which may have no hash
 
 
-def steps_of(model: nn.Module, images: Tensor, training: bool) -> list[Step]:
+def operations_of(model: nn.Module, images: Tensor, training: bool) -> list[Operation]:
     """The steps of `model`, read and compared with it.
 
     images: (n, C, H, W), some like those that it will run on. training: for ordinary training, in the mode that the
@@ -67,7 +68,7 @@ def _known_of(model: nn.Module) -> dict:
     return _known[number][1]
 
 
-def _compare(model: nn.Module, private: PrivateModel, steps: list[Step], images: Tensor, training: bool) -> None:
+def _compare(model: nn.Module, private: PrivateModel, steps: list[Operation], images: Tensor, training: bool) -> None:
     """Raises Unsupported where the steps do not compute what the module computes."""
     draw = torch.Generator().manual_seed(0)
     for number, count in enumerate(_BATCHES):
@@ -119,12 +120,12 @@ def _small_batch(model: nn.Module, images: Tensor, count: int, draw: torch.Gener
     return x, torch.cat([*parts, x.new_empty(0)])
 
 
-def _forward(private: PrivateModel, parameters: list[Tensor], steps: list[Step]) -> Forward:
+def _forward(private: PrivateModel, parameters: list[Tensor], steps: list[Operation]) -> Forward:
     return Forward(private.module, dict(zip(private.names, parameters, strict=True)), steps, torch.float64)
 
 
 @torch.no_grad()
-def _check_shapes(private: PrivateModel, steps: list[Step], x: Tensor, theta: Tensor) -> None:
+def _check_shapes(private: PrivateModel, steps: list[Operation], x: Tensor, theta: Tensor) -> None:
     """Unsupported for sums and linear layers in shapes for which the fused engine has no derivatives."""
     values = _forward(private, private.split(theta), steps).values(x)
     for step in steps:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from selmatch_ext.models.objects import CONSTANTS, LIMIT, attributes_of, entries_of, hooks_of, is_large, own_classes
+from selmatch_ext.modules.objects import CONSTANTS, LIMIT, attributes_of, entries_of, hooks_of, is_large, own_classes
 
 
 def signature(module: nn.Module) -> list[Any]:

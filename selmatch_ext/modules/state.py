@@ -8,9 +8,9 @@ import types
 import torch
 from torch import nn
 
+from selmatch_ext.modules.changes import Comparison, PutBack
+from selmatch_ext.modules.records import Recorder
 from selmatch_ext.seeds import RandomState
-from selmatch_ext.unroll.changes import Comparison, PutBack
-from selmatch_ext.unroll.records import Recorder
 
 _OF_WHAT = "an attribute of a class", "what a function keeps"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from selmatch_ext.models.objects import (
+from selmatch_ext.modules.objects import (
     EMPTY,
     CachedFunction,
     attributes_of,

@@ -13,8 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from selmatch_ext.models.objects import CONSTANTS, attributes_of, hooks_of, set_variable, variables_of
-from selmatch_ext.unroll.records import GENERATORS, STAND_INS, OfModule, Picture, Record, TupleOf, Whole, contents, same
+from selmatch_ext.modules.objects import CONSTANTS, attributes_of, hooks_of, set_variable, variables_of
+from selmatch_ext.modules.records import (
+    GENERATORS,
+    STAND_INS,
+    OfModule,
+    Picture,
+    Record,
+    TupleOf,
+    Whole,
+    contents,
+    same,
+)
 
 _COMPARED = (int, float, complex, str, bytes, frozenset, torch.device, torch.dtype, range, slice, np.generic)
 

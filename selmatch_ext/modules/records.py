@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from selmatch_ext.models.objects import (
+from selmatch_ext.modules.objects import (
     CONSTANTS,
     LIMIT,
     CachedFunction,

@@ -1,0 +1,60 @@
+"""From single operations to blocks: what follows each other and one kernel can do becomes one operation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from selmatch_ext.fused.operations import Operation
+from selmatch_ext.fused.rules import Block, Conv, Rule
+from selmatch_ext.ops.block import NO_NORM, NO_POOL, PIECEWISE
+
+
+def without_unused(steps: list[Operation], result: int) -> list[Operation]:
+    """The steps that `result` depends on, numbered anew, with their users counted."""
+    used = {result}
+    for i in range(result, -1, -1):
+        if i in used:
+            used.update(steps[i].inputs)
+    new = {old: number for number, old in enumerate(i for i in range(len(steps)) if i in used)} | {-1: -1}
+    kept = [Operation(steps[i].rule, tuple(new[j] for j in steps[i].inputs)) for i in new if i >= 0]
+    for step in kept:
+        for j in step.inputs:
+            if j >= 0:
+                kept[j].users += 1
+    return kept
+
+
+def fuse(steps: list[Operation]) -> list[Operation]:
+    """Norm, activation and pooling that follow each other as one block; biases that a norm takes away marked."""
+    place: dict[int, int] = {-1: -1}
+    fused: list[Operation] = []
+    for i, step in enumerate(steps):
+        before = step.inputs[0]
+        joined = None
+        if isinstance(step.rule, Block) and before >= 0 and steps[before].users == 1:
+            joined = _join(fused[place[before]].rule, step.rule)
+        if joined is not None:
+            place[i] = place[before]
+            fused[place[i]].rule = joined
+            continue
+        place[i] = len(fused)
+        fused.append(Operation(step.rule, tuple(place[j] for j in step.inputs)))
+    fused = without_unused(fused, len(fused) - 1)
+    for step in fused:
+        source = fused[step.inputs[0]] if step.inputs[0] >= 0 else None
+        centred = isinstance(step.rule, Block) and step.rule.centres
+        if source is not None and isinstance(source.rule, Conv) and source.users == 1 and centred:
+            source.rule = replace(source.rule, cancelled=True)
+    return fused
+
+
+def _join(first: Rule, second: Block) -> Block | None:
+    """Both blocks as one, where the second continues what the first does."""
+    if not isinstance(first, Block) or second.kind.norm != NO_NORM or first.kind.pool != NO_POOL:
+        return None
+    a, b = first.kind, second.kind
+    plain = (PIECEWISE, 1.0)  # no activation
+    if (a.activation, a.slope) != plain and (b.activation, b.slope) != plain:
+        return None
+    source = b if (a.activation, a.slope) == plain else a
+    return replace(first, kind=a._replace(activation=source.activation, slope=source.slope, pool=b.pool))
