@@ -137,7 +137,7 @@ def _digits(skip, dtype):
     data = load("digits")
     chosen = [(data.train.labels == c).nonzero().squeeze(1)[skip : skip + 10] for c in range(CLASSES)]
     chosen = torch.cat(chosen)
-    images = data.normalise(data.train.images[chosen]).to(dtype)
+    images = data.normalize(data.train.images[chosen]).to(dtype)
     return F.interpolate(images, size=32, mode="bilinear").expand(-1, 3, -1, -1).contiguous(), data.train.labels[chosen]
 
 

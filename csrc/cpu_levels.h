@@ -26,7 +26,7 @@
 #define SELMATCH_TARGET_END _Pragma("clang attribute pop")
 #else
 #define SELMATCH_TARGET_AVX2_BEGIN _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma\")")
-// 256 bits are what the compiler vectorises with by itself; loops that gain from 512 ask for it with their types.
+// 256 bits are what the compiler vectorizes with by itself; loops that gain from 512 ask for it with their types.
 #define SELMATCH_TARGET_AVX512_BEGIN \
   _Pragma("GCC push_options")        \
       _Pragma("GCC target(\"avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=256\")")

@@ -60,7 +60,7 @@ SELMATCH_HD void narrow(float x, bfloat16_t* out) { *out = __float2bfloat16_rn(x
 
 #else
 
-// Bit for bit c10::Half and c10::BFloat16, written without branches so that loops over them vectorise.
+// Bit for bit c10::Half and c10::BFloat16, written without branches so that loops over them vectorize.
 struct half_t {
   uint16_t bits;
 };

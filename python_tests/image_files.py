@@ -25,7 +25,7 @@ def encoded(image, format="png", **options):
 
 
 def png_header(width, height, bits=8, color=2, data=b""):
-    """A PNG of any size; color: 0 grey, 2 RGB, 4 grey with alpha, 6 RGBA. data: its rows, each after a filter byte."""
+    """A PNG of any size; color: 0 gray, 2 RGB, 4 gray with alpha, 6 RGBA. data: its rows, each after a filter byte."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -35,7 +35,7 @@ def png_header(width, height, bits=8, color=2, data=b""):
 
 
 def png_of_16_bits(levels):
-    """A PNG of levels (H, W, C) in 16 bits; C is 1 grey, 2 grey with alpha, 3 RGB, 4 RGBA."""
+    """A PNG of levels (H, W, C) in 16 bits; C is 1 gray, 2 gray with alpha, 3 RGB, 4 RGBA."""
     height, width, channels = levels.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
     return png_header(width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], rows)

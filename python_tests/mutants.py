@@ -83,7 +83,7 @@ class PlainSet(Kind):
 
     def read(self):
         s = DistilledSet.load(self.path)
-        s.denormalised()
+        s.denormalized()
         return s.digest(), s.indices.tolist(), s.lr, s.class_names, s.method, s.settings
 
 
@@ -92,7 +92,7 @@ class ScheduledSet(PlainSet):
 
 
 class WhitenedSet(PlainSet):
-    extra = {"whitening": fit_whitening(DATA.normalise(DATA.train.images))}
+    extra = {"whitening": fit_whitening(DATA.normalize(DATA.train.images))}
 
 
 class Experts(Kind):

@@ -17,8 +17,8 @@ def brightness(x, amount):
 
 
 def saturation(x, amount):
-    grey = x.mean(dim=1, keepdim=True)
-    return (x - grey) * per_image(amount, x) + grey
+    gray = x.mean(dim=1, keepdim=True)
+    return (x - gray) * per_image(amount, x) + gray
 
 
 def contrast(x, amount):
@@ -56,7 +56,7 @@ def flip(x, flipped):
 
 
 def affine(x, theta):
-    """Bilinear sampling through theta (B, 2, 3), in normalised coordinates, zeros outside."""
+    """Bilinear sampling through theta (B, 2, 3), in normalized coordinates, zeros outside."""
     grid = F.affine_grid(theta.to(x), x.shape, align_corners=True)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
 
@@ -92,7 +92,7 @@ def augment(x, table):
 # Then DiffAugment, with the random streams of the public code: seed -1 draws from the global generator; any other seed
 # reseeds the global generator before every draw, with seed, seed + 1, ..., and all images share the first one's
 # parameters. This is what bench/augment.py measures against, so it also does its work the way the public code does (the
-# DSA repository's, which MTT and SelMatch kept): colour in three passes, crop and cutout through index tensors of
+# DSA repository's, which MTT and SelMatch kept): color in three passes, crop and cutout through index tensors of
 # every pixel, the matrices of scale and rotate put together image by image.
 
 
@@ -285,14 +285,14 @@ def k_center(features, ipc):
 
 
 def coverage(train, test, synthetic, group):
-    """% of the test images of `group` (indices) that have a synthetic image within the mean nearest-neighbour distance
+    """% of the test images of `group` (indices) that have a synthetic image within the mean nearest-neighbor distance
     of the real training images."""
 
     def distance(a, b):
         return ((a - b) ** 2).sum().sqrt()
 
-    neighbours = [min(distance(a, b) for j, b in enumerate(train) if i != j) for i, a in enumerate(train)]
-    radius = sum(neighbours) / len(neighbours)
+    neighbors = [min(distance(a, b) for j, b in enumerate(train) if i != j) for i, a in enumerate(train)]
+    radius = sum(neighbors) / len(neighbors)
     covered = [i for i in group if min(distance(test[i], s) for s in synthetic) <= radius]
     return 100 * len(covered) / len(group)
 

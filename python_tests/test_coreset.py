@@ -25,7 +25,7 @@ TINY = Features(model=MODEL, strategy="none", training=Training(epochs=1))
 
 
 @st.composite
-def labelled_features(draw):
+def labeled_features(draw):
     """Classes of few points with whole coordinates: many ties, duplicates too."""
     counts = draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
@@ -37,7 +37,7 @@ def labelled_features(draw):
 
 @pytest.mark.parametrize("name", ["herding", "k_center"])
 @settings(max_examples=80, deadline=None)
-@given(labelled_features(), st.data())
+@given(labeled_features(), st.data())
 def test_greedy_choices_are_those_of_plain_loops(name, case, data):
     labels, features, counts = case
     ipc = data.draw(st.integers(1, min(counts)))
@@ -50,7 +50,7 @@ def test_greedy_choices_are_those_of_plain_loops(name, case, data):
 
 
 @settings(max_examples=40, deadline=None)
-@given(labelled_features(), st.data())
+@given(labeled_features(), st.data())
 def test_random_takes_ipc_different_images_of_each_class(case, data):
     labels, _, counts = case
     ipc, seed = data.draw(st.integers(1, min(counts))), data.draw(st.integers(0, 1000))
@@ -128,7 +128,7 @@ def test_features_are_what_enters_the_last_layer(digits, tmp_path):
     model = trained_networks(Context(digits), replace(TINY, model="ConvNetD2W8BN"), tmp_path)[0].eval()
     features = split_features(model, Context(digits), "test")
     with torch.no_grad():
-        expected = models.embed(model, digits.normalise(digits.test.images))
+        expected = models.embed(model, digits.normalize(digits.test.images))
     torch.testing.assert_close(features, expected)
 
 
@@ -158,7 +158,7 @@ def test_select_from_the_command_line(method, digits, tmp_path, capsys):
     assert str(path) in capsys.readouterr().out
     subset = DistilledSet.load(path)
     assert subset.method == method and subset.settings["start"]["ipc"] == 4
-    assert torch.equal(subset.images, digits.normalise(digits.train.images[subset.indices]))
+    assert torch.equal(subset.images, digits.normalize(digits.train.images[subset.indices]))
     assert subset.distilled.view(10, 4).tolist() == [[False, False, True, True]] * 10
     assert not training_set(path).distilled.any()
     features = split_features(trained_networks(Context(digits), _small(), tmp_path / "f")[0], Context(digits))

@@ -42,7 +42,7 @@ def test_nearest_is_a_plain_minimum_whatever_the_block(seed, queries, count, wid
     torch.testing.assert_close(alone, torch.tensor(others, dtype=torch.float64), rtol=1e-9, atol=1e-12)
 
 
-def test_twins_are_neighbours_but_no_point_is_its_own():
+def test_twins_are_neighbors_but_no_point_is_its_own():
     twins = torch.tensor([[0.0], [0.0], [5.0]])
     assert nearest(twins, twins, themselves=True).tolist() == [0, 0, 5]
     with pytest.raises(ValueError, match="1 points are too few"):
@@ -86,10 +86,10 @@ def test_measuring_is_the_formula(digits, tmp_path):
 
 
 def _images(data, split):
-    return data.normalise(getattr(data, split).images)
+    return data.normalize(getattr(data, split).images)
 
 
-def test_real_images_cover_themselves_and_other_normalisations_are_undone(digits, tmp_path):
+def test_real_images_cover_themselves_and_other_normalizations_are_undone(digits, tmp_path):
     data = few(digits, 60, 50)
     measure = ruler(Context(replace(data, test=data.train)), Coverage(networks=1), TINY, tmp_path)
     subset = real_subset(data, torch.arange(60), "all")
@@ -136,7 +136,7 @@ class Growing:
     def __init__(self, subset):
         self.subset, self.learned = subset, {"x": torch.zeros((), requires_grad=True)}
 
-    def optimiser(self):
+    def optimizer(self):
         return torch.optim.SGD(self.learned.values(), lr=1.0)
 
     def loss(self, iteration, generator):
@@ -160,7 +160,7 @@ def test_snapshots_also_of_a_run_in_pieces(digits, tmp_path):
         saved = DistilledSet.load(path)
         assert (saved.images == iteration).all() and saved.settings == {"a": 1}
     run_for(Growing(subset), 3, tmp_path / "off")
-    with pytest.raises(FileNotFoundError, match="off has no snapshots: distil with a snapshot_every above 0"):
+    with pytest.raises(FileNotFoundError, match="off has no snapshots: distill with a snapshot_every above 0"):
         snapshots(tmp_path / "off")
 
 

@@ -71,10 +71,10 @@ def test_file_is_plain_safetensors(tmp_path):
     assert json.loads(metadata["settings"])["window"] == {"ipc": 2}
 
 
-def test_denormalised_and_hard_labels():
+def test_denormalized_and_hard_labels():
     made = example()
-    assert torch.equal((made.denormalised() * 255).round().to(torch.uint8), pixels())
-    assert replace(made, images=made.images * 100).denormalised().max() == 1
+    assert torch.equal((made.denormalized() * 255).round().to(torch.uint8), pixels())
+    assert replace(made, images=made.images * 100).denormalized().max() == 1
     soft = torch.eye(3)[made.labels] * 0.7 + 0.1
     assert torch.equal(replace(made, labels=soft).hard_labels, made.hard_labels) and len(made) == 6
 
@@ -168,12 +168,12 @@ def test_export_is_an_image_folder(tmp_path):
 
 def test_export_of_one_channel_and_soft_labels(tmp_path):
     soft = torch.eye(3)[torch.tensor([2, 2, 1, 1, 0, 0])] * 0.7 + 0.1
-    grey = pixels(channels=1)
-    made = example(images=grey / 127.5 - 1, labels=soft, mean=torch.tensor([0.5]), std=torch.tensor([0.5]))
+    gray = pixels(channels=1)
+    made = example(images=gray / 127.5 - 1, labels=soft, mean=torch.tensor([0.5]), std=torch.tensor([0.5]))
     made.export(tmp_path / "out")
     _, images = exported(tmp_path / "out")
     for i, (image, label) in images.items():
-        assert torch.equal(image, grey[i, 0]) and label == soft[i].argmax()
+        assert torch.equal(image, gray[i, 0]) and label == soft[i].argmax()
 
 
 @pytest.mark.parametrize("names", [["owl", "cat", "dog"], ["a/b", "a:b", "c"], ["", "x", ".."], ["a", "a", "a"]])
@@ -259,7 +259,7 @@ def test_killed_while_saving_the_file_is_whole(tmp_path):
 def test_whitening_is_kept_and_undone_for_looking(tmp_path):
     data = load("digits").whitened()
     made = DistilledSet(
-        data.normalise(data.train.images[:6]),
+        data.normalize(data.train.images[:6]),
         data.train.labels[:6],
         torch.ones(6, dtype=torch.bool),
         None,
@@ -273,7 +273,7 @@ def test_whitening_is_kept_and_undone_for_looking(tmp_path):
     loaded = DistilledSet.load(tmp_path / "d.safetensors")
     assert_same(loaded, made)
     assert torch.equal(loaded.whitening.transform, data.whitening.transform)
-    assert torch.equal((loaded.denormalised() * 255).round().to(torch.uint8), data.train.images[:6])
+    assert torch.equal((loaded.denormalized() * 255).round().to(torch.uint8), data.train.images[:6])
     assert loaded.digest() == made.digest() != replace(made, whitening=None).digest()
 
 

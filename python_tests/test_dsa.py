@@ -401,7 +401,7 @@ def test_bounds_of_cutout():
     first_row, end_row, first_column, end_column = (bound.long() for bound in bounds)
     assert (ops == dsa.BOX).all()
     assert ((end_row - first_row) == 5).all() and ((end_column - first_column) == 16).all()
-    assert (first_row + 2).unique().tolist() == list(range(9))  # centres; an even box's may lie one beyond the image
+    assert (first_row + 2).unique().tolist() == list(range(9))  # centers; an even box's may lie one beyond the image
     assert (first_column + 8).unique().tolist() == list(range(33))
 
 

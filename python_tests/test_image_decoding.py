@@ -12,7 +12,7 @@ from selmatch_ext.settings import Data, color
 
 
 def rows(picture):
-    """Pixels (H, W, C) of a picture, or (H, W) for grey."""
+    """Pixels (H, W, C) of a picture, or (H, W) for gray."""
     pixels = picture.pixels.transpose(1, 2, 0)
     return pixels[..., 0] if pixels.shape[2] == 1 else pixels
 
@@ -58,17 +58,17 @@ def test_all_16_bits_are_read(levels):
         assert np.array_equal(rows(decode(tiff_of_16_bits(x, order), "x")), x)
     x = pattern(levels, top=65536)
     assert np.array_equal(rows(decode(png_of_16_bits(x), "x")), x)
-    grey = x[..., :1]
-    assert np.array_equal(rows(decode(png_of_16_bits(grey), "x")), grey[..., 0])
-    opaque = np.full_like(grey, 65535)
+    gray = x[..., :1]
+    assert np.array_equal(rows(decode(png_of_16_bits(gray), "x")), gray[..., 0])
+    opaque = np.full_like(gray, 65535)
     assert np.array_equal(rows(decode(png_of_16_bits(np.concatenate([x, opaque], 2)), "x")), x)
-    assert np.array_equal(rows(decode(png_of_16_bits(np.concatenate([grey, opaque], 2)), "x")), grey[..., 0])
+    assert np.array_equal(rows(decode(png_of_16_bits(np.concatenate([gray, opaque], 2)), "x")), gray[..., 0])
     ppm = b"P6 5 6 65535\n" + x.astype(">u2").tobytes()
     assert np.array_equal(rows(decode(ppm, "x")), x)
     ppm = b"P6 5 6 4095\n" + (x >> 4).astype(">u2").tobytes()  # this file says its range
     assert np.array_equal(rows(decode(ppm, "x")), (x >> 4).astype(int) * 65535 // 4095)
-    deep = Image.fromarray(grey[..., 0].astype(np.uint16))
-    assert np.array_equal(rows(decode(encoded(deep, "tiff", compression="tiff_lzw"), "x")), grey[..., 0])
+    deep = Image.fromarray(gray[..., 0].astype(np.uint16))
+    assert np.array_equal(rows(decode(encoded(deep, "tiff", compression="tiff_lzw"), "x")), gray[..., 0])
 
 
 def test_transparent_16_bit_files():
@@ -76,8 +76,8 @@ def test_transparent_16_bit_files():
     x[0], x[1] = [4095, 0, 2048, 65535], [4095, 4095, 4095, 0]
     shown = Levels(0, 4095).eight_bits(decode(png_of_16_bits(x), "x"), (10, 20, 30))
     assert shown[:, 0, 0].tolist() == [255, 0, 128] and shown[:, 1, 1].tolist() == [10, 20, 30]
-    grey = Levels(0, 4095).eight_bits(decode(png_of_16_bits(x[..., [0, 3]]), "x"), (7, 7, 7))
-    assert grey[:, :, 0].tolist() == [[255, 7]]
+    gray = Levels(0, 4095).eight_bits(decode(png_of_16_bits(x[..., [0, 3]]), "x"), (7, 7, 7))
+    assert gray[:, :, 0].tolist() == [[255, 7]]
 
 
 def test_the_training_split_decides_the_range(tmp_path):
@@ -141,8 +141,8 @@ def test_every_kind_of_transparency():
     keyed.putpixel((1, 0), (50, 60, 70))
     content = encoded(keyed, transparency=(5, 6, 7))
     assert rows(decode(content, "x")).tolist() == [[[255, 255, 255], [50, 60, 70]]]
-    grey = encoded(Image.fromarray(np.array([[3, 9]], np.uint8)), transparency=3)
-    assert rows(decode(grey, "x")).tolist() == [[255, 9]]
+    gray = encoded(Image.fromarray(np.array([[3, 9]], np.uint8)), transparency=3)
+    assert rows(decode(gray, "x")).tolist() == [[255, 9]]
 
 
 def test_wrong_background(tmp_path):

@@ -16,7 +16,7 @@ from torchvision import datasets
 
 from selmatch_ext.data import folders
 from selmatch_ext.data.decoding import decode
-from selmatch_ext.data.images import ImageData, ImageSplit, denormalise, pixel_statistics
+from selmatch_ext.data.images import ImageData, ImageSplit, denormalize, pixel_statistics
 from selmatch_ext.data.load import load
 
 
@@ -64,7 +64,7 @@ def test_digits():
     assert torch.equal(data.train.images, load("digits").train.images)
 
 
-def test_statistics_and_normalising():
+def test_statistics_and_normalizing():
     images = torch.randint(256, (7, 3, 4, 5), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     mean, std = pixel_statistics(images)
     exact = images.double() / 255
@@ -72,19 +72,19 @@ def test_statistics_and_normalising():
     torch.testing.assert_close(std.double(), exact.std((0, 2, 3), correction=0), rtol=1e-6, atol=0)
     part = ImageSplit(images, torch.zeros(7, dtype=torch.int64))
     data = ImageData("x", part, part, ["a"])
-    normal = data.normalise(images)
-    assert normal.dtype == torch.float32 and data.normalise(images, dtype=torch.float64).dtype == torch.float64
+    normal = data.normalize(images)
+    assert normal.dtype == torch.float32 and data.normalize(images, dtype=torch.float64).dtype == torch.float64
     torch.testing.assert_close(normal.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-6)
     torch.testing.assert_close(normal.std((0, 2, 3), correction=0), torch.ones(3), rtol=1e-5, atol=0)
-    assert torch.equal((denormalise(normal, data.mean, data.std) * 255).round().to(torch.uint8), images)
-    assert denormalise(normal * 100, data.mean, data.std).max() == 1
-    with pytest.raises(TypeError, match="normalise takes torch.uint8"):
-        data.normalise(images.float())
+    assert torch.equal((denormalize(normal, data.mean, data.std) * 255).round().to(torch.uint8), images)
+    assert denormalize(normal * 100, data.mean, data.std).max() == 1
+    with pytest.raises(TypeError, match="normalize takes torch.uint8"):
+        data.normalize(images.float())
 
 
 def test_constant_images_stay_finite():
     part = ImageSplit(torch.full((2, 1, 3, 3), 9, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
-    assert ImageData("x", part, part, ["a"]).normalise(part.images).abs().max() < 1e-5
+    assert ImageData("x", part, part, ["a"]).normalize(part.images).abs().max() < 1e-5
 
 
 def test_subset_keeps_indices():
@@ -306,7 +306,7 @@ def test_sizes_must_agree_or_be_changed(tree):
 
 def test_resize_keeps_what_fits_and_the_centre():
     image = np.zeros((8, 32, 3), np.uint8)
-    image[:, 4:28] = 200  # the centre square is 12:20, and the filter looks a little further
+    image[:, 4:28] = 200  # the center square is 12:20, and the filter looks a little further
     file = io.BytesIO()
     Image.fromarray(image).save(file, format="png")
     assert (decode(file.getvalue(), "x", 4).pixels == 200).all()
@@ -314,16 +314,16 @@ def test_resize_keeps_what_fits_and_the_centre():
 
 
 def test_modes_become_rgb_or_grey(tree):
-    grey = noise(0, channels=1)
-    write(tree / "train/cat/d.png", grey)  # mode L
+    gray = noise(0, channels=1)
+    write(tree / "train/cat/d.png", gray)  # mode L
     write(tree / "train/cat/e.png", noise(1, channels=4))  # RGBA
     write(tree / "train/cat/f.png", Image.fromarray(noise(2)).quantize(16))  # P
     write(tree / "train/cat/g.png", Image.fromarray(noise(3, channels=1)).convert("1"))
     write(tree / "train/cat/h.jpg", Image.fromarray(noise(4)).convert("CMYK"))
-    write(tree / "train/cat/i.jpg", grey)
+    write(tree / "train/cat/i.jpg", gray)
     data = load(f"imagefolder:{tree}")
     assert data.channels == 3
-    assert torch.equal(data.train.images[3], torch.from_numpy(grey).expand(3, -1, -1))
+    assert torch.equal(data.train.images[3], torch.from_numpy(gray).expand(3, -1, -1))
     color, alpha = noise(1, channels=4)[..., :3] / 255, noise(1, channels=4)[..., 3:] / 255
     on_white = 255 * (color * alpha + 1 - alpha)
     assert np.abs(data.train.images[4].permute(1, 2, 0).numpy() - on_white).max() <= 1

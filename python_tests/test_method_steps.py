@@ -43,7 +43,7 @@ def begin(select, ipc, data, seed=0, experts=None):
 
 
 def real(task, indices):
-    return task.data.normalise(task.data.train.images[indices], dtype=task.dtype)
+    return task.data.normalize(task.data.train.images[indices], dtype=task.dtype)
 
 
 def pick(task, label, count, g):
@@ -257,7 +257,7 @@ def test_expert_logits(digits, request, store):
 def test_images_that_the_expert_gets_right(digits, experts):
     t = task(digits, experts=experts, dtype=torch.float32)
     chosen = begin("correct", 2, digits, 3, experts)
-    right = expert_logits(experts, t.context, digits.normalise(digits.train.images)).argmax(1) == digits.train.labels
+    right = expert_logits(experts, t.context, digits.normalize(digits.train.images)).argmax(1) == digits.train.labels
     for c in CLASSES:
         mine = chosen.indices[chosen.labels == c]
         assert len(mine) == 2 and right[mine].sum() == min(2, right[digits.train.labels == c].sum())

@@ -28,7 +28,7 @@ class Bowl(Method):
         self.state = {}
         self.learned = {"x": torch.full((3,), 2.0, requires_grad=True), "y": torch.tensor(1.0, requires_grad=True)}
 
-    def optimiser(self):
+    def optimizer(self):
         return torch.optim.SGD(self.learned.values(), lr=0.1, momentum=0.5)
 
     def loss(self, iteration, generator):
@@ -65,7 +65,7 @@ class Stateful(Bowl):
         super().__init__(*args)
         self.state = {"count": torch.zeros(())}
 
-    def optimiser(self):
+    def optimizer(self):
         return torch.optim.Adam(self.learned.values(), lr=0.1, betas=(0.5, 0.999))
 
     def decay(self, iteration):
@@ -96,7 +96,7 @@ def test_a_bad_loss_leaves_the_state_of_the_last_good_one(tmp_path):
 
 def test_step_sizes_follow_decay(tmp_path):
     class Slide(Bowl):
-        def optimiser(self):
+        def optimizer(self):
             return torch.optim.SGD(self.learned.values(), lr=1.0)
 
         def decay(self, iteration):
@@ -224,8 +224,8 @@ def test_chunks_walk_through_permutations():
 
 
 def start(digits):
-    hardness = torch.linspace(0, 1, len(digits.train.labels))
-    return window_set(Context(digits), hardness, Start("window", ipc=6, alpha=0.5, window=Window()), 0.2)
+    difficulty = torch.linspace(0, 1, len(digits.train.labels))
+    return window_set(Context(digits), difficulty, Start("window", ipc=6, alpha=0.5, window=Window()), 0.2)
 
 
 def selmatch(digits, experts, **changes):

@@ -79,8 +79,8 @@ def test_the_window_is_chosen_without_test_images(digits, monkeypatch, tmp_path)
 
     monkeypatch.setattr(start, "evaluate", fake)
     settings = tiny_run()
-    hardness = torch.rand(len(digits.train.labels), generator=torch.Generator().manual_seed(0))
-    beta, tried = start.search_window(Context(digits), hardness, settings.start, settings.evaluation, tmp_path)
+    difficulty = torch.rand(len(digits.train.labels), generator=torch.Generator().manual_seed(0))
+    beta, tried = start.search_window(Context(digits), difficulty, settings.start, settings.evaluation, tmp_path)
     assert beta == 0.5 and len(tried) == 3
 
 
@@ -113,8 +113,8 @@ def test_scores_of_the_full_set_do_not_whiten_it(tmp_path, digits, monkeypatch):
     data = load_data(settings, seed=3)
     monkeypatch.setattr(ImageData, "whitened", lambda self: pytest.fail("whitened for nothing"))
     scores = Scores(f"el2n:{tmp_path / 'c.npy'}")
-    hardness = training_difficulty(Context(data, 3), scores, tmp_path / "none")
-    assert torch.equal(hardness, data.full.kept.float())
+    difficulty = training_difficulty(Context(data, 3), scores, tmp_path / "none")
+    assert torch.equal(difficulty, data.full.kept.float())
 
 
 @pytest.mark.parametrize("change", ["images", "zca"])

@@ -30,7 +30,7 @@ class Line:
     def __init__(self):
         self.learned = {"x": torch.zeros(5, requires_grad=True), "unused": torch.zeros(1, requires_grad=True)}
 
-    def optimiser(self):
+    def optimizer(self):
         return torch.optim.SGD(self.learned.values(), lr=0.1, momentum=0.5)
 
     def loss(self, iteration, generator):

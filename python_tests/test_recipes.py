@@ -169,6 +169,6 @@ def test_a_recipe_is_run_with_its_settings_and_changes(tmp_path, monkeypatch):
         assert to_dict(given) == to_dict(changed) and out == tmp_path and device.type == "cpu"
 
 
-def test_an_unknown_recipe_names_its_neighbours(capsys):
+def test_an_unknown_recipe_names_its_neighbors(capsys):
     assert cli.main(["run", "--settings", "selmatch-cifar10", "--out", "x"]) == 1
     assert "no recipe is named 'selmatch-cifar10'; there are selmatch-cifar10-ipc250" in capsys.readouterr().err

@@ -15,15 +15,15 @@ def picture(path):
     return np.array(Image.open(path).convert("RGB"))
 
 
-def tiles(image, colour):
-    """How many connected columns and rows of pixels have exactly this colour: (rows, columns) of tiles."""
-    hit = (image == np.array(colour)).all(-1)
+def tiles(image, color):
+    """How many connected columns and rows of pixels have exactly this color: (rows, columns) of tiles."""
+    hit = (image == np.array(color)).all(-1)
     runs = [np.diff(np.concatenate([[0], hit.any(axis).astype(int)])) for axis in (1, 0)]
     return tuple(int((r == 1).sum()) for r in runs)
 
 
-def coloured(n, colour=(250, 20, 30), size=8):
-    return torch.tensor(colour, dtype=torch.uint8).view(1, 3, 1, 1).repeat(n, 1, size, size)
+def colored(n, color=(250, 20, 30), size=8):
+    return torch.tensor(color, dtype=torch.uint8).view(1, 3, 1, 1).repeat(n, 1, size, size)
 
 
 def test_grid_shows_every_image_pixel_for_pixel(tmp_path):
@@ -40,37 +40,37 @@ def test_grid_shows_every_image_pixel_for_pixel(tmp_path):
 
 @pytest.mark.parametrize(("size", "enlarged"), [(8, 48), (28, 56), (32, 64), (64, 64)])
 def test_small_images_are_enlarged(tmp_path, size, enlarged):
-    report.image_grid(coloured(1, size=size), tmp_path / "g.png")
+    report.image_grid(colored(1, size=size), tmp_path / "g.png")
     assert picture(tmp_path / "g.png").shape == (enlarged + 20, enlarged + 20, 3)
 
 
 def test_float_and_grey_images(tmp_path):
-    grey = torch.rand((4, 1, 8, 8), generator=torch.Generator().manual_seed(0)) * 1.2 - 0.1
-    report.image_grid(grey, tmp_path / "a.png")
-    bytes_ = (grey.clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
+    gray = torch.rand((4, 1, 8, 8), generator=torch.Generator().manual_seed(0)) * 1.2 - 0.1
+    report.image_grid(gray, tmp_path / "a.png")
+    bytes_ = (gray.clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
     report.image_grid(bytes_, tmp_path / "b.png")
     assert np.array_equal(picture(tmp_path / "a.png"), picture(tmp_path / "b.png"))
 
 
 def test_grid_by_class(tmp_path):
     labels = torch.tensor([2] * 5 + [0] * 3 + [1] * 30)
-    report.image_grid(coloured(38), tmp_path / "g.png", labels, ["a", "bird", "c"], columns=7, title="selected")
+    report.image_grid(colored(38), tmp_path / "g.png", labels, ["a", "bird", "c"], columns=7, title="selected")
     assert tiles(picture(tmp_path / "g.png"), (250, 20, 30)) == (3, 7)
     # the class with too many shows its first and its last
-    images = coloured(38)
+    images = colored(38)
     images[37] = torch.tensor([1, 2, 3], dtype=torch.uint8).view(3, 1, 1)
     report.image_grid(images, tmp_path / "g.png", labels, columns=7)
     assert tiles(picture(tmp_path / "g.png"), (1, 2, 3)) == (1, 1)
 
 
 def test_many_classes_are_thinned(tmp_path):
-    report.image_grid(coloured(100), tmp_path / "g.png", torch.arange(100))
+    report.image_grid(colored(100), tmp_path / "g.png", torch.arange(100))
     assert tiles(picture(tmp_path / "g.png"), (250, 20, 30)) == (20, 1)
 
 
 def test_names_and_titles_fit_into_the_picture(tmp_path):
     name = "W" * 30
-    report.image_grid(coloured(1), tmp_path / "g.png", torch.zeros(1, dtype=torch.int64), [name], title="t" * 60)
+    report.image_grid(colored(1), tmp_path / "g.png", torch.zeros(1, dtype=torch.int64), [name], title="t" * 60)
     image = picture(tmp_path / "g.png")
     for edge in (image[:, :3], image[:, -3:], image[:3], image[-3:]):
         assert (edge == 255).all()
@@ -79,7 +79,7 @@ def test_names_and_titles_fit_into_the_picture(tmp_path):
 
 def test_before_and_after(tmp_path):
     labels = torch.tensor([0, 0, 1, 1, 1])
-    before, after = coloured(5, (250, 0, 0)), coloured(5, (0, 0, 250)).float() / 255
+    before, after = colored(5, (250, 0, 0)), colored(5, (0, 0, 250)).float() / 255
     report.before_after(before / 255, after, labels, tmp_path / "b.png", ["cat", "dog"], columns=2)
     image = picture(tmp_path / "b.png")
     assert tiles(image, (250, 0, 0)) == (2, 2) and tiles(image, (0, 0, 250)) == (2, 2)
@@ -95,11 +95,11 @@ def test_wrong_pictures(tmp_path):
     with pytest.raises(TypeError, match="images is torch.int64; it must be torch.uint8, or float"):
         report.image_grid(torch.zeros(1, 3, 8, 8, dtype=torch.int64), path)
     with pytest.raises(ValueError, match=r"labels has shape \(2,\); it must be \(1,\)"):
-        report.image_grid(coloured(1), path, torch.tensor([0, 1]))
+        report.image_grid(colored(1), path, torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="columns is -1; allowed is 1 and above"):
-        report.image_grid(coloured(2), path, torch.tensor([0, 1]), columns=-1)
+        report.image_grid(colored(2), path, torch.tensor([0, 1]), columns=-1)
     with pytest.raises(ValueError, match="they must be equal"):
-        report.before_after(coloured(1), coloured(2), torch.tensor([0]), path)
+        report.before_after(colored(1), colored(2), torch.tensor([0]), path)
     with pytest.raises(ValueError, match="at least one"):
         report.plot_loss([], path)
     assert not list(tmp_path.iterdir())
@@ -153,11 +153,11 @@ def test_tables():
 
 def test_a_picture_of_each_class_with_all_its_images(tmp_path):
     labels = torch.tensor([2] * 5 + [0] * 30)
-    report.class_grids(coloured(35), labels, ["b/1", "x", "a"], tmp_path / "classes")
+    report.class_grids(colored(35), labels, ["b/1", "x", "a"], tmp_path / "classes")
     assert sorted(p.name for p in (tmp_path / "classes").iterdir()) == ["0_b_1.png", "2_a.png"]
     assert tiles(picture(tmp_path / "classes" / "0_b_1.png"), (250, 20, 30)) == (5, 6)
     with pytest.raises(OSError, match="cannot write .*classes"):
-        report.class_grids(coloured(35), labels, ["b/1", "x", "a"], tmp_path / "classes")
+        report.class_grids(colored(35), labels, ["b/1", "x", "a"], tmp_path / "classes")
 
 
 @pytest.mark.parametrize(("channels", "size", "classes"), [(1, (28, 28), 10), (3, (64, 64), 200), (3, (24, 40), 3)])
@@ -185,5 +185,5 @@ def test_sets_of_every_shape_and_with_soft_labels_can_be_looked_at(tmp_path, cha
         number = int(path.rpartition("/")[2].partition("_")[0])
         assert label == (number + 1) % classes
         pixels = np.array(Image.open(path)) / 255
-        expected = subset.denormalised()[number].permute(1, 2, 0).squeeze(2).numpy()
+        expected = subset.denormalized()[number].permute(1, 2, 0).squeeze(2).numpy()
         assert np.abs(pixels - expected).max() <= 0.5 / 255 + 1e-6

@@ -160,7 +160,6 @@ class Fading(Method):
     settings_type = Settings
     def optimizer(self):
         return torch.optim.SGD([self.images], lr=self.settings.speed)
-    optimiser = optimizer
     def loss(self, iteration, generator):
         return self.images.square().sum()
 

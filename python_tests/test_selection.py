@@ -24,13 +24,13 @@ def small_data(labels=(0, 1, 0, 1, 2, 2)):
 
 def test_window_by_hand():
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 0, 1])
-    hardness = torch.tensor([0.1, 0.5, 0.3, 0.2, 1, 2, 3, 4, 0.4, 2.5])
+    difficulty = torch.tensor([0.1, 0.5, 0.3, 0.2, 1, 2, 3, 4, 0.4, 2.5])
     # class 0, hardest first: 1 8 2 3 0; class 1: 7 6 9 5 4
-    assert window(hardness, labels, 2, 0.0).tolist() == [1, 8, 7, 6]
-    assert window(hardness, labels, 2, 0.2).tolist() == [8, 2, 6, 9]
-    assert window(hardness, labels, 2, 0.6).tolist() == [3, 0, 5, 4]
-    assert window(hardness, labels, 2, 0.5, "ipc").tolist() == [8, 2, 6, 9]
-    assert window(hardness, labels, 2, 1.5, "ipc").tolist() == [3, 0, 5, 4]
+    assert window(difficulty, labels, 2, 0.0).tolist() == [1, 8, 7, 6]
+    assert window(difficulty, labels, 2, 0.2).tolist() == [8, 2, 6, 9]
+    assert window(difficulty, labels, 2, 0.6).tolist() == [3, 0, 5, 4]
+    assert window(difficulty, labels, 2, 0.5, "ipc").tolist() == [8, 2, 6, 9]
+    assert window(difficulty, labels, 2, 1.5, "ipc").tolist() == [3, 0, 5, 4]
 
 
 def test_equal_difficulties_keep_their_order():
@@ -39,41 +39,41 @@ def test_equal_difficulties_keep_their_order():
 
 
 @st.composite
-def labelled_difficulties(draw):
+def labeled_difficulties(draw):
     counts = draw(st.lists(st.integers(1, 30), min_size=1, max_size=5))
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     labels = labels[torch.randperm(len(labels), generator=g)]
     levels = draw(st.sampled_from([2, 5, 1000]))  # few levels: many ties
-    hardness = torch.randint(levels, (len(labels),), generator=g) / levels
-    return labels, hardness, counts
+    difficulty = torch.randint(levels, (len(labels),), generator=g) / levels
+    return labels, difficulty, counts
 
 
 @settings(max_examples=80, deadline=None)
-@given(labelled_difficulties(), st.data())
+@given(labeled_difficulties(), st.data())
 def test_window_properties(case, data):
-    labels, hardness, counts = case
+    labels, difficulty, counts = case
     ipc = data.draw(st.integers(1, min(counts)))
     beta = data.draw(st.sampled_from(beta_grid(min(counts), ipc)))
-    indices = window(hardness, labels, ipc, beta)
+    indices = window(difficulty, labels, ipc, beta)
     assert indices.dtype == torch.int64 and len(set(indices.tolist())) == ipc * len(counts)
     for label, chosen in enumerate(indices.view(-1, ipc)):
         members = [i for i in range(len(labels)) if labels[i] == label]
-        ranked = sorted(members, key=lambda i: (-hardness[i].item(), i))
+        ranked = sorted(members, key=lambda i: (-difficulty[i].item(), i))
         skip = math.floor(beta * len(members) + 1e-6)
         assert chosen.tolist() == ranked[skip : skip + ipc]
 
 
 @settings(max_examples=80, deadline=None)
-@given(labelled_difficulties(), st.data())
+@given(labeled_difficulties(), st.data())
 def test_window_of_the_public_code(case, data):
-    labels, hardness, counts = case
+    labels, difficulty, counts = case
     ipc = data.draw(st.integers(1, min(counts)))
     skip = data.draw(st.integers(0, min(counts) - ipc))
-    indices = window(hardness, labels, ipc, skip / ipc, "ipc")
+    indices = window(difficulty, labels, ipc, skip / ipc, "ipc")
     for label, chosen in enumerate(indices.view(-1, ipc)):
         members = (labels == label).nonzero().squeeze(1)
-        ranked = members[hardness[members].argsort(descending=True, stable=True)]
+        ranked = members[difficulty[members].argsort(descending=True, stable=True)]
         assert chosen.tolist() == ranked[skip : skip + ipc].tolist()
 
 
@@ -115,31 +115,31 @@ def test_split_keeps_the_hardest(ipc, classes, alpha):
 
 
 def test_window_errors():
-    labels, hardness = torch.tensor([0, 0, 0, 1, 1]), torch.arange(5.0)
+    labels, difficulty = torch.tensor([0, 0, 0, 1, 1]), torch.arange(5.0)
     with pytest.raises(ValueError, match="class 1 is empty: labels go to 2"):
-        window(hardness, torch.tensor([0, 0, 2, 2, 2]), 1, 0)
+        window(difficulty, torch.tensor([0, 0, 2, 2, 2]), 1, 0)
     for ipc in (0, 3):
         with pytest.raises(ValueError, match=f"ipc is {ipc}; allowed is 1 to 2, the size of class 1, the smallest"):
-            window(hardness, labels, ipc, 0)
+            window(difficulty, labels, ipc, 0)
     with pytest.raises(ValueError, match=r"beta 0.7 runs past class 0: .* allowed is a beta of at most 0.33"):
-        window(hardness, labels, 2, 0.7)
+        window(difficulty, labels, 2, 0.7)
     with pytest.raises(ValueError, match=r"beta 3 runs past class 0: .* at most 2"):
-        window(hardness, labels, 1, 3, "ipc")
+        window(difficulty, labels, 1, 3, "ipc")
     for beta in (-0.1, 1.5, math.nan):
         with pytest.raises(ValueError, match="allowed is 0 to 1"):
-            window(hardness, labels, 1, beta)
+            window(difficulty, labels, 1, beta)
     with pytest.raises(ValueError, match="beta_unit is 'share'; allowed are"):
-        window(hardness, labels, 1, 0, "share")
+        window(difficulty, labels, 1, 0, "share")
     with pytest.raises(ValueError, match=r"difficulty has shape \(4,\)"):
-        window(hardness[:4], labels, 1, 0)
+        window(difficulty[:4], labels, 1, 0)
     with pytest.raises(ValueError, match="difficulty holds 2 values that are NaN or infinite"):
         window(torch.tensor([0, math.nan, 1, math.inf, 2]), labels, 1, 0)
     with pytest.raises(TypeError, match="labels is torch.int32"):
-        window(hardness, labels.int(), 1, 0)
+        window(difficulty, labels.int(), 1, 0)
     with pytest.raises(ValueError, match="labels holds values from -1 to 1"):
-        window(hardness, torch.tensor([0, -1, 0, 1, 1]), 1, 0)
+        window(difficulty, torch.tensor([0, -1, 0, 1, 1]), 1, 0)
     with pytest.raises(ValueError, match=r"labels has shape \(5, 1\)"):
-        window(hardness, labels[:, None], 1, 0)
+        window(difficulty, labels[:, None], 1, 0)
     with pytest.raises(ValueError, match="alpha is 1.1"):
         split(torch.arange(4), 2, 1.1)
     with pytest.raises(ValueError, match=r"\(5,\); it must be \(classes \* ipc,\) with ipc 2"):

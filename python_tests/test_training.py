@@ -63,7 +63,7 @@ def test_learning_rate_schedules():
 
 def test_training_stops_when_the_loss_is_not_finite(digits):
     model = models.build("MLP", 1, 10, (8, 8))
-    images = digits.normalise(digits.train.images)
+    images = digits.normalize(digits.train.images)
     with pytest.raises(FloatingPointError, match="lr 1e[+]30"):
         train(model, images.__getitem__, digits.train.labels, Training(epochs=3, lr=1e30), nothing, generator(0))
 
@@ -79,7 +79,7 @@ def test_combined_augmentation_treats_real_and_distilled_images_differently():
     assert torch.equal(flipped_or_same, ~mask[indices])
 
 
-def test_experts_start_at_their_initialisation_and_depend_on_their_number_alone(digits, experts, tmp_path):
+def test_experts_start_at_their_initialization_and_depend_on_their_number_alone(digits, experts, tmp_path):
     settings = tiny_run().experts
     first = Context(digits).network(MODEL, "expert", 0)
     assert torch.equal(experts.row(0, 0), flat.flatten(first.parameters()).detach())
@@ -124,7 +124,7 @@ def test_scores_put_the_hard_images_first(digits, source):
     scores = compute_scores(Context(digits), settings)
     assert scores.shape == (len(digits.train.labels),) and scores.dtype == torch.float32
     other = Context(digits, 5).network(MODEL)
-    images = digits.normalise(digits.train.images)
+    images = digits.normalize(digits.train.images)
     train(other, images.__getitem__, digits.train.labels, settings.training, nothing, generator(5))
     with torch.no_grad():
         loss = F.cross_entropy(other(images), digits.train.labels, reduction="none")
@@ -186,7 +186,7 @@ def test_streams_are_independent_and_leave_the_global_generator_alone(digits):
 
 
 def test_dropout_follows_from_the_generator_and_leaves_the_global_one_alone(digits):
-    images, trained = digits.normalise(digits.train.images), []
+    images, trained = digits.normalize(digits.train.images), []
     before = torch.get_rng_state()
     for seed in (1, 1, 2):
         linear = models.build("MLP", 1, 10, (8, 8), generator=generator(0))

@@ -179,7 +179,7 @@ def test_the_model_is_left_alone():
 
 
 class Odd(nn.Module):
-    """Shared, unused and normalised weights, a buffer, and dropout: what foreign modules come with."""
+    """Shared, unused and normalized weights, a buffer, and dropout: what foreign modules come with."""
 
     def __init__(self):
         super().__init__()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from selmatch_ext.data.images import denormalise
+from selmatch_ext.data.images import denormalize
 from selmatch_ext.data.load import load, load_data
 from selmatch_ext.data.whitening import Whitening, fit_whitening
 from selmatch_ext.settings import Data
@@ -16,7 +16,7 @@ def images(n=200):
 
 
 def test_formula():
-    """U (S + 0.1)^-1/2 U^T of the covariance, from the singular values of the centred images."""
+    """U (S + 0.1)^-1/2 U^T of the covariance, from the singular values of the centered images."""
     x = images()
     flat = x.flatten(1).double() - x.flatten(1).double().mean(0)
     _, s, v = torch.linalg.svd(flat, full_matrices=False)
@@ -38,9 +38,9 @@ def test_what_it_is_for():
 def test_a_data_set_is_whitened_from_its_training_split():
     data = load_data(Data("digits", zca=True), seed=0)
     plain = load("digits")
-    w = fit_whitening(plain.normalise(plain.train.images))
-    torch.testing.assert_close(data.normalise(data.test.images), w(plain.normalise(plain.test.images)))
-    shown = denormalise(data.normalise(data.test.images), data.mean, data.std, data.whitening)
+    w = fit_whitening(plain.normalize(plain.train.images))
+    torch.testing.assert_close(data.normalize(data.test.images), w(plain.normalize(plain.test.images)))
+    shown = denormalize(data.normalize(data.test.images), data.mean, data.std, data.whitening)
     assert torch.equal((shown * 255).round().byte(), data.test.images)
 
 

@@ -171,9 +171,9 @@ def report_(path: Positional[Path], *, out: Path, columns: int = 10) -> None:
     """
     subset = DistilledSet.load(path)
     if out.suffix.lower() == ".png":
-        report.image_grid(subset.denormalised(), out, subset.hard_labels, subset.class_names, columns, subset.method)
+        report.image_grid(subset.denormalized(), out, subset.hard_labels, subset.class_names, columns, subset.method)
     else:
-        report.class_grids(subset.denormalised(), subset.hard_labels, subset.class_names, out)
+        report.class_grids(subset.denormalized(), subset.hard_labels, subset.class_names, out)
     say(out)
 
 

@@ -35,4 +35,4 @@ class Context:
     def real_images(self, split: str = "train") -> Callable[[Tensor], Tensor]:
         """Indices (b,) -> normalized images (b, C, H, W) of the split, which stays on the device as uint8."""
         images = getattr(self.data, split).images.to(self.device)
-        return lambda indices: self.data.normalise(images[indices])
+        return lambda indices: self.data.normalize(images[indices])

@@ -24,7 +24,7 @@ from selmatch_ext.training import combined_augmenter, predict, train
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Test accuracies in % of independently initialised networks."""
+    """Test accuracies in % of independently initialized networks."""
 
     values: list[float]
 
@@ -54,8 +54,8 @@ def evaluate(
     on each of `groups`, (m,) bool masks of test images. A set with a schedule (DD) is trained on as that says, by one
     network for each of its starts at most: more would be the same again.
 
-    Network k depends on `seed` and k alone, so that different sets are compared on the same initialisations and
-    orders. The data are normalised the way the set is. record: a JSON file that keeps finished networks; a killed
+    Network k depends on `seed` and k alone, so that different sets are compared on the same initializations and
+    orders. The data are normalized the way the set is. record: a JSON file that keeps finished networks; a killed
     evaluation goes on after them. Raises ValueError when it belongs to another set or other settings, or the set is of
     another kind of images or of other classes than the data."""
     context = replace(context, data=seen_as(subset, context.data))

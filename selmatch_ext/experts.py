@@ -22,7 +22,7 @@ from selmatch_ext.training import train_on_real
 def train_experts(context: Context, settings: Experts, folder: str | Path) -> ExpertStore:
     """Trains the experts that `folder` still lacks and returns the store (MTT, arXiv 2203.11932, section 3.1).
 
-    Row 0 of a trajectory is the initialisation, row e the parameters after epoch e. A killed run goes on with the
+    Row 0 of a trajectory is the initialization, row e the parameters after epoch e. A killed run goes on with the
     missing experts; expert i depends on the seed and i alone. Of several processes each trains every world-th expert.
     Raises ValueError when the folder holds experts of another network, of other images or labels (whatever the data set
     is called), of whitened images or plain ones, or made with other settings."""
@@ -69,12 +69,12 @@ def expert_network(store: ExpertStore, context: Context) -> torch.nn.Module:
 
 
 def expert_logits(store: ExpertStore, context: Context, images: Tensor) -> Tensor:
-    """(n, K) logits that expert 0 at its last epoch gives normalised images (n, C, H, W); no gradient. BatchNorm, of
+    """(n, K) logits that expert 0 at its last epoch gives normalized images (n, C, H, W); no gradient. BatchNorm, of
     which trajectories hold no statistics, takes them from 16 real images per class."""
     model, data = expert_network(store, context).to(images.dtype), context.data
     flat.load(model, store.row(0, store.epochs))
     model.eval()  # first: no dropout in the statistics either
     seen = data.train.images[data.sample_each(16, context.generator("statistics"))]
     with torch.no_grad(), precision_scope("float32", context.device):
-        freeze_statistics(model, data.normalise(seen, context.device, images.dtype))
+        freeze_statistics(model, data.normalize(seen, context.device, images.dtype))
         return torch.cat([model(x.to(context.device)) for x in images.split(256)])

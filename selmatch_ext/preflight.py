@@ -72,7 +72,7 @@ def check_networks(settings: Any, data: ImageData) -> None:
         prefix, _, field = name.rpartition(".")
         batch = batches.get(f"{prefix}.")
         if field == "model" and batch is not None and batch[1] == 1:
-            if refuses_one_image(built[model], data.normalise(data.train.images[:1])):
+            if refuses_one_image(built[model], data.normalize(data.train.images[:1])):
                 raise ValueError(
                     f"{batch[0]} is 1, and BatchNorm of {model} needs two images at a time; allowed is 2 and above"
                 )

@@ -146,11 +146,11 @@ def plot_coverage(results: Mapping[str, Mapping[str, Sequence[float]]], path: st
         axes.set(title=f"{group} test images", xlabel="" if alone else "iteration")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        for (name, found), colour in zip(results.items(), _colours(len(results)), strict=True):
+        for (name, found), color in zip(results.items(), _colors(len(results)), strict=True):
             if len(found["iterations"]) == 1:
-                axes.axhline(found[group][0], color=colour, linestyle="--", linewidth=1.5, label=_shown(name))
+                axes.axhline(found[group][0], color=color, linestyle="--", linewidth=1.5, label=_shown(name))
             else:
-                axes.plot(found["iterations"], found[group], color=colour, marker="o", markersize=4, label=_shown(name))
+                axes.plot(found["iterations"], found[group], color=color, marker="o", markersize=4, label=_shown(name))
         axes.xaxis.set_major_locator(_whole_numbers())
         axes.set_ylim(bottom=0)
         if alone:
@@ -163,7 +163,7 @@ def plot_coverage(results: Mapping[str, Mapping[str, Sequence[float]]], path: st
 def plot_bars(
     results: Mapping[str, Mapping[str, tuple[float, float]]], path: str | os.PathLike, ylabel: str, xlabel: str = ""
 ) -> None:
-    """Writes groups of bars beside each other, a colour for each series.
+    """Writes groups of bars beside each other, a color for each series.
 
     results: {series: {group: (mean, standard deviation)}}; every series has the same groups.
     """
@@ -174,7 +174,7 @@ def plot_bars(
     for i, (name, values) in enumerate(results.items()):
         x = np.arange(len(groups)) + (i - (len(results) - 1) / 2) * width
         means, stds = zip(*(values[group] for group in groups), strict=True)
-        bars = {"color": _colours(len(results))[i], "ecolor": "#333333", "capsize": 2, "label": _shown(name)}
+        bars = {"color": _colors(len(results))[i], "ecolor": "#333333", "capsize": 2, "label": _shown(name)}
         axes.bar(x, means, 0.92 * width, yerr=stds, **bars)
     axes.set_xticks(range(len(groups)), map(_shown, groups), rotation=20 if max(map(len, groups)) > 8 else 0)
     axes.set_axisbelow(True)
@@ -188,9 +188,9 @@ def plot_curves(
 ) -> None:
     """Writes a curve with error bars for each series. results: {series: {x: (mean, standard deviation)}}."""
     figure, axes = _plot(xlabel, ylabel)
-    for (name, values), colour in zip(results.items(), _colours(len(results)), strict=True):
+    for (name, values), color in zip(results.items(), _colors(len(results)), strict=True):
         means, stds = zip(*values.values(), strict=True)
-        line = {"color": colour, "marker": "o", "markersize": 5, "capsize": 3, "label": _shown(name)}
+        line = {"color": color, "marker": "o", "markersize": 5, "capsize": 3, "label": _shown(name)}
         axes.errorbar(list(values), means, yerr=stds, **line)
     axes.xaxis.set_major_locator(_whole_numbers())
     if len(results) > 1:
@@ -360,8 +360,8 @@ def _plot(xlabel: str, ylabel: str, title: str | None = None):
     return figure, axes
 
 
-def _colours(count: int) -> list[str]:
-    """As many colours, told apart by hue; they repeat after eight."""
+def _colors(count: int) -> list[str]:
+    """As many colors, told apart by hue; they repeat after eight."""
     palette = [BLUE, ORANGE, "#2e8b57", "#8e44ad", "#b8860b", "#c0392b", "#17a2b8", "#7f8c8d"]
     return [palette[i % len(palette)] for i in range(count)]
 

@@ -224,7 +224,7 @@ def _write_report(
     say(f"\n{title}\n{report.table(rows)}")
     _plot_windows(chosen, folder)
     start, learned, names = chosen.images, distilled.distilled, distilled.class_names
-    before, after, labels = start.denormalised(), distilled.denormalised(), start.hard_labels
+    before, after, labels = start.denormalized(), distilled.denormalized(), start.hard_labels
     if not learned.all():
         kept = before[~learned], folder / "selected.png", labels[~learned], names
         attempt(report.image_grid, *kept, title="selected: kept as they are")

@@ -36,7 +36,7 @@ def follow_schedule(
     flat.load(model, unrolled_sgd(model, start.to(device), images, labels, list(schedule.batches), rates))
     seen = [(data.train.labels == c).nonzero().squeeze(1)[:16] for c in range(data.classes)]
     with precision_scope("float32", device):
-        freeze_statistics(model, data.normalise(data.train.images[torch.cat(seen)], device))
+        freeze_statistics(model, data.normalize(data.train.images[torch.cat(seen)], device))
     return model.eval()
 
 

@@ -104,7 +104,7 @@ class Experts(Checked):
     """The network of experts and students; a name of selmatch_ext.models.names(), torchvision:NAME, timm:NAME, or a
     function of yours, package.module:function."""
     count: Count = 100
-    """Trajectories, each from an initialisation of its own."""
+    """Trajectories, each from an initialization of its own."""
     strategy: str = DSA
     """Augmentation while they train: names joined by _, one of them drawn per batch; none for none."""
     training: Training = Training()
@@ -181,7 +181,7 @@ class Evaluation(Checked):
     model: str = "ResNet18BN"
     """The network that is trained; named as in experts.model."""
     networks: Count = 5
-    """Networks trained, each from an initialisation of its own."""
+    """Networks trained, each from an initialization of its own."""
     distilled_strategy: str = DSA
     """Augmentation of distilled images: one operation, drawn per sample."""
     selected_strategy: str | None = "simple"
@@ -220,7 +220,7 @@ class Search(Checked):
     widths: tuple[Channels, ...] = (32, 64, 128, 256)
     """Channels of every block."""
     norms: tuple[str, ...] = ("NN", "BN", "LN", "IN", "GN")
-    """Normalisations: NN none, BN batch, LN layer, IN instance, GN group."""
+    """Normalizations: NN none, BN batch, LN layer, IN instance, GN group."""
     activations: tuple[str, ...] = ("AS", "AR", "AL")
     """AS sigmoid, AR ReLU, AL leaky ReLU."""
     poolings: tuple[str, ...] = ("NP", "MP", "AP")

@@ -20,7 +20,7 @@ from selmatch_ext.seeds import global_stream
 from selmatch_ext.settings import Training
 from selmatch_ext.stages import stage
 
-Take = Callable[[Tensor], Tensor]  # indices (b,) -> images (b, C, H, W), normalised
+Take = Callable[[Tensor], Tensor]  # indices (b,) -> images (b, C, H, W), normalized
 Augmenter = Callable[[Tensor, torch.Generator], Augmentation]  # indices (b,), generator -> what to do with each image
 
 
@@ -67,11 +67,11 @@ def train(
     batches = _batches(model, take, labels, settings)
     backward = "tf32" if settings.precision == "tf32" else "float32"  # bfloat16 follows the forward pass
     network = None
-    optimiser = torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
     )
     for epoch in range(settings.epochs):
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, epoch)
         model.train()
         with global_stream(generator, device):
@@ -82,10 +82,10 @@ def train(
                     x = augment(take(indices), p)
                     network = fast(model, x, settings.precision) if network is None else network
                     loss = F.cross_entropy(network(x), labels[indices])
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 with precision_scope(backward, device):
                     loss.backward()
-                optimiser.step()
+                optimizer.step()
         if not math.isfinite(loss.item()):
             raise FloatingPointError(
                 f"training stopped: the loss of epoch {epoch + 1} is {loss.item()} at lr {settings.lr}; "

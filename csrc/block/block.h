@@ -10,7 +10,7 @@
 //   at = act'(n) unpool(gt) + act''(n) nt unpool(g),  qt = gamma_t a + gamma at
 //   g_gamma_t = sum (at zh + a zht),  g_beta_t = sum at
 //   g_z_t = r (qt - m(qt) - zht m(q zh) - zh m(qt zh + q zht)) - r s g_z
-// Everything is recomputed from z and a few statistics; no mask and no normalised copy is stored. No ATen here.
+// Everything is recomputed from z and a few statistics; no mask and no normalized copy is stored. No ATen here.
 #pragma once
 
 #include "cpu_work.h"
@@ -62,7 +62,7 @@ struct BlockCall {
 inline int64_t block_rows(const BlockCall& call) { return call.norm == kBlockSampleNorm ? call.batch : 1; }
 inline bool block_is_dual(int pass) { return pass == kBlockDualForward || pass == kBlockDualBackward; }
 
-// Count, mean and centred sums of one channel of one image or of several together.
+// Count, mean and centered sums of one channel of one image or of several together.
 struct BlockMoments {
   double count, mean, squares, mean_t, products;
 

@@ -229,7 +229,7 @@ struct BlockLoops {
     return s;
   }
 
-  // The normalised pixels of a cell; parameters[k] is pixel k's.
+  // The normalized pixels of a cell; parameters[k] is pixel k's.
   template <typename V, int kPixels, bool kDual>
   SELMATCH_HD void points(const BlockChannel<V>& channel, const S* z, const S* zt, const S* zt_more,
                           const BlockCell& cell, int c, BlockParameters<V>* parameters, BlockPoint<V>* result) const {

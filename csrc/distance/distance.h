@@ -1,4 +1,4 @@
-// The normalised distance of matching training trajectories,
+// The normalized distance of matching training trajectories,
 //   value = N / D,  N = sum (student - target)^2,  D = sum (start - target)^2   (METHODS.md section 2),
 // over a list of tensors ("pieces") that lie anywhere in memory. Sums are taken in double, row by row; the rows are the
 // same whatever the number of threads and are added in order, so the same input gives the same bits.

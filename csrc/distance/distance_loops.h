@@ -25,7 +25,7 @@ void stream_student_gradient(const DistancePiece<T>& piece, int64_t begin, int64
   }
 }
 
-// The common case has loops of its own, which vectorise. streamed: the gradients are larger than the caches.
+// The common case has loops of its own, which vectorize. streamed: the gradients are larger than the caches.
 template <typename T>
 void distance_gradient(const DistancePiece<T>& piece, int64_t begin, int64_t end, DistanceWeights<T> weights,
                        bool streamed) {

@@ -40,7 +40,7 @@ template <typename T>
 struct DsaStep {
   int op;     // DsaOp; kDsaNone where nothing changes
   int i[4];   // shift: rows, columns; box: first row, end row, first column, end column
-  T f[6];     // colour: of the pixel, of its channel sum, of the image's sum, offset;
+  T f[6];     // color: of the pixel, of its channel sum, of the image's sum, offset;
               // affine: column = f0 j + f1 i + f2, row = f3 j + f4 i + f5, in pixels, where (i, j) samples x
   bool turn;  // affine: the transpose is wanted
 };
@@ -51,7 +51,7 @@ SELMATCH_HD int dsa_clamp(T value, int low, int high) {
   return value > static_cast<T>(low) ? (value < static_cast<T>(high) ? static_cast<int>(value) : high) : low;
 }
 
-// Pixel (i, j) of an H x W image has normalised coordinates 2 j / (W - 1) - 1 and 2 i / (H - 1) - 1, or 0 on a side of
+// Pixel (i, j) of an H x W image has normalized coordinates 2 j / (W - 1) - 1 and 2 i / (H - 1) - 1, or 0 on a side of
 // one pixel (affine_grid and grid_sample with align_corners=True).
 template <typename T>
 SELMATCH_HD void dsa_affine_step(T a, T b, T c, T d, int height, int width, DsaStep<T>* step) {

@@ -72,7 +72,7 @@ struct Loops {
     }
   }
 
-  // --- colour --------------------------------------------------------------------------------------------------------
+  // --- color --------------------------------------------------------------------------------------------------------
 
   // Fills scratch.sums with each pixel's sum over the channels, and returns the sum of them all.
   T channel_sums(const T* src) const {
@@ -200,7 +200,7 @@ struct Loops {
 
   // --- affine, separable (rotation and shear 0): a band matrix along the rows and one along the columns --------------
 
-  // Result q is the sum of weight * in[index] over used[q] taps. Sampling takes two neighbours; one off the line weighs
+  // Result q is the sum of weight * in[index] over used[q] taps. Sampling takes two neighbors; one off the line weighs
   // nothing.
   static void make_sampling_taps(T slope, T offset, int size, DsaTaps<T>* taps) {
     int* __restrict used = taps->used, * __restrict left = taps->index, * __restrict right = left + taps->stride;
@@ -221,7 +221,7 @@ struct Loops {
     taps->count = 2;
   }
 
-  // The transpose: output j, which sampled between two neighbours, is a tap of both. False where one gets more than
+  // The transpose: output j, which sampled between two neighbors, is a tap of both. False where one gets more than
   // kDsaMaxTaps.
   static bool make_scattering_taps(T slope, T offset, int size, DsaTaps<T>* taps) {
     int* __restrict used = taps->used, * __restrict index = taps->index;
@@ -405,7 +405,7 @@ struct Loops {
   int grid_width() const { return width + 3; }
 
   // For output row i: which grid pixel is the upper left of the four sampled, and the weights of its right and lower
-  // neighbours. Positions off the image are moved onto the border.
+  // neighbors. Positions off the image are moved onto the border.
   void place_row(const DsaStep<T>& step, int i) const {
     int* __restrict index = scratch.index;
     T* __restrict right = scratch.right, * __restrict down = scratch.down;

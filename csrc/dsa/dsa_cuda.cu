@@ -36,16 +36,16 @@ struct Result {
   SELMATCH_DEVICE void put(int c, int p, T value) const { narrow(value, data + c * stride[1] + place(p)); }
 };
 
-// Bilinear sampling at one place: four neighbours, of which those off the image have weight 0.
+// Bilinear sampling at one place: four neighbors, of which those off the image have weight 0.
 template <typename T>
-struct Neighbours {
+struct Neighbors {
   int index[4];
   T weight[4];
 };
 
 template <typename T>
-SELMATCH_DEVICE Neighbours<T> neighbours(const DsaStep<T>& step, int i, int j, int height, int width) {
-  Neighbours<T> result = {};
+SELMATCH_DEVICE Neighbors<T> neighbors(const DsaStep<T>& step, int i, int j, int height, int width) {
+  Neighbors<T> result = {};
   const T column = step.f[0] * j + step.f[1] * i + step.f[2], row = step.f[3] * j + step.f[4] * i + step.f[5];
   if (!(column > T(-1) && column < T(width) && row > T(-1) && row < T(height))) {
     return result;
@@ -143,7 +143,7 @@ SELMATCH_DEVICE void apply(const DsaStep<T>& step, int channels, int height, int
       continue;
     }
     if (step.op == kDsaAffine) {
-      const Neighbours<T> near = neighbours(step, i, j, height, width);
+      const Neighbors<T> near = neighbors(step, i, j, height, width);
       for (int c = 0; c < channels; ++c) {
         T sum = 0;
         for (int k = 0; k < 4; ++k) {

@@ -38,7 +38,7 @@ Color = tuple[int, int, int]
 
 @dataclass
 class Picture:
-    """A decoded image. pixels: (C, H, W) uint8, or uint16 of a file of 16 bits a channel; C is 1 for grey or 3.
+    """A decoded image. pixels: (C, H, W) uint8, or uint16 of a file of 16 bits a channel; C is 1 for gray or 3.
 
     alpha: (H, W) uint8 where a 16-bit file has transparent pixels; `pixels` are then multiplied by alpha / 255.
     frames: whether the file has more frames than this first one.
@@ -72,8 +72,8 @@ class Levels:
             scaled = (picture.pixels.astype(np.float32) - self.low) * (255 / (self.high - self.low))
             pixels = scaled.round().clip(0, 255)
         if picture.alpha is not None:
-            grey = len(pixels) == 1 and len(set(background)) == 1
-            behind = np.array(background[:1] if grey else background, np.float32).reshape(-1, 1, 1)
+            gray = len(pixels) == 1 and len(set(background)) == 1
+            behind = np.array(background[:1] if gray else background, np.float32).reshape(-1, 1, 1)
             pixels = (pixels + behind * (1 - picture.alpha / np.float32(255))).round().clip(0, 255)
         return pixels.astype(np.uint8)
 
@@ -175,15 +175,15 @@ def _eight_bits(image: Image.Image, background: Color) -> Image.Image:
     """`image` in PIL mode L or RGB."""
     if image.mode == "F":
         raise ValueError("floating-point pixels; allowed are 8 and 16 bits a channel")
-    grey = image.mode in ("1", "L", "LA", "La")
+    gray = image.mode in ("1", "L", "LA", "La")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         if image.mode in ("La", "RGBa"):  # premultiplied
             image = image.convert(image.mode.upper())
         image = _in_mode(image, "RGBA")
         behind = Image.new("RGB", image.size, background)
         behind.paste(image, mask=image.getchannel("A"))  # takes less memory than Image.alpha_composite
-        image, grey = behind, grey and len(set(background)) == 1
-    return _in_mode(image, "L" if grey else "RGB")
+        image, gray = behind, gray and len(set(background)) == 1
+    return _in_mode(image, "L" if gray else "RGB")
 
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -227,7 +227,7 @@ def _deep_planes(image: Image.Image, content: bytes) -> tuple[np.ndarray, np.nda
 
 
 def _sixteen_bits(image: Image.Image, content: bytes) -> np.ndarray:
-    """(H, W, C) uint16 levels of a color file, or of a grey one with alpha, of 16 bits a channel.
+    """(H, W, C) uint16 levels of a color file, or of a gray one with alpha, of 16 bits a channel.
 
     Pillow unpacks one byte of each level, and the tiles' raw mode says which one. So the file is read twice, the second
     time with the bytes swapped.
@@ -248,7 +248,7 @@ def _sixteen_bits(image: Image.Image, content: bytes) -> np.ndarray:
         low = np.asarray(again)
     high = np.asarray(image)
     if high.ndim != 3 or high.shape != low.shape:
-        raise ValueError(f"16 bits a channel in mode {image.mode}; allowed are grey, RGB and these with alpha")
+        raise ValueError(f"16 bits a channel in mode {image.mode}; allowed are gray, RGB and these with alpha")
     return high.astype(np.uint16) << 8 | low
 
 

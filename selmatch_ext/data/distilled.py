@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from selmatch_ext import strict_json
-from selmatch_ext.data.images import ImageData, check_labels, denormalise
+from selmatch_ext.data.images import ImageData, check_labels, denormalize
 from selmatch_ext.data.whitening import Whitening
 from selmatch_ext.files import atomic_write, json_field, load_tensors, save_tensors
 from selmatch_ext.settings import SELECTIONS
@@ -69,7 +69,7 @@ class Schedule:
 class DistilledSet:
     """A small training set.
 
-    images: (n, C, H, W) float32, normalised with `mean` and `std`. labels: (n,) int64, or (n, K) float probabilities
+    images: (n, C, H, W) float32, normalized with `mean` and `std`. labels: (n,) int64, or (n, K) float probabilities
     that sum to 1. distilled: (n,) bool, True where the image was learned, False where it is a real one. lr: the learned
     step size η, above 0, if one was learned.
     mean, std: (C,) float32. class_names: K names. method: how it was made. settings: every setting, JSON-able.
@@ -97,7 +97,7 @@ class DistilledSet:
         if self.indices is None:
             self.indices = torch.full((n,), -1)
         if self.images.dtype != torch.float32:
-            raise TypeError(f"images is {self.images.dtype}; it must be torch.float32, normalised")
+            raise TypeError(f"images is {self.images.dtype}; it must be torch.float32, normalized")
         if self.images.ndim != 4 or 0 in self.images.shape:
             raise ValueError(f"images has shape {tuple(self.images.shape)}; it must be (n, C, H, W), none of them 0")
         if not self.images.isfinite().all():
@@ -152,7 +152,7 @@ class DistilledSet:
         return self.labels.argmax(1) if self.labels.is_floating_point() else self.labels
 
     def digest(self) -> str:
-        """What identifies the set: a hash of its images, labels, mask, normalisation and schedule."""
+        """What identifies the set: a hash of its images, labels, mask, normalization and schedule."""
         tensors = [self.images, self.labels, self.distilled, self.mean, self.std]
         tensors += [t for name, t in sorted(self._optional().items()) if name != "lr"]
         digest = hashlib.sha256()
@@ -160,9 +160,9 @@ class DistilledSet:
             digest.update(t.contiguous().numpy())
         return digest.hexdigest()
 
-    def denormalised(self) -> Tensor:
+    def denormalized(self) -> Tensor:
         """Images as float in [0, 1], clamped: for looking at."""
-        return denormalise(self.images, self.mean, self.std, self.whitening)
+        return denormalize(self.images, self.mean, self.std, self.whitening)
 
     def _optional(self) -> dict[str, Tensor]:
         """The tensors that not every set has, by their names in the file."""
@@ -215,7 +215,7 @@ class DistilledSet:
             raise FileExistsError(f"{folder} exists and is not an empty folder; export makes a new one")
         if self.images.shape[1] not in (1, 3):
             raise ValueError(f"images have {self.images.shape[1]} channels; PNGs are made of 1 or 3")
-        pixels = (self.denormalised() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        pixels = (self.denormalized() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         names = folder_names(self.class_names)
         with atomic_write(folder) as temporary:
             for name in names:
@@ -265,7 +265,7 @@ def folder_names(class_names: list[str]) -> list[str]:
 def real_subset(data: ImageData, indices: Tensor, method: str) -> DistilledSet:
     """The training images at `indices` (n,) as a set with nothing distilled in it."""
     return DistilledSet(
-        images=data.normalise(data.train.images[indices]),
+        images=data.normalize(data.train.images[indices]),
         labels=data.train.labels[indices],
         distilled=torch.zeros(len(indices), dtype=torch.bool),
         lr=None,
@@ -292,7 +292,7 @@ def training_set(path: str | Path) -> DistilledSet:
 
 
 def seen_as(subset: DistilledSet, data: ImageData) -> ImageData:
-    """`data` with the normalisation of `subset`. ValueError when image shapes or class names differ."""
+    """`data` with the normalization of `subset`. ValueError when image shapes or class names differ."""
     if subset.images.shape[1:] != data.train.images.shape[1:]:
         raise ValueError(
             f"the set has images of shape {tuple(subset.images.shape[1:])}, {data.name} of "

@@ -108,7 +108,7 @@ def _decode_all(name: str, plan: Plan, options: Options) -> tuple[ImageData, lis
 
 
 class _Decoding:
-    """Decodes all images of a plan with threads into one uint8 tensor (n, C, H, W); C is 1 when all are grey, or 3."""
+    """Decodes all images of a plan with threads into one uint8 tensor (n, C, H, W); C is 1 when all are gray, or 3."""
 
     def __init__(self, name: str, plan: Plan, options: Options) -> None:
         self.name, self.options, self.contents = name, options, plan.contents
@@ -121,7 +121,7 @@ class _Decoding:
         self._check_memory(first)
         self.images = torch.empty((len(self.paths), 3, height, width), dtype=torch.uint8)
         self.deep: dict[int, Picture] = {}
-        self.grey, self.frames = [True] * len(self.paths), [False] * len(self.paths)
+        self.gray, self.frames = [True] * len(self.paths), [False] * len(self.paths)
 
     def run(self) -> tuple[Tensor, list[str]]:
         """The images, and what is to be said about them."""
@@ -135,7 +135,7 @@ class _Decoding:
             notes.append(
                 f"{self.name}: of {len(several)} files with several frames the first is used: {shortened(several)}"
             )
-        return self.images[:, :1].contiguous() if all(self.grey) else self.images, notes
+        return self.images[:, :1].contiguous() if all(self.gray) else self.images, notes
 
     def _decode(self, index: int) -> Picture:
         path = self.paths[index]
@@ -162,7 +162,7 @@ class _Decoding:
 
     def _put(self, index: int, pixels) -> None:
         self.images[index] = torch.from_numpy(pixels)  # one channel is repeated
-        self.grey[index] = len(pixels) == 1
+        self.gray[index] = len(pixels) == 1
 
     def _scale_deep(self) -> list[str]:
         """Scales 16-bit pictures to 8 bits by the range of those in the training split (in the test split, where the

@@ -79,7 +79,7 @@ class ImageData:
     """A data set: a training and a test split of equally sized images of the same classes.
 
     mean, std: (C,) float32, of the training split's pixels in [0, 1]; computed when not given.
-    whitening: ZCA of normalised images, which `normalise` then applies and `denormalise` undoes.
+    whitening: ZCA of normalized images, which `normalize` then applies and `denormalize` undoes.
     full: the data set that this one is a subset of, if it is one.
     Raises ValueError for labels outside the class names, for classes without images in either split, and for splits
     whose images have different channels or sizes.
@@ -145,13 +145,13 @@ class ImageData:
         """`sample` of every class, one after the other."""
         return torch.cat([self.sample(c, count, generator) for c in range(self.classes)])
 
-    def normalise(
+    def normalize(
         self, images: Tensor, device: torch.device | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """uint8 (…, C, H, W) -> (x / 255 - mean) / std of `dtype`, whitened where the data set is, on `device`
         (default: where the images are)."""
         if images.dtype != torch.uint8:
-            raise TypeError(f"images is {images.dtype}; normalise takes torch.uint8")
+            raise TypeError(f"images is {images.dtype}; normalize takes torch.uint8")
         images = images.to(device=device or images.device)
         pixels = (
             images.to(dtype)
@@ -163,7 +163,7 @@ class ImageData:
 
     def whitened(self) -> ImageData:
         """The same data set with ZCA whitening, fitted on its training split."""
-        return replace(self, whitening=fit_whitening(replace(self, whitening=None).normalise(self.train.images)))
+        return replace(self, whitening=fit_whitening(replace(self, whitening=None).normalize(self.train.images)))
 
     def subset(self, per_class: int, generator: torch.Generator) -> ImageData:
         """Keeps `per_class` random training images of every class, in their order, and the whole test split.
@@ -185,8 +185,8 @@ class ImageData:
         return ImageData(name, self.train.take(indices), self.test, self.class_names, full=full)
 
 
-def denormalise(images: Tensor, mean: Tensor, std: Tensor, whitening: Whitening | None = None) -> Tensor:
-    """Normalised float (…, C, H, W) -> float in [0, 1], clamped. mean, std: (C,)."""
+def denormalize(images: Tensor, mean: Tensor, std: Tensor, whitening: Whitening | None = None) -> Tensor:
+    """Normalized float (…, C, H, W) -> float in [0, 1], clamped. mean, std: (C,)."""
     if whitening is not None:
         images = whitening.undo(images)
     return (images * _per_channel(std, images) + _per_channel(mean, images)).clamp(0, 1)

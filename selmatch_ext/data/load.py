@@ -25,13 +25,13 @@ def load(spec: str, root: str | os.PathLike | None = None, *, seed: int = 0, **o
         `data`); fetched there only when `download` is true.
       - `imagefolder:PATH`: PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE (or `val` when there is no `test`). PATH is
         a folder, or an archive (.zip, .tar, .tar.gz, …), which is read without unpacking it. Images are ordered by
-        class name, then file name. They are RGB, or have one channel when every one of them is greyscale. Every still
+        class name, then file name. They are RGB, or have one channel when every one of them is grayscale. Every still
         image that Pillow decodes by itself is read: its first frame, turned as EXIF says. Files of 16 bits a channel
         are scaled by the bits that the training images use. Links are followed, inside an archive, and each folder is
         visited once. The log says what was skipped, and how 16-bit files were scaled. Class names are the folders'
         names as `selmatch_ext.data.names.readable` writes them.
       - `tinyimagenet:PATH`: the same, and also Tiny ImageNet's own layout with val/val_annotations.txt; tests on `val`.
-    resize: makes every image of a folder or archive this many pixels wide and high (scaled to fill, centre kept).
+    resize: makes every image of a folder or archive this many pixels wide and high (scaled to fill, center kept).
     cache: a folder that keeps the decoded images of folders and archives, one file per listing (names, sizes, times)
     and arguments.
     background: the color behind transparent pixels, a name (white, black, gray, …) or #rrggbb.

@@ -24,7 +24,7 @@ OPTION = "--experts-model"
 class ExpertStore:
     """A folder of expert trajectories, one file `expert_0000.safetensors` each with a (epochs + 1, P) float32 tensor.
 
-    Row 0 is the initialisation, row e the flat parameters after epoch e. Files are opened memory-mapped, and each row
+    Row 0 is the initialization, row e the flat parameters after epoch e. Files are opened memory-mapped, and each row
     has a checksum of its own, so that `row` reads and verifies that row alone: a store may have many gigabytes. All
     experts of a store have the same epochs, P, model name and data set; those trained here also say of which training
     images (`images`, the digest of the split) and whether whitened (`zca`), which imported ones cannot.
@@ -95,7 +95,7 @@ class ExpertStore:
                 )
 
     def row(self, expert: int, epoch: int) -> Tensor:
-        """Parameters (P,) float32 of an expert after `epoch` epochs; 0 = its initialisation. Reads only that row.
+        """Parameters (P,) float32 of an expert after `epoch` epochs; 0 = its initialization. Reads only that row.
 
         Raises IndexError for an expert or an epoch that is not there, ValueError for a damaged file, and for parameters
         that are NaN or infinite.
@@ -170,7 +170,7 @@ def import_replay_buffer(
 ) -> ExpertStore:
     """Adds the experts of a `replay_buffer_*.pt` file, as the public MTT code writes them, to the store in `folder`.
 
-    Such a file is a list of experts, each a list of epochs (the initialisation first), each a list of parameter tensors
+    Such a file is a list of experts, each a list of epochs (the initialization first), each a list of parameter tensors
     in the order of `model.parameters()`; it is read with torch.load(weights_only=True), which runs nothing from it.
     model: an instance of the network the experts are of. metadata: goes into the store, with `source` added
     (file name and number in it); an expert with the same source and parameters is not added a second time, so that an

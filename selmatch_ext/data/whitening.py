@@ -18,7 +18,7 @@ class Whitening:
     """x -> (x - mean) @ transform, for flattened images x.
 
     mean: (d,) and transform: (d, d) float32, symmetric and positive definite, so that it can be undone; d = C * H * W
-    of normalised images. Raises ValueError for anything else.
+    of normalized images. Raises ValueError for anything else.
     """
 
     mean: Tensor
@@ -47,13 +47,13 @@ class Whitening:
             raise ValueError("whitening's transform is singular or not positive: it cannot be undone")
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Whitened images; images: (…, C, H, W) float, normalised."""
+        """Whitened images; images: (…, C, H, W) float, normalized."""
         self._to(images)
         flat = images.flatten(-3) - self.mean.to(images.dtype)
         return (flat @ self.transform.to(images.dtype)).view(images.shape)
 
     def undo(self, images: Tensor) -> Tensor:
-        """The normalised images that `self(…)` makes these whitened ones of. images: (…, C, H, W) float."""
+        """The normalized images that `self(…)` makes these whitened ones of. images: (…, C, H, W) float."""
         self._to(images)
         inverse = torch.linalg.inv(self.transform.double()).to(images.dtype)
         return (images.flatten(-3) @ inverse + self.mean.to(images.dtype)).view(images.shape)
@@ -67,13 +67,13 @@ class Whitening:
 
 
 def fit_whitening(images: Tensor, eps: float = EPS) -> Whitening:
-    """ZCA of the images (n, C, H, W) float, normalised, n >= 2: transform = U (S + eps)^-1/2 U^T with U S U^T their
+    """ZCA of the images (n, C, H, W) float, normalized, n >= 2: transform = U (S + eps)^-1/2 U^T with U S U^T their
     covariance (divided by n - 1), computed in float64."""
     if len(images) < 2:
         raise ValueError(f"whitening needs at least 2 images, got {len(images)}")
     flat = images.flatten(1).double()
     mean = flat.mean(0)
-    centred = flat - mean
-    values, vectors = torch.linalg.eigh(centred.T @ centred / (len(flat) - 1))
+    centered = flat - mean
+    values, vectors = torch.linalg.eigh(centered.T @ centered / (len(flat) - 1))
     transform = vectors * (values.clamp(min=0) + eps).rsqrt() @ vectors.T
     return Whitening(mean.float(), transform.float())

@@ -42,9 +42,9 @@ def fuse(steps: list[Operation]) -> list[Operation]:
     fused = without_unused(fused, len(fused) - 1)
     for step in fused:
         source = fused[step.inputs[0]] if step.inputs[0] >= 0 else None
-        centred = isinstance(step.rule, Block) and step.rule.centres
-        if source is not None and isinstance(source.rule, Conv) and source.users == 1 and centred:
-            source.rule = replace(source.rule, cancelled=True)
+        centered = isinstance(step.rule, Block) and step.rule.centers
+        if source is not None and isinstance(source.rule, Conv) and source.users == 1 and centered:
+            source.rule = replace(source.rule, canceled=True)
     return fused
 
 

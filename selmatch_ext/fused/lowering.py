@@ -49,11 +49,11 @@ def _conv(reader: _Reader, m: nn.Conv2d, name: str) -> list[Rule]:
     return [Conv(weight, bias, m.stride, m.padding, m.dilation, m.groups)]
 
 
-def _norm(reader: _Reader, m: nn.Module, name: str, norm: int, groups: int, centres: bool) -> list[Rule]:
+def _norm(reader: _Reader, m: nn.Module, name: str, norm: int, groups: int, centers: bool) -> list[Rule]:
     if not m.training and getattr(m, "running_mean", None) is not None:
         raise Unsupported(f"{name} is in evaluation mode, in which it uses its running statistics")
     kind = BlockKind(norm, groups, m.eps)
-    return [Block(kind, reader.parameter(m.weight), reader.parameter(m.bias), centres, reader.paths[id(m)])]
+    return [Block(kind, reader.parameter(m.weight), reader.parameter(m.bias), centers, reader.paths[id(m)])]
 
 
 def _layer_norm(reader: _Reader, m: nn.LayerNorm, name: str) -> list[Rule]:

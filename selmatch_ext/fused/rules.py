@@ -110,7 +110,7 @@ class Conv:
 
     Its weights are in the dtype of the images and in the preferred memory format; `FusedStepper` converts them.
 
-    cancelled: the bias is followed by a norm that takes every channel's mean away, so its gradient is exactly zero."""
+    canceled: the bias is followed by a norm that takes every channel's mean away, so its gradient is exactly zero."""
 
     weight: str
     bias: str | None
@@ -118,7 +118,7 @@ class Conv:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
-    cancelled: bool = False
+    canceled: bool = False
 
     def forward(self, p: Parameters, inputs: tuple[Tensor]) -> tuple[Tensor, Tensor]:
         (x,) = inputs
@@ -185,7 +185,7 @@ class Conv:
 
     def _bias_gradient(self, p: Parameters, g: Tensor) -> Tensor:
         like = p[self.bias]
-        return torch.zeros_like(like) if self.cancelled else g.sum((0, 2, 3), dtype=like.dtype)
+        return torch.zeros_like(like) if self.canceled else g.sum((0, 2, 3), dtype=like.dtype)
 
     def _input_gradient(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         """The transposed convolution of g, like x (whose batch may be another)."""
@@ -205,12 +205,12 @@ class Conv:
 class Block:
     """Norm, activation and pooling, each of which may be missing, in one pass over memory (ops/block.py).
 
-    centres: the norm takes the mean of every channel away. norm: the path of the module that the norm is in."""
+    centers: the norm takes the mean of every channel away. norm: the path of the module that the norm is in."""
 
     kind: BlockKind
     weight: str | None = None
     bias: str | None = None
-    centres: bool = False
+    centers: bool = False
     norm: str | None = None
 
     def forward(self, p: Parameters, inputs: tuple[Tensor]) -> tuple[Tensor, tuple]:

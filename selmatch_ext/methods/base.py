@@ -51,7 +51,7 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Task:
-    """What every method is given: the set to begin with, the real data, normalised in the same way, and expert
+    """What every method is given: the set to begin with, the real data, normalized in the same way, and expert
     trajectories, if there are any.
 
     dtype: of images and networks. Everything that is drawn outside the loop's generator comes from streams of the
@@ -82,7 +82,7 @@ class Task:
 
     def real(self, indices: Tensor) -> Tensor:
         """The training images at `indices` (b,), a CPU tensor: (b, C, H, W)."""
-        return self.data.normalise(self.data.train.images[indices], self.device, self.dtype)
+        return self.data.normalize(self.data.train.images[indices], self.device, self.dtype)
 
     def draw(self, batch: int, strategy: str, generator: torch.Generator, siamese: bool = False) -> Augmentation:
         """One operation of `strategy` for a batch of images of the data's size; see `sample_augmentation`."""
@@ -105,7 +105,7 @@ def check_engine(method: Method, model: torch.nn.Module, engine: str, cuda_graph
 
 
 class Method:
-    """Base of all methods. A subclass gives `name`, `optimiser` and `loss`, adds what else it learns to `learned`, and
+    """Base of all methods. A subclass gives `name`, `optimizer` and `loss`, adds what else it learns to `learned`, and
     has settings and defaults of its own where it needs them.
 
     Of the task's starting set the images marked `distilled` are learned; the others stay as they are."""
@@ -118,7 +118,7 @@ class Method:
     draws: int = 1
     """Losses that are averaged in each iteration; several processes share them."""
     learned: dict[str, Tensor]
-    """What is optimised, by name: leaf tensors that require a gradient."""
+    """What is optimized, by name: leaf tensors that require a gradient."""
     state: dict[str, Tensor]
     """What else goes from one iteration to the next, by name: tensors that `loss` changes in place."""
 
@@ -167,12 +167,12 @@ class Method:
         """(m,) indices into `combined()` of a class, in order, on the device."""
         return (self.task.start.hard_labels == label).nonzero().squeeze(1).to(self.task.device)
 
-    def optimiser(self) -> torch.optim.Optimizer:
-        """A new optimiser over `learned`, each tensor once."""
+    def optimizer(self) -> torch.optim.Optimizer:
+        """A new optimizer over `learned`, each tensor once."""
         raise NotImplementedError
 
     def decay(self, iteration: int) -> float:
-        """What the optimiser's step sizes are multiplied by in this iteration."""
+        """What the optimizer's step sizes are multiplied by in this iteration."""
         return 1.0
 
     def loss(self, iteration: int, generator: torch.Generator) -> Tensor:
@@ -193,5 +193,5 @@ class Method:
 
     def further_results(self, sets: dict[str, DistilledSet]) -> dict[str, Any]:
         """What results.json says beside accuracies. sets: those that are compared, by name (random, start, and the
-        method's), normalised alike."""
+        method's), normalized alike."""
         return {}

@@ -31,14 +31,14 @@ class Snapshots:
 
 
 class State:
-    """A copy of what is learned, of the method's state and of the optimiser's."""
+    """A copy of what is learned, of the method's state and of the optimizer's."""
 
-    def __init__(self, method: Method, optimiser: torch.optim.Optimizer):
+    def __init__(self, method: Method, optimizer: torch.optim.Optimizer):
         self.tensors = [t.detach().clone() for t in _tensors(method)]
-        self.optimiser = copy.deepcopy(optimiser.state_dict())
+        self.optimizer = copy.deepcopy(optimizer.state_dict())
 
-    def put_back(self, method: Method, optimiser: torch.optim.Optimizer) -> None:
-        optimiser.load_state_dict(self.optimiser)
+    def put_back(self, method: Method, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.load_state_dict(self.optimizer)
         with torch.no_grad():
             for t, value in zip(_tensors(method), self.tensors, strict=True):
                 t.copy_(value)
@@ -49,65 +49,65 @@ def _tensors(method: Method) -> list[Tensor]:
 
 
 class Checkpoint:
-    """The state of a run in one file: learned tensors, the method's and the optimiser's state, losses, and the settings
+    """The state of a run in one file: learned tensors, the method's and the optimizer's state, losses, and the settings
     that made them."""
 
     def __init__(self, path: Path, settings: dict[str, Any]):
         self.path = path
         self.settings = json.loads(json.dumps(settings))
 
-    def save(self, method: Method, optimiser: torch.optim.Optimizer, losses: list[float]) -> None:
+    def save(self, method: Method, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
         """Writes the state; of several processes, which all have the same, only the first writes."""
         if not ranks.first():
             return
         tensors = {f"learned.{name}": t for name, t in method.learned.items()}
         for name, t in method.learned.items():
-            for key, value in optimiser.state.get(t, {}).items():
+            for key, value in optimizer.state.get(t, {}).items():
                 if isinstance(value, Tensor):
-                    tensors[f"optimiser.{name}.{key}"] = value
+                    tensors[f"optimizer.{name}.{key}"] = value
         tensors |= {f"state.{name}": t for name, t in method.state.items()}
         tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
         save_tensors(self.path, "checkpoint", tensors, {"settings": json.dumps(self.settings)})
 
-    def restore(self, method: Method, optimiser: torch.optim.Optimizer) -> list[float]:
-        """Loads the state into `method` and `optimiser` where there is a checkpoint; the losses so far.
+    def restore(self, method: Method, optimizer: torch.optim.Optimizer) -> list[float]:
+        """Loads the state into `method` and `optimizer` where there is a checkpoint; the losses so far.
 
         Raises ValueError where the checkpoint was made with other settings, has changed since it was written, or does
-        not hold exactly the tensors that `method` and `optimiser` have; they are then unchanged."""
+        not hold exactly the tensors that `method` and `optimizer` have; they are then unchanged."""
         if not self.path.exists():
             return []
         own = {f"learned.{name}": t for name, t in method.learned.items()}
         own |= {f"state.{name}": t for name, t in method.state.items()}
         tensors, metadata = load_tensors(self.path, "checkpoint", "losses", *own)
         check_same(self.path, json_field(metadata, "settings", self.path), self.settings)
-        self._check(tensors, own, method, optimiser)
+        self._check(tensors, own, method, optimizer)
         with torch.no_grad():
             for name, t in own.items():
                 t.copy_(tensors[name])
         for name, t in method.learned.items():
-            prefix = f"optimiser.{name}."
+            prefix = f"optimizer.{name}."
             state = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
             if state:
-                optimiser.state[t] = state
-        optimiser.load_state_dict(optimiser.state_dict())  # moves each tensor to where the optimiser wants it
+                optimizer.state[t] = state
+        optimizer.load_state_dict(optimizer.state_dict())  # moves each tensor to where the optimizer wants it
         return tensors["losses"].tolist()
 
     def _check(
-        self, tensors: dict[str, Tensor], own: dict[str, Tensor], method: Method, optimiser: torch.optim.Optimizer
+        self, tensors: dict[str, Tensor], own: dict[str, Tensor], method: Method, optimizer: torch.optim.Optimizer
     ) -> None:
-        """ValueError unless `tensors` are those of `method` and `optimiser`, with their shapes and types."""
+        """ValueError unless `tensors` are those of `method` and `optimizer`, with their shapes and types."""
         losses = tensors["losses"]
         if losses.ndim != 1 or losses.dtype != torch.float64 or not losses.isfinite().all():
             raise ValueError(
                 f"{self.path}: losses is {_kind(losses)}; it must be torch.float64 (iterations,), all finite"
             )
-        kept = _optimiser_tensors(method, optimiser)
+        kept = _optimizer_tensors(method, optimizer)
         for name in sorted(tensors.keys() - own.keys() - kept.keys() - {"losses"}):
             raise ValueError(f"{self.path} holds {name!r}, which method {method.name} does not have")
         for name, (learned, _) in kept.items():
             # What never had a gradient has no state, and is as it was at the beginning
             if name not in tensors and not torch.equal(tensors[learned], own[learned].detach().cpu()):
-                raise ValueError(f"{self.path} lacks {name!r}, without which the optimiser cannot continue")
+                raise ValueError(f"{self.path} lacks {name!r}, without which the optimizer cannot continue")
         for name, like in {**own, **{name: value for name, (_, value) in kept.items()}}.items():
             found = tensors.get(name, like)
             if found.shape != like.shape or found.dtype != like.dtype:
@@ -116,24 +116,24 @@ class Checkpoint:
                 raise ValueError(f"{self.path}: {name} holds NaN or infinite values")
 
 
-def _optimiser_tensors(method: Method, optimiser: torch.optim.Optimizer) -> dict[str, tuple[str, Tensor]]:
-    """The tensors that `optimiser` keeps of each learned one, by their names in the file, with the learned one's name:
+def _optimizer_tensors(method: Method, optimizer: torch.optim.Optimizer) -> dict[str, tuple[str, Tensor]]:
+    """The tensors that `optimizer` keeps of each learned one, by their names in the file, with the learned one's name:
     those that a copy of it has after a step."""
-    trial = copy.deepcopy(optimiser)
-    copies = {id(t): copied for t, copied in zip(_parameters(optimiser), _parameters(trial), strict=True)}
+    trial = copy.deepcopy(optimizer)
+    copies = {id(t): copied for t, copied in zip(_parameters(optimizer), _parameters(trial), strict=True)}
     for copied in copies.values():
         copied.grad = torch.zeros_like(copied)
     trial.step()
     return {
-        f"optimiser.{name}.{key}": (f"learned.{name}", value)
+        f"optimizer.{name}.{key}": (f"learned.{name}", value)
         for name, t in method.learned.items()
         for key, value in trial.state.get(copies.get(id(t)), {}).items()
         if isinstance(value, Tensor)
     }
 
 
-def _parameters(optimiser: torch.optim.Optimizer) -> list[Tensor]:
-    return [t for group in optimiser.param_groups for t in group["params"]]
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [t for group in optimizer.param_groups for t in group["params"]]
 
 
 def _kind(tensor: Tensor) -> str:

@@ -46,7 +46,7 @@ class DDSettings(MethodSettings):
     target_class: Number = 1
     """For the attack: the class that it is to be taken for."""
     networks: Count = 4
-    """Initialisations averaged over in each iteration (one where it is known)."""
+    """Initializations averaged over in each iteration (one where it is known)."""
     test_networks: Count = 1
     """loaded: the last experts, which no iteration sees; the set is evaluated on them."""
     pool_epochs: Count = 1
@@ -71,7 +71,7 @@ class DDSettings(MethodSettings):
 
 class DD(Method):
     """S is `steps` batches, gone through `epochs` times; step i is θ_{i+1} = θ_i − softplus(raw_i)·∇ℓ(θ_i; x_i). Loss:
-    ℓ of θ_N on a batch of real images, averaged over initialisations. Learned: the images and `raw`.
+    ℓ of θ_N on a batch of real images, averaged over initializations. Learned: the images and `raw`.
 
     Raises ValueError where the classes of the starting set do not have equally many images, a multiple of `steps`, and
     for experts that are missing, too few, trained for fewer than pool_epochs, of another network, or not of the data
@@ -161,7 +161,7 @@ class DD(Method):
     def rehearse(self) -> None:
         check_engine(self, self.model, self.settings.engine)
 
-    def optimiser(self) -> torch.optim.Optimizer:
+    def optimizer(self) -> torch.optim.Optimizer:
         groups = [{"params": [self.images], "lr": self.settings.lr}, {"params": [self.raw], "lr": self.lr_rates}]
         return torch.optim.Adam(groups, betas=(0.5, 0.999))
 

@@ -49,7 +49,7 @@ class DM(Method):
         rows = [self.of_class(c) for c in range(task.data.classes)]
         self.classes = {c: row for c, row in enumerate(rows) if len(row)}
 
-    def optimiser(self) -> torch.optim.Optimizer:
+    def optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([self.images], lr=self.settings.lr_images, momentum=self.settings.momentum)
 
     def loss(self, iteration: int, generator: torch.Generator) -> Tensor:

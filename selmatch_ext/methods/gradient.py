@@ -102,7 +102,7 @@ class DC(Method):
     def iterations(self) -> int:
         return self.settings.iterations * self.outer
 
-    def optimiser(self) -> torch.optim.Optimizer:
+    def optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([self.images], lr=self.settings.lr_images, momentum=self.settings.momentum)
 
     def loss(self, iteration: int, generator: torch.Generator) -> Tensor:

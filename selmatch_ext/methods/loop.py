@@ -1,6 +1,6 @@
 """The one loop that every distillation method runs in: draw, loss, backward, update, checkpoint.
 
-A method is a subclass of `base.Method`; the loop owns the optimiser, the checkpoints, the random streams and the
+A method is a subclass of `base.Method`; the loop owns the optimizer, the checkpoints, the random streams and the
 checks, so a method is little more than its loss.
 """
 
@@ -45,9 +45,9 @@ def run(
     known = {**(made_from if identity is None else identity), "seed": seed, "method": method.name}
     checkpoint = Checkpoint(Path(folder) / "checkpoint.safetensors", known)
     check_draws(method)
-    optimiser = method.optimiser()
-    rates = [group["lr"] for group in optimiser.param_groups]
-    losses = checkpoint.restore(method, optimiser)
+    optimizer = method.optimizer()
+    rates = [group["lr"] for group in optimizer.param_groups]
+    losses = checkpoint.restore(method, optimizer)
     keep = Snapshots(Path(folder) / "snapshots", settings.snapshot_every, iterations, made_from)
     keep(method, len(losses))
     saved_at = time.monotonic()
@@ -56,17 +56,17 @@ def run(
     with ranks.progress(total=iterations, initial=done, desc=method.name, unit="iteration") as progress:
         while len(losses) < iterations:
             iteration = len(losses)
-            good, problem = _iterate(method, optimiser, rates, losses, good)
+            good, problem = _iterate(method, optimizer, rates, losses, good)
             if problem is not None:
-                checkpoint.save(method, optimiser, losses)
+                checkpoint.save(method, optimizer, losses)
                 raise _stopped(method, iteration, losses, checkpoint, problem)
             keep(method, len(losses))
             progress.update()
             progress.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
             if time.monotonic() - saved_at > settings.checkpoint_seconds:
-                checkpoint.save(method, optimiser, losses)
+                checkpoint.save(method, optimizer, losses)
                 saved_at = time.monotonic()
-    checkpoint.save(method, optimiser, losses)
+    checkpoint.save(method, optimizer, losses)
     ranks.barrier()
     return losses
 
@@ -82,7 +82,7 @@ def _stopped(
 
 def _iterate(
     method: Method,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     rates: list[float],
     losses: list[float],
     good: State | None,
@@ -91,10 +91,10 @@ def _iterate(
 
     Returns the state before this update, and None; or, with `method` and `losses` put back to the last good state, what
     is wrong with the loss, the gradient or what the update made."""
-    iteration, before = len(losses), State(method, optimiser)
-    for group, rate in zip(optimiser.param_groups, rates, strict=True):
+    iteration, before = len(losses), State(method, optimizer)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate * method.decay(iteration)
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     try:
         value = _backward(method, iteration)
         problem = _problem(value, method)
@@ -102,14 +102,14 @@ def _iterate(
         problem = str(error)
     if problem is None:
         good = before
-        optimiser.step()
+        optimizer.step()
         problem = _refusal(method)
     elif good is not None:
         losses.pop()  # `good` is the state before the update that led here
     if problem is None:
         losses.append(value)
     else:
-        (good or before).put_back(method, optimiser)
+        (good or before).put_back(method, optimizer)
     return before, problem
 
 

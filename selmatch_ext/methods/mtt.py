@@ -116,7 +116,7 @@ class MTT(Method):
     def rehearse(self) -> None:
         check_engine(self, self.model, self.settings.engine, self.settings.cuda_graphs)
 
-    def optimiser(self) -> torch.optim.Optimizer:
+    def optimizer(self) -> torch.optim.Optimizer:
         s = self.settings
         groups = [{"params": [self.images], "lr": s.lr_images}, {"params": [self.lr], "lr": s.lr_lr}]
         if "logits" in self.learned:

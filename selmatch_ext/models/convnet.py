@@ -20,7 +20,7 @@ POOLINGS = {"AP": nn.AvgPool2d, "MP": nn.MaxPool2d, "NP": None}
 
 
 def make_norm(kind, channels, height, width):
-    """The normalisation layer of a (B, channels, height, width) map, or None for "NN".
+    """The normalization layer of a (B, channels, height, width) map, or None for "NN".
 
     Instance norm is GroupNorm with a group per channel, as in the public code.
     """

@@ -1,4 +1,4 @@
-"""The normalised distance of matching training trajectories (MTT, arXiv 2203.11932), and its gradient in one pass."""
+"""The normalized distance of matching training trajectories (MTT, arXiv 2203.11932), and its gradient in one pass."""
 
 from collections.abc import Sequence
 

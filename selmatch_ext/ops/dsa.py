@@ -19,11 +19,11 @@ NONE, COLOR, SHIFT, BOX, FLIP, AFFINE = range(6)  # operation codes, as in csrc/
 class Augmentation(NamedTuple):
     """One augmentation of a batch, as tensors that can be stored, moved and indexed.
 
-    ops: (R, L) uint8, the operations applied in order: 0 nothing, 1 colour, 2 shift, 3 zero box, 4 flip of the columns,
+    ops: (R, L) uint8, the operations applied in order: 0 nothing, 1 color, 2 shift, 3 zero box, 4 flip of the columns,
         5 affine map.
-    params: (R, L, 4) float32 or float64: colour (brightness b, saturation s, contrast c, unused); shift (ty, tx):
+    params: (R, L, 4) float32 or float64: color (brightness b, saturation s, contrast c, unused); shift (ty, tx):
         out[i, j] = x[i + ty, j + tx], 0 outside; box (first row, end row, first column, end column), which may reach
-        beyond the image; affine (a, b, c, d): bilinear sampling through [[a, b, 0], [c, d, 0]] in normalised
+        beyond the image; affine (a, b, c, d): bilinear sampling through [[a, b, 0], [c, d, 0]] in normalized
         coordinates, align_corners=True, zeros outside.
     R is the batch size, or 1: then every image gets the same operations.
     What torch.save writes of it torch.load reads with weights_only=True, where selmatch_ext is imported.

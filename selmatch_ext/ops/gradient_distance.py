@@ -1,4 +1,4 @@
-"""The distance between two networks' gradients that gradient matching minimises (DC, arXiv 2006.05929), fused."""
+"""The distance between two networks' gradients that gradient matching minimizes (DC, arXiv 2006.05929), fused."""
 
 from collections.abc import Iterable, Mapping
 from typing import Literal

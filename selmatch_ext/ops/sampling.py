@@ -41,7 +41,7 @@ class ParamDiffAug:
 
 
 class _Stream:
-    """Random numbers, `rows` of them a draw: on `device`, those of scale and rotate on `affine_device`; those of colour
+    """Random numbers, `rows` of them a draw: on `device`, those of scale and rotate on `affine_device`; those of color
     in `dtype`, the others in float32."""
 
     def __init__(self, rows: int, device: torch.device, dtype: torch.dtype, affine_device: torch.device):
@@ -113,8 +113,8 @@ def _cutout(draw: _Stream, size: tuple[int, int], param: ParamDiffAug) -> tuple[
     bounds = []
     for side in size:
         box = int(side * param.ratio_cutout + 0.5)
-        centre = draw.integers(0, side - box % 2)
-        first = centre - box // 2
+        center = draw.integers(0, side - box % 2)
+        first = center - box // 2
         bounds += [first, first + box]
     return _column(BOX, *bounds)
 
@@ -166,7 +166,7 @@ class _Request(NamedTuple):
     """What is drawn, in constants and sizes, which torch.compile can hand to an operator.
 
     names: joined by "_", or "simple". choice: "all" names in order, "one" of them drawn for all rows, or "each" row
-    draws its own. dtype: of colour's draws; the table has float64 params where it is float64, else float32.
+    draws its own. dtype: of color's draws; the table has float64 params where it is float64, else float32.
     """
 
     names: str

@@ -39,7 +39,7 @@ def k_center(features: Tensor, labels: Tensor, ipc: int) -> Tensor:
 
 
 def _herd(x: Tensor, ipc: int) -> list[int]:
-    # Step k minimises |k mean - sum of chosen - x|; times n, so that whole numbers stay whole and ties stay ties.
+    # Step k minimizes |k mean - sum of chosen - x|; times n, so that whole numbers stay whole and ties stay ties.
     n, total, squares = len(x), x.sum(0), x.square().sum(1)
     chosen, added = [], torch.zeros_like(total)
     for k in range(1, ipc + 1):

@@ -174,7 +174,7 @@ def _correct(context: Context, ipc: int, experts: ExpertStore | None) -> Tensor:
     if experts is None:
         raise ValueError("start.select correct needs expert trajectories, whose first expert classifies the images")
     data, order = context.data, context.generator("correct")
-    logits = expert_logits(experts, context, data.normalise(data.train.images))
+    logits = expert_logits(experts, context, data.normalize(data.train.images))
     right, picked = logits.argmax(1).cpu() == data.train.labels, []
     for members in data.members:
         members = members[torch.randperm(len(members), generator=order)]

@@ -1,7 +1,7 @@
 """Coverage: which test images a small training set stands for (SelMatch, arXiv 2406.18561, section 4.3).
 
 A test image is covered when some image of the set lies within the radius r of it, in the feature space of a network
-trained on all training images; r is the mean distance of a real training image to its nearest neighbour.
+trained on all training images; r is the mean distance of a real training image to its nearest neighbor.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ GROUPS = ("all", "easy", "hard")
 def nearest(queries: Tensor, points: Tensor, themselves: bool = False, block: int = 2**24) -> Tensor:
     """(m,) Euclidean distance of each query to the nearest point. queries: (m, F); points: (n, F), same dtype.
 
-    themselves: queries are the points, and none is its own neighbour. block: distances held in memory at a time.
+    themselves: queries are the points, and none is its own neighbor. block: distances held in memory at a time.
     Raises ValueError where there is no point to be near to."""
     if len(points) < 1 + themselves:
-        raise ValueError(f"nearest: {len(points)} points are too few for a nearest neighbour")
+        raise ValueError(f"nearest: {len(points)} points are too few for a nearest neighbor")
     rows, result = max(1, block // len(points)), []
     for start in range(0, len(queries), rows):
         distances = torch.cdist(queries[start : start + rows], points)
@@ -88,7 +88,7 @@ def ruler(context: Context, settings: Coverage, features: Features, folder: Path
     for network in networks:
         logits = predict(network, context.real_images("test"), len(labels), device)
         errors.append(F.softmax(logits, 1))
-    # Centred, so that squares do not swamp the differences in `nearest`
+    # Centered, so that squares do not swamp the differences in `nearest`
     train = split_features(networks[0], context).to(device)
     center = train.mean(0)
     test = split_features(networks[0], context, "test").to(device) - center
@@ -105,7 +105,7 @@ def snapshots(path: Path) -> dict[int, Path]:
     files = {int(p.stem.rpartition("_")[2]): p for p in (path / "snapshots").glob("iteration_*.safetensors")}
     if not files:
         raise FileNotFoundError(
-            f"{path} has no snapshots: distil with a snapshot_every above 0, or name the .safetensors file of one set"
+            f"{path} has no snapshots: distill with a snapshot_every above 0, or name the .safetensors file of one set"
         )
     return dict(sorted(files.items()))
 
@@ -157,7 +157,7 @@ def _groups(easy: Tensor) -> dict[str, Tensor]:
 
 
 def _seen_by(data: ImageData, subset: DistilledSet) -> Tensor:
-    """The images (n, C, H, W) of `subset` normalised as `data` is, as networks trained on it expect; not clamped."""
+    """The images (n, C, H, W) of `subset` normalized as `data` is, as networks trained on it expect; not clamped."""
     images = subset.images if subset.whitening is None else subset.whitening.undo(subset.images)
     if not (torch.equal(subset.mean, data.mean) and torch.equal(subset.std, data.std)):
         mean, std, new_mean, new_std = (t.view(-1, 1, 1) for t in (subset.mean, subset.std, data.mean, data.std))

@@ -38,9 +38,9 @@ class FusedStepper:
         logits = logits.map(lambda v: v.to(theta.dtype))
         g = _logits_gradient(logits.value, y)
         shares = logits.value.softmax(1)
-        centred = logits.tangent - (shares * logits.tangent).sum(1, keepdim=True)
-        of_labels = -centred / len(x)
-        gt = shares * centred * (_weights(y) / len(x))
+        centered = logits.tangent - (shares * logits.tangent).sum(1, keepdim=True)
+        of_labels = -centered / len(x)
+        gt = shares * centered * (_weights(y) / len(x))
         gradients, u = {}, None
         if wanted.parameters or wanted.images:
             gradients, u = self._run_dual_back(p, t, saved, Dual(g, gt), wanted)
