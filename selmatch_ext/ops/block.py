@@ -7,8 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from selmatch_ext import _C  # noqa: F401  (loads the operators)
-
 NO_NORM, SAMPLE_NORM, BATCH_NORM = range(3)
 PIECEWISE, SIGMOID, SWISH = range(3)
 NO_POOL, AVERAGE_POOL, MAX_POOL = range(3)

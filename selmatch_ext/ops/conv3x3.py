@@ -5,8 +5,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from selmatch_ext import _C  # noqa: F401  (loads the operators)
-
 MULTIPLE, FEW = 32, 4  # of channels; the second: the input may have as few, for its gradient
 
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from selmatch_ext import _C  # noqa: F401  (loads the operators)
 from selmatch_ext.ops.lists import Tensors, as_lists
 from selmatch_ext.ops.transforms import differences, dot, plain_trajectory_distance, transformed
 

@@ -6,7 +6,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from selmatch_ext import _C  # noqa: F401  (loads the operators)
 from selmatch_ext.ops.lists import as_lists
 from selmatch_ext.ops.transforms import plain_gradient_distance, transformed
 
