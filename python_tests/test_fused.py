@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import selmatch_ext as sm
 from selmatch_ext import models
 from selmatch_ext.fused.reader import read
+from selmatch_ext.fused.rules import Dual
 from selmatch_ext.unroll import unrolled_sgd
 
 LAYERS = list(itertools.product(("IN", "BN", "GN", "LN", "NN"), ("AR", "AL", "AS", "ASwish"), ("AP", "MP", "NP")))
@@ -352,3 +353,18 @@ def test_an_unused_parameter_and_a_shared_one():
     problem = Problem(Model())
     expected = problem.gradients(unrolled_sgd_full_graph)
     assert_near(problem.gradients(unrolled_sgd, engine="fused"), expected, 1e-10)
+
+
+def test_value_and_tangent_in_one_batch_in_either_order():
+    value, tangent, more = torch.randn(3, 2, 4).unbind()
+    for dual in (
+        Dual(value, tangent - more, more),
+        Dual.forward(torch.cat((value, tangent))),
+        Dual.backward(torch.cat((tangent, value))),
+        Dual.backward(torch.cat((tangent - more, value)), more),
+    ):
+        for first in (True, False, True):
+            expected = torch.cat((value, tangent) if first else (tangent, value))
+            torch.testing.assert_close(dual.both(value_first=first), expected)
+    nothing = Dual(value, None).both(value_first=False)
+    assert torch.equal(nothing, torch.cat((torch.zeros_like(value), value)))

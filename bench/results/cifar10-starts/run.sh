@@ -21,7 +21,7 @@ declare -A starts=(
   [window]="--start.select window --start.alpha 0.6 --start.window.beta 0.5 --start.scores.source $SCORES"
 )
 
-for run in dm-random dm-window mtt-random mtt-window selmatch-window dsa-random dsa-window; do
+for run in ${RUNS:-dm-random dm-window mtt-random mtt-window dsa-random dsa-window selmatch-window}; do
   method=${run%-*} start=${run#*-}
   mkdir -p "$OUT/$run"
   # What is the same in several runs is done once: experts, and the evaluations of random images and of the window.
