@@ -4,17 +4,20 @@
 set -euo pipefail
 : "${IMAGES:=cifar10-jpeg.tar.gz}" "${SCORES:=cifar10-jpeg-cscore.npy}" "${OUT:=runs/cifar10-methods}" "${SELMATCH:=selmatch}"
 data="--device cpu --data.dataset imagefolder:$IMAGES --data.per-class 1000"
-matching="iterations 200 inner-steps 20 expert-epochs 1 max-start-epoch 12 batch-syn 50 lr-init 0.02 snapshot-every 40 keep activations"
-flags() { local prefix=$1; shift; while (($#)); do printf -- '--%s%s %s ' "$prefix" "$1" "$2"; shift 2; done; }
+matching="--iterations 200 --inner-steps 20 --expert-epochs 1 --max-start-epoch 12 --batch-syn 50 --lr-init 0.02
+  --lr-images 1000 --snapshot-every 40 --keep activations"
+window="--start.select window --start.alpha 0.6 --start.window.beta 0.5 --start.scores.source $SCORES"
+data="$data --start.ipc 50"
 
-$SELMATCH experts $data --out "$OUT/experts" --experts.model ConvNetW64 --experts.count 3 --experts.training.epochs 15
-$SELMATCH select $data --out "$OUT/window" --method window --scores.source "$SCORES" --window.ipc 50 --window.beta 0.5
-$SELMATCH select $data --out "$OUT/random" --method random --window.ipc 50 --window.alpha 1
-$SELMATCH distill "$OUT/window/window.safetensors" $data $(flags matching. $matching) --experts "$OUT/experts" --out "$OUT/selmatch"
-$SELMATCH distill mtt $data $(flags "" $matching) --ipc 50 --experts "$OUT/experts" --out "$OUT/mtt"
-$SELMATCH distill dm $data --ipc 50 --model ConvNetW64 --iterations 300 --lr-images 10 --snapshot-every 60 --out "$OUT/dm"
-$SELMATCH distill dsa $data --ipc 50 --model ConvNetW64 --iterations 4 --outer-loop 25 --inner-loop 5 --batch-real 128 \
+$SELMATCH experts ${data% --start*} --out "$OUT/experts" --experts.model ConvNetW64 --experts.count 3 --experts.training.epochs 15
+$SELMATCH select $data --out "$OUT/window" $window
+$SELMATCH select $data --out "$OUT/random" --start.select random --start.alpha 1
+$SELMATCH distill selmatch $data $window $matching --experts "$OUT/experts" --out "$OUT/selmatch"
+$SELMATCH distill mtt $data $matching --experts "$OUT/experts" --out "$OUT/mtt"
+$SELMATCH distill dm $data --model ConvNetW64 --iterations 300 --lr-images 10 --snapshot-every 60 --out "$OUT/dm"
+$SELMATCH distill dsa $data --model ConvNetW64 --iterations 4 --outer-loop 25 --inner-loop 5 --batch-real 128 \
   --snapshot-every 20 --out "$OUT/dsa"
+data=${data% --start*}
 $SELMATCH coverage $data --out "$OUT/coverage" --features.model ConvNetW64 --features.training.epochs 15 --coverage.networks 2 \
   --features.training.batch 64 --features.training.lr 0.02 --coverage.no-accuracy \
   "$OUT/random/random.safetensors" "$OUT/selmatch" "$OUT/mtt" "$OUT/dm" "$OUT/dsa"
