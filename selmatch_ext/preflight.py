@@ -120,9 +120,9 @@ def check_distillation(
     start = check_start(settings.start, settings.evaluation, context)
     task = Task(start, replace(context, data=seen_as(start, context.data)), experts)
     kind = find_method(settings.method)
-    method = kind(task, kind.rehearsed(settings.settings))
+    method = kind(task, kind.without_experts(settings.settings))
     check_draws(method)
-    method.rehearse()
+    method.check_network()
     check_disk(folder, method)
 
 

@@ -142,7 +142,7 @@ class Method:
         return False
 
     @classmethod
-    def rehearsed(cls, settings: Any) -> Any:
+    def without_experts(cls, settings: Any) -> Any:
         """Settings for trying the method out before the experts are there: those that read an expert are replaced."""
         return settings
 
@@ -156,7 +156,7 @@ class Method:
         """Whether the experts are to be of another data set than the images that are distilled."""
         return False
 
-    def rehearse(self) -> None:
+    def check_network(self) -> None:
         """Raises ValueError for what is certain to fail, found by trying it: a run calls it before its first stage."""
 
     def combined(self) -> Tensor:

@@ -158,7 +158,7 @@ class DD(Method):
     def other_experts(self) -> bool:
         return self.settings.objective == "adapt"
 
-    def rehearse(self) -> None:
+    def check_network(self) -> None:
         check_engine(self, self.model, self.settings.engine)
 
     def optimizer(self) -> torch.optim.Optimizer:

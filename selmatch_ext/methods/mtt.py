@@ -110,10 +110,10 @@ class MTT(Method):
         return True
 
     @classmethod
-    def rehearsed(cls, settings: MTTSettings) -> MTTSettings:
+    def without_experts(cls, settings: MTTSettings) -> MTTSettings:
         return replace(settings, labels="hard")  # others are the logits of an expert
 
-    def rehearse(self) -> None:
+    def check_network(self) -> None:
         check_engine(self, self.model, self.settings.engine, self.settings.cuda_graphs)
 
     def optimizer(self) -> torch.optim.Optimizer:
