@@ -322,5 +322,5 @@ def test_damaged_image_in_an_archive_is_named(tmp_path):
 
 def test_archives_that_are_no_files(tmp_path):
     os.mkfifo(tmp_path / "s.tar")
-    with pytest.raises(ValueError, match="s.tar is no regular file"):
+    with pytest.raises(ValueError, match="s.tar is not a regular file"):
         load(f"imagefolder:{tmp_path}/s.tar")

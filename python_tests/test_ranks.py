@@ -79,7 +79,7 @@ def test_draws_that_nobody_makes(tmp_path):
 def test_a_method_with_a_state_does_one_loss_at_a_time(tmp_path):
     method = Line()
     method.state = {"network": torch.zeros(2)}
-    with pytest.raises(ValueError, match="line goes from each loss to the next and cannot average 2"):
+    with pytest.raises(ValueError, match="line keeps state from one loss to the next and cannot average 2"):
         run(method, 2, tmp_path, {}, 7, draws=2)
 
 

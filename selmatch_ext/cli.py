@@ -27,12 +27,14 @@ from selmatch_ext.selection.difficulty import COMPUTED, training_difficulty
 from selmatch_ext.settings import Data, Evaluation, Experts, Scores, Start
 from selmatch_ext.surroundings import device_of
 
+ABOUT = """Dataset distillation, from data set to evaluated distilled set. `selmatch VERB --help` lists the settings of
+a verb, `selmatch run METHOD --help` those of a method."""
 SELECTED = Run().start
 DEMO = recipes.RECIPES[recipes.DEMO].settings
 
 
 def run_by(method: str) -> Callable[..., None]:
-    """The verb `selmatch run METHOD`."""
+    """`selmatch run METHOD`: all stages, from data set to evaluated distilled set."""
     run, kind = Run.of(method), find_method(method).settings_type
 
     def verb(
@@ -51,7 +53,7 @@ def run_by(method: str) -> Callable[..., None]:
 
 
 def distill_by(method: str) -> Callable[..., None]:
-    """The verb `selmatch distill METHOD`."""
+    """`selmatch distill METHOD`: from a start to a distilled set, with existing experts."""
     run, kind = Run.of(method), find_method(method).settings_type
 
     def verb(
@@ -139,8 +141,8 @@ def select(
 ) -> None:
     """Real images to train on, or to start a distillation from (--start.select FILE); writes SELECT.safetensors.
 
-    window searches β unless start.window.beta is given, and draws beta.png. forgetting, el2n and c-score take the
-    hardest images, or with start.window.beta those after that share.
+    window searches β unless start.window.beta is given, and plots beta.png. forgetting, el2n and c-score take the
+    hardest images; with start.window.beta they first skip that share of the hardest.
 
     Args:
         evaluation: How networks are trained that compare windows.
@@ -249,7 +251,7 @@ def command(arguments: list[str]) -> None:
     else:
         verbs = {name: _method_verb(by) for name, by in METHOD_VERBS.items()} | verbs
     later = {name: _later(verb, defaults) for name, verb in verbs.items()}
-    about = __doc__ + surroundings.OPTIONS
+    about = ABOUT + surroundings.OPTIONS
     call = surroundings.parsed(
         lambda: tyro.extras.subcommand_cli_from_dict(later, prog=prog, args=words, description=about), words
     )

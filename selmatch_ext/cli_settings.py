@@ -26,14 +26,14 @@ class Place:
     """Where results go, and where to compute."""
 
     out: Path
-    """Where the results go: a folder, or the file where it is one."""
+    """Folder for the results."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 …"""
 
 
 @dataclass(frozen=True)
 class WithExperts(Place):
-    """The same, and where the expert trajectories are."""
+    """Where results go, where to compute, and where the expert trajectories are."""
 
     experts: Path | None = None
     """Folder of the expert store, for methods that match trajectories or start from trained networks."""

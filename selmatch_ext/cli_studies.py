@@ -51,7 +51,7 @@ def evaluate(
     """Trains networks on a distilled or selected set and tests them on real test images.
 
     A set of DD comes with its training: network, starting points and learning rates. It is trained on in that way, and
-    the evaluation's settings other than evaluation.networks say nothing; selmatch cross trains other networks on it.
+    the evaluation's settings other than evaluation.networks have no effect; selmatch cross trains other networks on it.
 
     Args:
         path: The set (a .safetensors file of selmatch).
@@ -178,8 +178,9 @@ def report_(path: Positional[Path], *, out: Path, columns: int = 10) -> None:
 
 
 def export(path: Positional[Path], *, out: Path) -> None:
-    """A set as a folder of PNGs that torchvision's ImageFolder reads; with allow_empty=True where learned labels left a
-    class without images.
+    """Writes a set as a folder of PNGs that torchvision's ImageFolder reads.
+
+    Where learned labels leave a class without images, pass allow_empty=True to ImageFolder.
 
     Args:
         path: The set (a .safetensors file of selmatch).

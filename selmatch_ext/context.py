@@ -1,4 +1,4 @@
-"""What travels through a run from stage to stage."""
+"""`Context`: the data, seed and device of a run, which every stage is given."""
 
 from __future__ import annotations
 

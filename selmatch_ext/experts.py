@@ -61,7 +61,7 @@ def train_experts(context: Context, settings: Experts, folder: str | Path) -> Ex
 
 
 def expert_network(store: ExpertStore, context: Context) -> torch.nn.Module:
-    """A new network of the kind that the experts are of. Raises ValueError where their files name a function that the
+    """A new network with the experts' architecture. Raises ValueError where their files name a function that the
     store does not trust, or a network with another number of parameters than they hold."""
     data = context.data
     store.check_model_size(data.channels, data.classes, data.image_size)

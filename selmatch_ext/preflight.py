@@ -1,5 +1,5 @@
-"""What can be checked without work is checked before it: names and choices against the device, sizes against the data,
-the stages of a run against each other, the room on the disk."""
+"""Checks before any training: names and choices against the device, sizes against the data, the stages of a run against
+each other, and the space on the disk."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def check_start(settings: Start, evaluation: Evaluation, context: Context) -> Di
 
 
 def check_run(settings: Run, context: Context, folder: Path) -> None:
-    """Errors of every stage that are certain before the first."""
+    """Raises the error of any stage that is certain to fail, before the first one starts."""
     used: dict[str, Any] = {"evaluation": settings.evaluation}
     planned = None
     if settings.needs_experts():

@@ -29,7 +29,7 @@ CONTENT = "images"
 """Key of the digest, or digests, of its images."""
 
 PLACES = ("data.dataset", "data.root", "data.download", "data.cache")
-"""Settings that say where the images lie. Whether they are the same is asked of the images."""
+"""Settings that say where the images are stored. Whether the images are the same is decided by their digests."""
 
 _LEARNED = ("checkpoint.safetensors", "stopped.safetensors", "distilled.safetensors", "snapshots/*.safetensors")
 _END = ("results.json",)
@@ -174,7 +174,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 
 def _shown(value: Any) -> str:
-    """In a message of one line, whatever a file holds."""
+    """`value` as printable text of at most 500 characters, for a one-line message."""
     text = str(value)
     text = text if text.isprintable() else repr(text)
     return text if len(text) <= 500 else f"{text[:500]}..."
@@ -184,8 +184,8 @@ def from_dict(kind: type[Settings], given: Any, where: str, default: Settings | 
     """The settings object of class `kind` whose `to_dict` is `given`. What is missing is as in `default`, or as in the
     class. where: the file, for messages.
 
-    Raises ValueError naming the setting for one that there is not, and for a value that is not of its type or not in
-    its range."""
+    Raises ValueError naming the setting where it is unknown, and where its value has the wrong type or is out of
+    range."""
     unknown = strict_json.mapping(given, where).keys() - {field.name for field in fields(kind)}
     if unknown:
         raise ValueError(f"{where}: {', '.join(sorted(map(_shown, unknown)))} is no setting of {kind.__name__}")

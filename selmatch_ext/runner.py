@@ -56,8 +56,8 @@ class Run(Checked):
         """The run whose settings.json is at `path`, a file or the folder that it is in.
 
         A data file does not choose which code is run: a method that is a class of a module of yours has to be named by
-        `method` too. Raises ValueError for a setting that there is not or that is not allowed, and for a file of
-        another method than `method`."""
+        `method` too. Raises ValueError for an unknown setting or a value that is not allowed, and where the file is
+        for another method than `method`."""
         path = Path(path) / "settings.json" if Path(path).is_dir() else Path(path)
         given = read_json(path, "method", "settings")
         name = given["method"]
@@ -144,7 +144,7 @@ def distill(settings: Run, chosen: Chosen, context: Context, folder: Path, store
     Returns the method as it is at the end, its set with what it was made from.
 
     Raises FloatingPointError when the loss explodes; the last good set is then in folder/stopped.safetensors. Raises
-    ValueError when the start or the experts are of other data (but where the method wants that) or another network."""
+    ValueError when the start or the experts belong to other data (unless the method needs that) or another network."""
     check_writable(folder / "distilled.safetensors")
     start = chosen.images
     made_from = {**to_dict(settings), "beta": chosen.beta, "started_from": start.digest()}
@@ -156,7 +156,7 @@ def distill(settings: Run, chosen: Chosen, context: Context, folder: Path, store
     method = find_method(settings.method)(task, settings.settings)
     if store is not None and "images" in store.metadata and not method.other_experts:  # imported experts do not say
         store.check(0, of_images(task.data))
-    # A checkpoint is of these images, wherever they lie, and no evaluation comes before it
+    # A checkpoint depends on the images' content, not on their path, and not on how the set is evaluated later
     identity = {key: value for key, value in made_from.items() if key != "evaluation"}
     identity["data"] = of_images(task.data)
     sizes, memory = _sizes(method)
@@ -174,7 +174,7 @@ def distill(settings: Run, chosen: Chosen, context: Context, folder: Path, store
 
 
 def _begin(settings: Run, folder: Path, device: torch.device, check: Callable[[Context], None]) -> Context:
-    """Checks all that can be checked without work, and takes the folder. check: of what needs the images."""
+    """Runs all checks that need no training, claims the folder and loads the data. check: those that need the data."""
     preflight.check_choices(settings, device)
     claim(folder, to_dict(settings))
     context = Context(load_data(settings.data, settings.seed), settings.seed, device)
@@ -183,7 +183,7 @@ def _begin(settings: Run, folder: Path, device: torch.device, check: Callable[[C
 
 
 def _sizes(method: Method) -> tuple[dict[str, Any], str]:
-    """What an error in distillation says of its size, and the settings that take less memory."""
+    """The sizes that an error message of the distillation reports, and the settings to lower when memory runs out."""
     start, given = method.task.start, vars(method.settings)
     names = [name for name in ("batch_syn", "inner_steps", "batch_real", "steps", "keep") if name in given]
     sizes = {"images": f"{len(start)} of {tuple(start.images.shape[1:])}", "device": method.task.device}

@@ -48,12 +48,12 @@ def color(background: str) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class Data(Checked):
-    """Which images."""
+    """The data set."""
 
     dataset: str = "CIFAR10"
     """digits, MNIST, FashionMNIST, SVHN, CIFAR10, CIFAR100, tinyimagenet:PATH or imagefolder:PATH (or an archive)."""
     root: str | None = None
-    """Where torchvision's data sets lie."""
+    """Folder of torchvision's data sets; None: the folder data."""
     download: bool = False
     """Let torchvision download what is missing under `root`."""
     resize: Pixels | None = None
@@ -62,7 +62,8 @@ class Data(Checked):
     """Color behind transparent pixels of a folder's or archive's images, a name or #rrggbb; the other data sets refuse
     any but white."""
     test_share: Part | None = None
-    """Where a folder or archive has neither test nor val: this share of each class, drawn by the seed, becomes it."""
+    """Share of each class, drawn by the seed, that becomes the test split of a folder or archive that has
+    neither test nor val."""
     cache: str | None = None
     """Where the decoded images of a folder or archive are kept, so that the second start is instant."""
     per_class: Count | None = None
@@ -82,18 +83,18 @@ class Training(Checked):
     epochs: Count = 100
     """Passes over the training images."""
     lr: Positive = 0.01
-    """Learning rate, at the start where it falls."""
+    """Learning rate; with a schedule, that of the first epoch."""
     momentum: Momentum = 0.0
     """Momentum of SGD."""
     weight_decay: Decay = 0.0
-    """This times the weights is added to their gradients."""
+    """Weight decay of SGD (L2 penalty)."""
     batch: Count = 256
-    """Images per update; the last of an epoch may have fewer. A last one of a single image is left out where BatchNorm
-    cannot take its statistics."""
+    """Images per update; the last batch of an epoch may be smaller. A last batch of one image is dropped where
+    BatchNorm cannot compute statistics from it."""
     schedule: Literal["constant", "cosine", "step"] = "constant"
-    """cosine falls to 1 % of lr at the last epoch; step to a tenth half-way."""
+    """constant: lr; cosine: from lr down to lr / 100 in the last epoch; step: lr / 10 from the middle epoch on."""
     precision: Precision = "float32"
-    """tf32 (GPU only) rounds in convolutions and products, bfloat16 also what lies between them; float32 nowhere."""
+    """tf32 (GPU only): TF32 in convolutions and matrix products; bfloat16: convolutions and activations in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,9 @@ class Scores(Checked):
     """forgetting or el2n, computed by training networks here; or the path of a C-score file (.npy, .npz; higher =
     easier); or forgetting:PATH or el2n:PATH, a file of such scores (higher = harder)."""
     model: str = "ConvNetBN"
-    """The network that is watched; named as in experts.model."""
+    """The network whose training gives the scores; named as in experts.model."""
     runs: Count = 3
-    """Networks that are watched; their scores are averaged."""
+    """Networks trained for the scores, which are averaged over them."""
     strategy: str = "none"
     """Augmentation while they train: names joined by _, one of them drawn per batch; none for none."""
     training: Training = Training(epochs=20)
@@ -167,8 +168,8 @@ class Start(Checked):
     ipc: Count = 10
     """Images per class."""
     alpha: Share = 1.0
-    """Share of them that is learned, in each class those that were chosen last (of a window the easier part); the
-    others stay as they are."""
+    """Share of each class's images that is learned: the last ones chosen (in a window, the easier part). The others
+    stay real images, unchanged."""
     window: Window = Window()
     scores: Scores = Scores()
     features: Features = Features()

@@ -112,7 +112,7 @@ def train_on_real(
 
 
 def _batches(model: nn.Module, take: Take, labels: Tensor, settings: Training) -> int:
-    """Batches of an epoch that can be trained on."""
+    """Number of batches per epoch, without a last one of a single image that BatchNorm cannot train on."""
     count, batches = len(labels), -(-len(labels) // settings.batch)
     if min(count, settings.batch) > 1 and count % settings.batch != 1:
         return batches
@@ -128,8 +128,8 @@ def _batches(model: nn.Module, take: Take, labels: Tensor, settings: Training) -
 
 
 def learning_rate(settings: Training, epoch: int) -> float:
-    """Of the given epoch, counted from 0. cosine: from lr down to lr / 100 in the last epoch; step: lr / 10 from the
-    middle on."""
+    """The learning rate of `epoch`, counted from 0. cosine: from lr down to lr / 100 in the last epoch; step: lr / 10
+    from the middle epoch on."""
     if settings.schedule == "constant":
         return settings.lr
     if settings.schedule == "step":

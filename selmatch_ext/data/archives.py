@@ -42,15 +42,15 @@ class Member(NamedTuple):
 
 
 def read_archive(path: Path, wanted: Callable[[str], bool]) -> ArchiveTree:
-    """The members of an archive, with the contents of those files whose name is `wanted` and of what links of such
-    names lead to.
+    """The members of an archive. Contents are read of the files for whose name `wanted` returns True, and of the files
+    that links with such a name point to.
 
     Raises ValueError naming the archive, and the member that is too large, sparse or encrypted; OSError when it cannot
     be opened."""
     if not path.name.lower().endswith(ARCHIVES):
         raise ValueError(f"{path} is neither a folder nor an archive; allowed endings are {', '.join(ARCHIVES)}")
     if not path.is_file():
-        raise ValueError(f"{path} is no regular file")
+        raise ValueError(f"{path} is not a regular file")
     open(path, "rb").close()  # no permission is an error of its own
     try:
         tree = _read(path, wanted)

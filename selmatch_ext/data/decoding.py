@@ -58,8 +58,8 @@ class Levels:
 
     @classmethod
     def of(cls, low: int, high: int) -> Levels:
-        """The range for files whose lowest and highest level are these: from 0 to the largest number of as many bits as
-        `high` has; or from low to high where they span less than a quarter of that, as in files with an offset."""
+        """The range for files whose lowest and highest levels are `low` and `high`: 0 to 2^bits - 1, with the bits that
+        `high` needs; or, in files with an offset, where high - low is less than a quarter of that, low to high."""
         top = (1 << max(1, high.bit_length())) - 1
         return cls(low, high) if 0 < high - low < top / 4 else cls(0, top)
 

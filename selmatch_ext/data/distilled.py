@@ -115,7 +115,9 @@ class DistilledSet:
         if not (self.std > 0).all():
             raise ValueError(f"std is {self.std.tolist()}; it must be above 0")
         if int(self.indices.min()) < -1:
-            raise ValueError(f"indices holds {int(self.indices.min())}; allowed are -1, for none, and above")
+            raise ValueError(
+                f"indices holds {int(self.indices.min())}; allowed are training images from 0, or -1 for none"
+            )
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr is {self.lr}; it must be a finite number above 0")
         pixels = self.images[0].numel()
@@ -285,8 +287,8 @@ def as_selected(subset: DistilledSet) -> DistilledSet:
 
 
 def training_set(path: str | Path) -> DistilledSet:
-    """The set in a file, to be trained on. In one that was only selected nothing is learned yet, so none of its images
-    counts as distilled, whatever is to become of them."""
+    """The set in a file, to train networks on. A set of `selmatch select` holds only real images, so none of them is
+    marked as distilled, even if its file marks those to be learned later."""
     subset = DistilledSet.load(path)
     return as_selected(subset) if subset.method in SELECTIONS else subset
 

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_folder(path: Path, options: Options, cache: str | os.PathLike | None) -> ImageData:
-    """Loads a folder or an archive; see `selmatch_ext.data.images.load`.
+    """Loads a folder or an archive; see `selmatch_ext.data.load.load`.
 
     Says in one line of the log what was skipped, and how 16-bit files were scaled. Raises ValueError, also for a data
     set of one class and for training images that are all equal, and OSError."""
@@ -55,13 +55,14 @@ def load_folder(path: Path, options: Options, cache: str | os.PathLike | None) -
     first = data.train.images[0]
     if all(torch.equal(image, first) for image in data.train.images):
         raise ValueError(f"{name}: the {len(data.train)} training images do not differ; there is nothing to learn")
-    _say(notes)
+    _log(notes)
     if store is not None:
         _write_cache(store, data, notes)
     return data
 
 
-def _say(notes: list[str]) -> None:
+def _log(notes: list[str]) -> None:
+    """Writes each note to the log, as a warning."""
     for note in notes:
         logger.warning("%s", note)
 
@@ -217,5 +218,5 @@ def _read_cache(store: Path, name: str) -> ImageData:
         data = ImageData(name, *parts, names["class_names"], tensors["mean"], tensors["std"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{store} is damaged: {error}") from error
-    _say(names["notes"])
+    _log(names["notes"])
     return data

@@ -22,7 +22,7 @@ ALLOWED = re.compile(
 )
 CALLS = ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4")
 PICKLE_BYTES = 2**20
-"""What the lists may need at least; in large files an eighth of the file."""
+"""Upper limit of the pickled lists in bytes; in large files the limit is an eighth of the file."""
 
 
 def read_replay_buffer(path: Path) -> tuple[list, int]:

@@ -20,7 +20,7 @@ DECODER = 2  # part of the cache's key; to be raised when the same files become 
 
 @dataclass(frozen=True)
 class Options:
-    """How a folder or archive is read; the arguments of `selmatch_ext.data.images.load` of the same names. tiny: Tiny
+    """How a folder or archive is read; the arguments of `selmatch_ext.data.load.load` of the same names. tiny: Tiny
     ImageNet, tested on `val`."""
 
     tiny: bool = False
@@ -158,7 +158,10 @@ def _stratified(where: str, split: Split, options: Options) -> tuple[Split, Spli
 
 
 def _annotated_split(table: Content, contents: dict[str, Content]) -> Split:
-    """Tiny ImageNet's own validation split: one folder of images, and a table of file name and class."""
+    """The validation split in Tiny ImageNet's own layout: all images in one folder, ordered by class, then path.
+
+    table: val_annotations.txt, with a file name and a class in each line. contents: the files that exist, by path.
+    Raises ValueError for a table without images, and for an image in it that does not exist."""
     rows = [line.split("\t") for line in bytes_of(table).decode(errors="replace").splitlines() if line.strip()]
     known = sorted((row[1], f"val/images/{row[0]}") for row in rows if len(row) > 1)
     if not known:

@@ -1,4 +1,4 @@
-"""The expert store: what networks trained on all of the data went through, epoch by epoch (MTT, arXiv 2203.11932)."""
+"""The expert store: parameters of networks after every epoch of training on all data (MTT, arXiv 2203.11932)."""
 
 from __future__ import annotations
 

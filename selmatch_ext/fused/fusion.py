@@ -25,7 +25,7 @@ def without_unused(steps: list[Operation], result: int) -> list[Operation]:
 
 
 def fuse(steps: list[Operation]) -> list[Operation]:
-    """Norm, activation and pooling that follow each other as one block; biases that a norm takes away marked."""
+    """Joins consecutive norm, activation and pooling into one block, and marks the biases that a norm cancels."""
     place: dict[int, int] = {-1: -1}
     fused: list[Operation] = []
     for i, step in enumerate(steps):

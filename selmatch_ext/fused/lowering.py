@@ -1,4 +1,4 @@
-"""Which rules a layer or a function of torch becomes: tables by class and by function."""
+"""Translates torch's layers and functions into rules: one table by module class, one by function."""
 
 from __future__ import annotations
 

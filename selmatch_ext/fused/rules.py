@@ -110,7 +110,7 @@ class Conv:
 
     Its weights are in the dtype of the images and in the preferred memory format; `FusedStepper` converts them.
 
-    canceled: the bias is followed by a norm that takes every channel's mean away, so its gradient is exactly zero."""
+    canceled: the next norm subtracts every channel's mean, so the bias has no effect and its gradient is exactly 0."""
 
     weight: str
     bias: str | None
@@ -165,6 +165,8 @@ class Conv:
         return None if self.bias is None else p[self.bias].to(like.dtype)
 
     def _settings(self) -> tuple:
+        """What aten.convolution_backward takes after bias_sizes: stride, padding, dilation, transposed, output_padding,
+        groups."""
         return self.stride, self.padding, self.dilation, False, (0, 0), self.groups
 
     def by_conv3x3(self, weight: Tensor, input_gradient: bool = False) -> bool:
@@ -205,7 +207,7 @@ class Conv:
 class Block:
     """Norm, activation and pooling, each of which may be missing, in one pass over memory (ops/block.py).
 
-    centers: the norm takes the mean of every channel away. norm: the path of the module that the norm is in."""
+    centers: whether the norm subtracts the mean of every channel. norm: the path of the norm's module in the model."""
 
     kind: BlockKind
     weight: str | None = None

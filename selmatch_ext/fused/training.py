@@ -12,12 +12,12 @@ from selmatch_ext.fused.operations import Unsupported
 
 
 def fast(model: nn.Module, x: Tensor, precision: str = "float32"):
-    """A function x -> logits that computes what `model` does in training mode, differentiable once in its parameters,
-    faster: or `model` itself where x is not on the CPU or the fused engine cannot compute it.
+    """A faster function x -> logits that computes what `model` does in training mode, differentiable once in its
+    parameters; or `model` itself, where x is not on the CPU or the fused engine cannot run the model.
 
     x: (B, C, H, W) float32, as it will be called with. precision: "bfloat16" has convolutions and activations in
     bfloat16, and statistics, sums, parameters and the last layer in float32, whatever autocast is around the call.
-    BatchNorm keeps its running statistics; a network with an InstanceNorm that keeps some is not for this.
+    BatchNorm updates its running statistics. A network whose InstanceNorm tracks running statistics is returned as is.
     """
     modules = list(model.modules())
     if x.device.type != "cpu" or x.dtype != torch.float32 or not all(m.training for m in modules):

@@ -1,4 +1,4 @@
-"""What a distillation method is given, and what it has to have: a class of its own with little more than its loss."""
+"""`Method`, the base class of all distillation methods, and `Task`, what a method is given: start, data, experts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class MethodSettings(Checked):
     iterations: Count = 1000
     """Updates of the images."""
     checkpoint_seconds: Seconds = 30.0
-    """How often the state is saved."""
+    """Seconds between two saves of the checkpoint."""
     snapshot_every: Number = 0
     """Also keep the set as it is after every so many updates, in snapshots/, for `selmatch coverage`; 0 = never."""
 
@@ -138,12 +138,12 @@ class Method:
 
     @classmethod
     def needs_experts(cls, settings: Any) -> bool:
-        """Whether a run with these settings trains expert trajectories for it."""
+        """Whether the method, with these settings, needs expert trajectories; a run then trains them first."""
         return False
 
     @classmethod
     def without_experts(cls, settings: Any) -> Any:
-        """Settings for trying the method out before the experts are there: those that read an expert are replaced."""
+        """The settings for preflight, which builds the method before experts exist: options that need one are reset."""
         return settings
 
     @property
@@ -153,11 +153,11 @@ class Method:
 
     @property
     def other_experts(self) -> bool:
-        """Whether the experts are to be of another data set than the images that are distilled."""
+        """Whether the experts must come from another data set than the images that are distilled (DD's adapt)."""
         return False
 
     def check_network(self) -> None:
-        """Raises ValueError for what is certain to fail, found by trying it: a run calls it before its first stage."""
+        """Raises ValueError for an error that would only appear later; preflight calls it before the first stage."""
 
     def combined(self) -> Tensor:
         """(n, C, H, W): the whole set, learned images as they are now; differentiable in them."""

@@ -18,7 +18,7 @@ from selmatch_ext.provenance import check_same
 
 
 class Snapshots:
-    """Files of the set as it was at some iterations, written before the checkpoint can pass them."""
+    """Saves the set after every `every` iterations, before the next checkpoint, so that a resumed run misses none."""
 
     def __init__(self, folder: Path, every: int, last: int, settings: dict[str, Any]):
         self.folder, self.every, self.last, self.settings = folder, every, last, settings

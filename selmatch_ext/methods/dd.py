@@ -33,7 +33,7 @@ class DDSettings(MethodSettings):
     steps: Count = 10
     """Batches that the set consists of, each a step of training, with start.ipc / steps images of each class."""
     epochs: Count = 3
-    """How often the steps are gone through."""
+    """Passes over the steps; training takes steps * epochs updates."""
     lr_init: Positive = 0.02
     """Every step's learning rate at the start; they are learned through softplus."""
     init: Literal["unknown", "known", "loaded"] = "unknown"
@@ -48,19 +48,19 @@ class DDSettings(MethodSettings):
     networks: Count = 4
     """Initializations averaged over in each iteration (one where it is known)."""
     test_networks: Count = 1
-    """loaded: the last experts, which no iteration sees; the set is evaluated on them."""
+    """init loaded: the number of experts, the last ones, that are held out to evaluate the set on."""
     pool_epochs: Count = 1
-    """loaded: the last so many epochs of each expert after which its network is one of those that training starts from;
-    1 = trained to the end. With few experts more make the set work on networks that it has not seen."""
+    """init loaded: training starts from an expert's parameters after any of its last pool_epochs epochs; 1 = only after
+    the last. With few experts, a larger value makes the set work on unseen networks too."""
     batch_real: Count = 1024
     """Real images in the objective."""
     passes: Count = 400
     """Passes over the real training images."""
     lr: Positive = 0.01
-    """Adam's, of images and rates, with betas 0.5 and 0.999."""
+    """Adam's learning rate for the images and the steps' learning rates (betas 0.5 and 0.999)."""
     lr_rates: Rate | None = None
-    """Adam's, of the rates alone; None = lr, 0 = they stay as they are. Where the loss jumps, rates have grown beyond
-    what training on the set is stable at: then a tenth of lr."""
+    """Adam's learning rate for the steps' learning rates alone; None = lr, 0 = they are not learned. Where the loss
+    jumps, they have grown too large for stable training on the set: try a tenth of lr."""
     halve_every: Count = 40
     """Passes after which lr is halved."""
     strategy: str = "none"
@@ -105,7 +105,7 @@ class DD(Method):
         self._check_experts()
 
     def _batches(self) -> list[Tensor]:
-        """The images of each step: of every class the next few."""
+        """Indices (B,) of the images of each step, equally many of every class."""
         rows, steps = [self.of_class(c) for c in range(self.task.data.classes)], self.settings.steps
         count = len(rows[0]) // steps
         if count == 0 or any(len(row) != steps * count for row in rows):

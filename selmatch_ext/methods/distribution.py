@@ -1,5 +1,5 @@
-"""Distribution matching (DM, arXiv 2110.04181): in the features of fresh networks, the mean of each class's synthetic
-images is drawn to that of its real ones."""
+"""Distribution matching (DM, arXiv 2110.04181): in the features of randomly initialized networks, the mean of each
+class's synthetic images is matched to that of its real ones."""
 
 from __future__ import annotations
 

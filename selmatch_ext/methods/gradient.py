@@ -28,7 +28,7 @@ class DCSettings(MethodSettings):
     model: str = "ConvNet"
     """The network whose gradients are matched; named as in experts.model."""
     iterations: Count = 1000
-    """Outer iterations: fresh networks."""
+    """Outer iterations, each with a newly initialized network."""
     outer_loop: Count | None = None
     """Updates of the images per network; None: the paper's for this ipc."""
     inner_loop: Count | None = None
@@ -81,8 +81,8 @@ def loops(ipc: int, settings: DCSettings) -> tuple[int, int]:
 
 
 class DC(Method):
-    """The gradients that a network gets from synthetic images of a class are drawn to those from real ones, while that
-    network is trained on the synthetic set; then comes a fresh one. Learned: the images. State: the network.
+    """Matches a network's gradients on the synthetic images of a class to those on real ones, while the network trains
+    on the synthetic set; after outer_loop updates it is reinitialized. Learned: the images. State: the network.
 
     An iteration of the loop is one update of the images."""
 

@@ -119,11 +119,11 @@ def check_draws(method: Method) -> None:
     draws = method.draws
     if draws < 1 or draws % ranks.world():
         raise ValueError(
-            f"{ranks.world()} processes share the losses of an iteration, so their number must be a multiple of "
-            f"{ranks.world()}, got {draws}; matching trajectories (MTT, DATM, SelMatch) it is experts_per_iteration"
+            f"{ranks.world()} processes share the losses of an iteration, so the number of losses must be a "
+            f"multiple of {ranks.world()}, got {draws}; for MTT, DATM and SelMatch it is experts_per_iteration"
         )
     if draws > 1 and method.state:
-        raise ValueError(f"{method.name} goes from each loss to the next and cannot average {draws} of them")
+        raise ValueError(f"{method.name} keeps state from one loss to the next and cannot average {draws} of them")
 
 
 def _backward(method: Method, iteration: int) -> float:

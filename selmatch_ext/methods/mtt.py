@@ -34,14 +34,14 @@ class MTTSettings(MethodSettings):
     min_start_epoch: Number = 0
     """The first of the start epochs."""
     first_max_start_epoch: Count | None = None
-    """Where the upper end of the start epochs stands at first; it grows to max_start_epoch over the run (sequential
-    generation, DATM). None: it stands at max_start_epoch all the time."""
+    """The upper end of the start epochs in the first iteration; it grows to max_start_epoch over the run (sequential
+    generation, DATM). None: it is max_start_epoch in all iterations."""
     batch_syn: Count = 500
     """Synthetic images per student update."""
     lr_images: Positive = 1000.0
     """Step size of the images."""
     lr_lr: Rate = 1e-5
-    """Step size of η."""
+    """Step size of η, the student's learned learning rate."""
     momentum: Momentum = 0.5
     """Momentum of the images and of η."""
     lr_init: Positive = 0.01
@@ -61,7 +61,7 @@ class MTTSettings(MethodSettings):
     keep: Literal["nothing", "activations"] = "nothing"
     """activations is faster, and its memory grows with inner_steps."""
     precision: Precision = "float32"
-    """tf32 (GPU only) rounds in convolutions and products, bfloat16 also what lies between them; float32 nowhere."""
+    """tf32 (GPU only): TF32 in convolutions and matrix products; bfloat16: convolutions and activations in bfloat16."""
     cuda_graphs: bool = False
     """Replay each student update from a CUDA graph; GPU with the fused engine only."""
     max_loss: Positive = 100.0

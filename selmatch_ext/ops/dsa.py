@@ -40,10 +40,12 @@ torch.serialization.add_safe_globals([Augmentation])
 
 
 def mix_augmentations(mask: Tensor, when_true: Augmentation, when_false: Augmentation) -> Augmentation:
-    """One table for a batch in which two augmentations are mixed, so that one launch applies both.
+    """One table that applies `when_true` to the images where `mask` is True and `when_false` to the others, in one
+    launch.
 
-    mask: (B,) bool, image by image. when_true, when_false: tables of B rows or of one row; the shorter is padded with
-    operation 0. Raises TypeError for another mask, ValueError for tables of another number of rows or another device.
+    mask: (B,) bool. when_true, when_false: tables of B rows or of one row, on the mask's device; the one with fewer
+    operations is padded with operation 0. Returns a table of B rows. Raises TypeError where the mask is not (B,) bool,
+    ValueError where a table has another number of rows or is on another device.
     """
     if mask.dtype != torch.bool or mask.dim() != 1:
         raise TypeError(f"mask must be a bool tensor of shape (batch,), got {mask.dtype} of shape {tuple(mask.shape)}")

@@ -74,14 +74,15 @@ def choose(
 
 
 def _from_file(path: str, context: Context) -> DistilledSet:
-    """The set in a file, without the training that it was made for."""
+    """The set in a file, without its learned learning rate and its schedule."""
     chosen = DistilledSet.load(path)
     seen_as(chosen, context.data)
     return replace(chosen, lr=None, schedule=None)
 
 
 def prototype(settings: Start, context: Context) -> DistilledSet:
-    """A set like the one that `choose` will return, found without work: for trying out what comes after it.
+    """A set with the shapes, labels and mask of the one that `choose` will return, but without training any network:
+    preflight.py checks the later stages with it.
 
     Raises ValueError where the choice is certain to fail: an ipc that a class does not have, windows or scores that do
     not fit, a file that is not there or is of other data."""
@@ -139,7 +140,7 @@ def search_window(
     """The β of the best window of a grid, and the test accuracy of each β tried (SelMatch, section 3.1).
 
     The best window has the highest accuracy on the whole training split, so that no test image takes part in the
-    choice. All windows are of one size, so the images that a network has seen weigh the same in each."""
+    choice. All windows have the same size, so every network has trained on the same share of that split."""
     smallest = int(torch.bincount(context.data.train.labels).min())
     grid = beta_grid(smallest, settings.ipc, settings.window.step, settings.window.beta_unit)
     searching = replace(context, seed=derive(context.seed, "search"))

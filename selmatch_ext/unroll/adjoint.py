@@ -41,8 +41,8 @@ class Wanted:
 
 @dataclass
 class Derivative:
-    """Of <gradient of a step, direction>: its value, and its gradient with respect to parameters (P,), images and
-    labels; None for what was not wanted."""
+    """The inner product <gradient of a step, direction>, and its gradients with respect to parameters (P,), images and
+    labels; None for those that were not wanted."""
 
     product: Tensor
     parameters: Tensor | None
@@ -153,8 +153,8 @@ def _samples(info, in_dims, tensors):
 
 @contextlib.contextmanager
 def _arithmetic(precision, device):
-    """Of a whole pass: what `precision` says about TF32, and nothing of the caller's autocast, which would also round
-    the products of the backward pass. (bfloat16 is for the model alone: the engines' matter.)"""
+    """Within, TF32 is on only where `precision` asks for it, and the caller's autocast is off: it would also round the
+    products of the backward pass. (bfloat16 concerns the model alone; the engines apply it.)"""
     with (
         torch.autocast(device.type, enabled=False),
         precision_scope("tf32" if precision == "tf32" else "float32", device),

@@ -79,7 +79,7 @@ class FusedStepper:
         return x.bfloat16() if self.plan.precision == "bfloat16" else x
 
     def _run(self, p: Parameters, x: Tensor):
-        """Every step's result, and what each needs for the way back."""
+        """The result of every operation, and what each saves for its backward pass."""
         values, saved = [], []
         for operation in self.operations:
             value, keep = operation.rule.forward(p, tuple(x if j < 0 else values[j] for j in operation.inputs))
@@ -150,7 +150,8 @@ def _weights(y: Tensor) -> Tensor | float:
 
 
 def _logits_gradient(logits: Tensor, y: Tensor) -> Tensor:
-    """Of the mean cross-entropy."""
+    """(B, K) gradient of the mean cross-entropy with respect to the logits (B, K). y: (B,) classes or (B, K)
+    probabilities."""
     g = logits.softmax(1) * _weights(y)
     if y.is_floating_point():
         g = g - y
