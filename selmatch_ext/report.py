@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -330,7 +330,7 @@ def _text_width(text: str, size: int) -> int:
     return math.ceil(TextPath((0, 0), text, size=size).get_extents().width * DPI / 72) if text.strip() else 0
 
 
-def _figure(width: float, height: float, layout: str | None = None) -> Figure:
+def _figure(width: float, height: float, layout: Literal["constrained", "tight"] | None = None) -> Figure:
     """An empty figure of that many inches. matplotlib is imported here, as the command line, which imports this file,
     draws only at the end: the import takes a third as long as torch's."""
     from matplotlib.figure import Figure

@@ -189,7 +189,7 @@ def _cache_key(path: Path, plan: Plan | None, options: Options) -> str:
         listed: dict[str, Content] = {path.name: path}
     else:
         listed = plan.contents
-    stamps = [(name, file.stat()) for name, file in sorted(listed.items())]
+    stamps = [(name, file.stat()) for name, file in sorted(listed.items()) if isinstance(file, Path)]
     listing = [(name, stamp.st_size, stamp.st_mtime_ns) for name, stamp in stamps]
     tests = None if plan is None else plan.test.paths, plan and plan.test.classes
     return hashlib.sha256(json.dumps([options.key(), listing, tests]).encode()).hexdigest()[:16]
@@ -211,10 +211,10 @@ def _read_cache(store: Path, name: str) -> ImageData:
     described = {field: json_field(metadata, field, store) for field in fields}
     try:
         names = {field: strict_json.strings(value, field) for field, value in described.items()}
-        parts = (
+        train, test = (
             ImageSplit(tensors[f"{s}_images"], tensors[f"{s}_labels"], names[f"{s}_paths"]) for s in ("train", "test")
         )
-        data = ImageData(name, *parts, names["class_names"], tensors["mean"], tensors["std"])
+        data = ImageData(name, train, test, names["class_names"], tensors["mean"], tensors["std"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{store} is damaged: {error}") from error
     _say(names["notes"])

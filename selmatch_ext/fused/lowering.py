@@ -26,6 +26,8 @@ from selmatch_ext.ops.block import (
 if TYPE_CHECKING:
     from selmatch_ext.fused.reader import _Reader
 
+_Norm = nn.GroupNorm | nn.InstanceNorm2d | nn.LayerNorm | nn.BatchNorm2d
+
 
 def _arguments(node: fx.Node, *names: str, **defaults: object) -> list[object]:
     """The arguments of a call in the order of `names`, the first being the input."""
@@ -46,10 +48,10 @@ def _conv(reader: _Reader, m: nn.Conv2d, name: str) -> list[Rule]:
     if m.padding_mode != "zeros" or isinstance(m.padding, str):
         raise no_rule(f"{name} with padding {m.padding!r}, padding_mode {m.padding_mode!r}")
     weight, bias = reader.parameter(m.weight), reader.parameter(m.bias)
-    return [Conv(weight, bias, m.stride, m.padding, m.dilation, m.groups)]
+    return [Conv(weight, bias, _pair(m.stride), _pair(m.padding), _pair(m.dilation), m.groups)]
 
 
-def _norm(reader: _Reader, m: nn.Module, name: str, norm: int, groups: int, centers: bool) -> list[Rule]:
+def _norm(reader: _Reader, m: _Norm, name: str, norm: int, groups: int, centers: bool) -> list[Rule]:
     if not m.training and getattr(m, "running_mean", None) is not None:
         raise Unsupported(f"{name} is in evaluation mode, in which it uses its running statistics")
     kind = BlockKind(norm, groups, m.eps)
@@ -107,7 +109,7 @@ def _flatten_module(reader: _Reader, m: nn.Flatten, name: str) -> list[Rule]:
     return [Flatten()]
 
 
-def _dropout(reader: _Reader, m: nn.Module, name: str) -> list[Rule]:
+def _dropout(reader: _Reader, m: nn.Dropout | nn.Dropout2d, name: str) -> list[Rule]:
     if m.p > 0 and m.training:
         raise no_rule(name)
     return []

@@ -5,18 +5,20 @@ trajectories, lists of tensors in `model.parameters()` order, can be loaded.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "AR": nn.ReLU,
     "AL": lambda: nn.LeakyReLU(0.01),
     "AS": nn.Sigmoid,
     "ASwish": nn.SiLU,
 }
 MOST = {"depth": 1000, "width": 2**16}
-POOLINGS = {"AP": nn.AvgPool2d, "MP": nn.MaxPool2d, "NP": None}
+POOLINGS: dict[str, Callable[..., nn.Module] | None] = {"AP": nn.AvgPool2d, "MP": nn.MaxPool2d, "NP": None}
 
 
 def make_norm(kind, channels, height, width):
@@ -63,10 +65,11 @@ def parse_name(name):
     """
     if not name.startswith("ConvNet"):
         return None
-    position, found = len("ConvNet"), {}
+    position = len("ConvNet")
+    found: dict[str, Any] = {}
     while position < len(name):
         match = _TOKEN.match(name, position)
-        if match is None or match.lastgroup in found:
+        if match is None or match.lastgroup is None or match.lastgroup in found:
             return None
         found[match.lastgroup] = match.group()
         position = match.end()
@@ -100,7 +103,8 @@ class ConvNet(nn.Module):
 
     def __init__(self, channels, classes, image_size, settings):
         super().__init__()
-        layers, inputs, size = [], channels, image_size
+        layers: list[nn.Module] = []
+        inputs, size = channels, image_size
         for block in range(settings.depth):
             padding = 3 if channels == 1 and block == 0 else 1
             layers.append(nn.Conv2d(inputs, settings.width, kernel_size=3, padding=padding))

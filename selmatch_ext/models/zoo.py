@@ -5,6 +5,7 @@ import copy
 import difflib
 import importlib
 import re
+from typing import Any
 
 import torch
 from torch import nn
@@ -92,7 +93,7 @@ class AlexNet(nn.Module):
         return self.fc(self.embed(x))
 
 
-_VGG = {
+_VGG: dict[str, tuple[int | str, ...]] = {
     "11": (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
     "16": (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"),
 }
@@ -103,9 +104,10 @@ class VGG(nn.Module):
 
     def __init__(self, channels, classes, image_size, layers, norm):
         super().__init__()
-        modules, inputs, size = [], channels, image_size
+        modules: list[nn.Module] = []
+        inputs, size = channels, image_size
         for width in _VGG[layers]:
-            if width == "M":
+            if isinstance(width, str):
                 modules.append(nn.MaxPool2d(2))
                 size = shrink(size, 2, 2)
                 continue
@@ -247,7 +249,7 @@ def _drawing_from(generator):
     if generator is None:
         yield
         return
-    seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device, dtype=torch.int64).item()
+    seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device, dtype=torch.int64))
     state = torch.get_rng_state()
     try:
         # Not torch.manual_seed, which would reseed every GPU's generator as well.
@@ -332,15 +334,8 @@ def _torchvision(name, channels, classes, size):
 
 def _replace_first_convolution(model, channels):
     path, old = next((path, m) for path, m in model.named_modules() if isinstance(m, nn.Conv2d))
-    new = nn.Conv2d(
-        channels,
-        old.out_channels,
-        old.kernel_size,
-        stride=old.stride,
-        padding=old.padding,
-        dilation=old.dilation,
-        bias=old.bias is not None,
-    )
+    same: dict[str, Any] = {name: getattr(old, name) for name in ("kernel_size", "stride", "padding", "dilation")}
+    new = nn.Conv2d(channels, old.out_channels, **same, bias=old.bias is not None)
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
 

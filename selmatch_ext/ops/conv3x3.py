@@ -4,6 +4,7 @@ products where the direct sum takes 36."""
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
 
 from selmatch_ext import _C  # noqa: F401  (loads the operators)
 
@@ -48,7 +49,7 @@ def _backward(ctx, g):
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     if ctx.transposed and g.shape[1] <= FEW:  # torch's convolutions are as fast there
         gx = F.conv2d(g, weight, padding=1) if need_x else None
-        gw = torch.nn.grad.conv2d_weight(g, weight.shape, x, padding=1) if need_weight else None
+        gw = conv2d_weight(g, weight.shape, x, padding=1) if need_weight else None
     else:
         gx = torch.ops.selmatch_ext.conv3x3(g, weight, None, not ctx.transposed) if need_x else None
         gw = conv3x3_weight_gradient(*((g, x) if ctx.transposed else (x, g))) if need_weight else None

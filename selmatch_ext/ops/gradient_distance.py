@@ -61,10 +61,13 @@ def _filled(syn: list[Tensor | None], real: list[Tensor | None]) -> tuple[list[T
     pairs = [(a, b) for a, b in zip(syn, real, strict=True) if a is not None or b is not None]
     if not pairs:
         raise ValueError("syn and real have no tensors, only None")
-    return (
-        [torch.zeros_like(b) if a is None else a for a, b in pairs],
-        [torch.zeros_like(a) if b is None else b for a, b in pairs],
-    )
+    return [_or_zeros(a, b) for a, b in pairs], [_or_zeros(b, a) for a, b in pairs]
+
+
+def _or_zeros(tensor: Tensor | None, like: Tensor | None) -> Tensor:
+    found = torch.zeros_like(like) if tensor is None and like is not None else tensor
+    assert found is not None
+    return found
 
 
 def _save_forward(ctx, inputs, output):

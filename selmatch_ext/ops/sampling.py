@@ -190,7 +190,7 @@ def _draw_table(draw: _Stream, request: _Request, param: ParamDiffAug) -> Augmen
         if torch._C._functorch.is_batchedtensor(index):  # vmap: every example has drawn its own name
             columns = [_chosen(index.expand(draw.rows), names, draw, size, param)]
         else:
-            columns = [_COLUMNS[names[index.item()]](draw, size, param)]
+            columns = [_COLUMNS[names[int(index)]](draw, size, param)]
     else:
         columns = [_COLUMNS[name](draw, size, param) for name in names]
     dtype = torch.float64 if request.dtype == torch.float64 else torch.float32
@@ -272,7 +272,9 @@ def _draw_operator(
         draw = _public_stream(request, seed)
     else:
         draw = _own_stream(request, None if source == FRESH else _generators[source])
-    return tuple(_draw_table(draw, request, ParamDiffAug(**dict(zip(STRENGTHS, strengths, strict=True)))))
+    given: dict[str, Any] = dict(zip(STRENGTHS, strengths, strict=True))
+    ops, params = _draw_table(draw, request, ParamDiffAug(**given))
+    return ops, params
 
 
 @_draw_operator.register_fake

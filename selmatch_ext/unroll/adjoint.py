@@ -202,7 +202,7 @@ def _backward(tape, adjoint, start, images, labels, lr, stepper, plan):
         wanted = _wanted(tape, plan, i)
         step = stepper.derivative(tape.thetas[i], x, y, tape.kept[i], adjoint, wanted)
         tape.kept[i] = stepper.freed(tape.kept[i])
-        if needs_lr:
+        if lr_gradient is not None:
             lr_gradient[i] = -step.product
         if needs_images:
             u = step.images

@@ -51,7 +51,7 @@ class AutogradStepper:
         with twice_differentiable():
             graph = self._run(theta, x, y, wanted if keep else None)
         gradient = flatten(graph.gradients).detach()
-        if wanted is None:
+        if wanted is None or self.last_state is None:
             return gradient, None
         return gradient, _Step(self.last_state, self.fingerprint(gradient), graph if keep else None)
 
@@ -113,10 +113,11 @@ class _Fingerprint:
     ROW = 4096
 
     def __init__(self):
-        self.column = self.row = None
+        self.column: torch.Tensor | None = None
+        self.row: torch.Tensor | None = None
 
     def __call__(self, gradient):
-        if self.row is None:
+        if self.row is None or self.column is None:
             draw = torch.Generator().manual_seed(0)
             signs = torch.randint(2, (self.ROW + len(gradient) // self.ROW + 1,), generator=draw, device="cpu")
             self.row, self.column = (2 * signs - 1).to(gradient).tensor_split([self.ROW])
