@@ -49,7 +49,7 @@ def train_experts(context: Context, settings: Experts, folder: str | Path) -> Ex
             model = context.network(settings.model, "expert", index)
             rows = [flat.flatten(model.parameters()).cpu()]
 
-            def keep(epoch: int, model=model, rows=rows) -> None:
+            def keep(epoch: int, model: torch.nn.Module = model, rows: list[Tensor] = rows) -> None:
                 rows.append(flat.flatten(model.parameters()).cpu())
                 progress.update()
 

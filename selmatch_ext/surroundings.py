@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -108,7 +109,7 @@ def _end(error: BaseException, line: str, status: int, options: Options) -> int:
 def _sigterm() -> Iterator[None]:
     """Within, SIGTERM raises `Terminated` in the main thread, as Ctrl-C raises KeyboardInterrupt."""
 
-    def terminate(number, frame):
+    def terminate(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
     if threading.current_thread() is not threading.main_thread():

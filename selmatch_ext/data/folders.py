@@ -10,6 +10,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -160,7 +161,7 @@ class _Decoding:
             else:
                 self.deep[i] = picture
 
-    def _put(self, index: int, pixels) -> None:
+    def _put(self, index: int, pixels: np.ndarray) -> None:
         self.images[index] = torch.from_numpy(pixels)  # one channel is repeated
         self.gray[index] = len(pixels) == 1
 

@@ -111,7 +111,7 @@ def _torchvision(name: str, root: Path, download: bool) -> ImageData:
     return ImageData(name, train, test, class_names)
 
 
-def _torchvision_split(part) -> ImageSplit:
+def _torchvision_split(part: Any) -> ImageSplit:
     images = torch.as_tensor(part.data)
     if images.ndim == 3:  # MNIST's: (n, H, W)
         images = images.unsqueeze(1)

@@ -26,6 +26,7 @@ from selmatch_ext.ops.block import (
 if TYPE_CHECKING:
     from selmatch_ext.fused.reader import _Reader
 
+Read = tuple[tuple[int, ...], list[Rule]]  # (inputs, rules)
 _Norm = nn.GroupNorm | nn.InstanceNorm2d | nn.LayerNorm | nn.BatchNorm2d
 
 
@@ -80,7 +81,9 @@ def _smooth(activation: int) -> list[Rule]:
     return [Block(BlockKind(activation=activation))]
 
 
-def _average(name: str, size: object, stride: object, padding: object, ceil: bool, count: bool, by: object):
+def _average(
+    name: str, size: object, stride: object, padding: object, ceil: bool, count: bool, by: object
+) -> list[Rule]:
     size = _pair(size)
     stride = size if stride is None else _pair(stride)
     if _pair(padding) != (0, 0) or ceil or not count or by is not None:
@@ -144,14 +147,14 @@ MODULES: dict[type, Callable] = {
 def _one(make: Callable[..., list[Rule]], *names: str, **defaults: object) -> Callable:
     """A function of one tensor, whose other arguments go to `make`."""
 
-    def read(reader: _Reader, node: fx.Node, name: str):
+    def read(reader: _Reader, node: fx.Node, name: str) -> Read:
         x, *rest = _arguments(node, "input", *names, **defaults)
         return (reader.source(x, name),), make(name, *rest)
 
     return read
 
 
-def _view(reader: _Reader, node: fx.Node, name: str):
+def _view(reader: _Reader, node: fx.Node, name: str) -> Read:
     x, *shape = node.args
     shape = list(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
     if node.kwargs or len(shape) != 2 or not reader.is_batch_size(shape[0]) or shape[1] != -1:
@@ -165,13 +168,13 @@ def _flatten_call(name: str, start: object, end: object) -> list[Rule]:
     return [Flatten()]
 
 
-def _add(reader: _Reader, node: fx.Node, name: str):
+def _add(reader: _Reader, node: fx.Node, name: str) -> Read:
     if node.kwargs or len(node.args) != 2:
         raise no_rule(f"{name} with {dict(node.kwargs)}")
     return tuple(reader.source(a, name) for a in node.args), [Add()]
 
 
-def _multiply(reader: _Reader, node: fx.Node, name: str):
+def _multiply(reader: _Reader, node: fx.Node, name: str) -> Read:
     """x * sigmoid(x), which is swish; no other product."""
     if node.kwargs or len(node.args) != 2:
         raise no_rule(f"{name} with {dict(node.kwargs)}")
@@ -182,7 +185,7 @@ def _multiply(reader: _Reader, node: fx.Node, name: str):
     raise no_rule(f"{name} of other things than x and sigmoid(x)")
 
 
-def _mean(reader: _Reader, node: fx.Node, name: str):
+def _mean(reader: _Reader, node: fx.Node, name: str) -> Read:
     x, dims, keep = _arguments(node, "input", "dim", "keepdim", keepdim=False)
     if dims is None or {d % 4 for d in _pair(dims)} != {2, 3}:
         raise no_rule(f"{name} over {dims}")

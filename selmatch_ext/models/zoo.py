@@ -5,10 +5,11 @@ import copy
 import difflib
 import importlib
 import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selmatch_ext.models.convnet import ConvNet, make_norm, parse_name, shrink
@@ -17,24 +18,24 @@ from selmatch_ext.models.convnet import ConvNet, make_norm, parse_name, shrink
 class MLP(nn.Module):
     """Two hidden layers of 128. x: (B, C, H, W) -> logits (B, classes)."""
 
-    def __init__(self, channels, classes, image_size):
+    def __init__(self, channels: int, classes: int, image_size: tuple[int, int]) -> None:
         super().__init__()
         self.fc_1 = nn.Linear(channels * image_size[0] * image_size[1], 128)
         self.fc_2 = nn.Linear(128, 128)
         self.fc_3 = nn.Linear(128, classes)
 
-    def embed(self, x):
+    def embed(self, x: Tensor) -> Tensor:
         """Features before the last layer: (B, 128)."""
         return F.relu(self.fc_2(F.relu(self.fc_1(x.flatten(1)))))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc_3(self.embed(x))
 
 
 class LeNet(nn.Module):
     """LeNet 6-16-120-84. x: (B, C, H, W) -> logits (B, classes). One-channel images are padded by 2."""
 
-    def __init__(self, channels, classes, image_size):
+    def __init__(self, channels: int, classes: int, image_size: tuple[int, int]) -> None:
         super().__init__()
         padding = 2 if channels == 1 else 0
         size = shrink(shrink(image_size, 5, 1, padding), 2, 2)
@@ -51,18 +52,18 @@ class LeNet(nn.Module):
         self.fc_2 = nn.Linear(120, 84)
         self.fc_3 = nn.Linear(84, classes)
 
-    def embed(self, x):
+    def embed(self, x: Tensor) -> Tensor:
         """Features before the last layer: (B, 84)."""
         return F.relu(self.fc_2(F.relu(self.fc_1(self.features(x).flatten(1)))))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc_3(self.embed(x))
 
 
 class AlexNet(nn.Module):
     """AlexNet for 32x32 (128-192-256-192-192). x: (B, C, H, W) -> logits (B, classes)."""
 
-    def __init__(self, channels, classes, image_size):
+    def __init__(self, channels: int, classes: int, image_size: tuple[int, int]) -> None:
         super().__init__()
         padding = 4 if channels == 1 else 2  # 28x28 digits become 32x32
         size = shrink(image_size, 5, 1, padding)
@@ -85,11 +86,11 @@ class AlexNet(nn.Module):
         )
         self.fc = nn.Linear(192 * size[0] * size[1], classes)
 
-    def embed(self, x):
+    def embed(self, x: Tensor) -> Tensor:
         """Features before the last layer: (B, features)."""
         return self.features(x).flatten(1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.embed(x))
 
 
@@ -102,7 +103,7 @@ _VGG: dict[str, tuple[int | str, ...]] = {
 class VGG(nn.Module):
     """VGG11 or VGG16 with one linear layer. x: (B, C, H, W) -> logits (B, classes)."""
 
-    def __init__(self, channels, classes, image_size, layers, norm):
+    def __init__(self, channels: int, classes: int, image_size: tuple[int, int], layers: str, norm: str) -> None:
         super().__init__()
         modules: list[nn.Module] = []
         inputs, size = channels, image_size
@@ -118,18 +119,18 @@ class VGG(nn.Module):
         self.features = nn.Sequential(*modules)
         self.classifier = nn.Linear(inputs * size[0] * size[1], classes)
 
-    def embed(self, x):
+    def embed(self, x: Tensor) -> Tensor:
         """Features before the classifier: (B, features)."""
         return self.features(x).flatten(1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.embed(x))
 
 
 class _Block(nn.Module):
     """The basic residual block; with `pool` average pooling takes the place of the stride."""
 
-    def __init__(self, inputs, width, size, stride, norm, pool):
+    def __init__(self, inputs: int, width: int, size: tuple[int, int], stride: int, norm: str, pool: bool) -> None:
         super().__init__()
         self.pool = pool and stride == 2
         step = 1 if pool else stride
@@ -145,7 +146,7 @@ class _Block(nn.Module):
             self.shortcut = nn.Sequential(conv, *pooling, make_norm(norm, width, *after))
         self.size = after
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         if self.pool:
             out = F.avg_pool2d(out, 2)
@@ -159,7 +160,16 @@ class ResNet(nn.Module):
     instead of its mean. tiny: a stem of stride 2, for 64x64 images.
     """
 
-    def __init__(self, channels, classes, image_size, blocks, norm, pool, tiny):
+    def __init__(
+        self,
+        channels: int,
+        classes: int,
+        image_size: tuple[int, int],
+        blocks: tuple[int, ...],
+        norm: str,
+        pool: bool,
+        tiny: bool,
+    ) -> None:
         super().__init__()
         stride = 2 if tiny else 1
         size = shrink(image_size, 3, stride, 1)
@@ -177,13 +187,13 @@ class ResNet(nn.Module):
         self.pool = pool
         self.classifier = nn.Linear(inputs * size[0] * size[1] if pool else inputs, classes)
 
-    def embed(self, x):
+    def embed(self, x: Tensor) -> Tensor:
         """Features before the classifier: (B, 512), with `pool` (B, 512 * height * width)."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return x.flatten(1) if self.pool else x.mean((2, 3))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.embed(x))
 
 
@@ -204,13 +214,19 @@ _NAMES = (
 )
 
 
-def names():
+def names() -> list[str]:
     """The usual network names. `build` takes more: any combination of ConvNet suffixes, "torchvision:NAME",
     "timm:NAME" and "package.module:function"."""
     return list(_NAMES)
 
 
-def build(name, channels, classes, image_size, generator=None):
+def build(
+    name: str,
+    channels: int,
+    classes: int,
+    image_size: int | tuple[int, int],
+    generator: torch.Generator | None = None,
+) -> nn.Module:
     """A freshly initialized network in train mode, on the CPU and in float32: (B, channels, H, W) images -> (B,
     classes) logits.
 
@@ -244,7 +260,7 @@ def build(name, channels, classes, image_size, generator=None):
 
 
 @contextlib.contextmanager
-def _drawing_from(generator):
+def _drawing_from(generator: torch.Generator | None) -> Iterator[None]:
     """Initial weights drawn inside come from `generator`; the global generator is as before afterwards."""
     if generator is None:
         yield
@@ -260,7 +276,7 @@ def _drawing_from(generator):
 
 
 @contextlib.contextmanager
-def _usual_defaults():
+def _usual_defaults() -> Iterator[None]:
     """Within, parameters are made on the CPU in float32, whatever the defaults of torch are."""
     before = torch.get_default_dtype()
     try:
@@ -271,13 +287,13 @@ def _usual_defaults():
         torch.set_default_dtype(before)
 
 
-def build_without_memory(name, channels, classes, image_size):
+def build_without_memory(name: str, channels: int, classes: int, image_size: tuple[int, int]) -> nn.Module:
     """The network of `build` on the meta device. image_size: (H, W). Raises what its constructor does."""
     with torch.device("meta"):
-        return _construct(name, channels, classes, tuple(image_size))
+        return _construct(name, channels, classes, (image_size[0], image_size[1]))
 
 
-def _construct(name, channels, classes, size):
+def _construct(name: str, channels: int, classes: int, size: tuple[int, int]) -> nn.Module:
     simple = {"MLP": MLP, "LeNet": LeNet, "AlexNet": AlexNet}
     if name in simple:
         return simple[name](channels, classes, size)
@@ -303,23 +319,23 @@ def _construct(name, channels, classes, size):
     raise ValueError(f"no network has this name; near ones: {_near(name, _NAMES)}")
 
 
-def is_user_code(name):
+def is_user_code(name: str) -> bool:
     """Whether `name` stands for a function in a module of the user's own, which `build` would import and call."""
     package, _, rest = name.partition(":")
     return bool(rest) and package not in _PACKAGES
 
 
-def _near(name, known):
+def _near(name: str, known: Sequence[str]) -> str:
     return ", ".join(difflib.get_close_matches(name, known, n=5, cutoff=0.5)) or "none"
 
 
-def _torchvision(name, channels, classes, size):
+def _torchvision(name: str, channels: int, classes: int, size: tuple[int, int]) -> nn.Module:
     import torchvision
 
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         raise ValueError(f"torchvision has no classifier {name!r}; near ones: {_near(name, known)}")
-    options = {"num_classes": classes}
+    options: dict[str, Any] = {"num_classes": classes}
     if name.startswith("vit_"):
         if size[0] != size[1]:
             raise ValueError("torchvision's vision transformers take square images")
@@ -332,7 +348,7 @@ def _torchvision(name, channels, classes, size):
     return model
 
 
-def _replace_first_convolution(model, channels):
+def _replace_first_convolution(model: nn.Module, channels: int) -> None:
     path, old = next((path, m) for path, m in model.named_modules() if isinstance(m, nn.Conv2d))
     same: dict[str, Any] = {name: getattr(old, name) for name in ("kernel_size", "stride", "padding", "dilation")}
     new = nn.Conv2d(channels, old.out_channels, **same, bias=old.bias is not None)
@@ -340,20 +356,20 @@ def _replace_first_convolution(model, channels):
     setattr(model.get_submodule(parent), child, new)
 
 
-def _timm(name, channels, classes, size):
+def _timm(name: str, channels: int, classes: int, size: tuple[int, int]) -> nn.Module:
     try:
         timm = importlib.import_module("timm")
     except ImportError as error:
         raise ImportError(f"network 'timm:{name}' needs timm: pip install timm") from error
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}; near ones: {_near(name, timm.list_models())}")
-    options = {"num_classes": classes, "in_chans": channels}
+    options: dict[str, Any] = {"num_classes": classes, "in_chans": channels}
     if timm.get_pretrained_cfg(name).fixed_input_size:
         options["img_size"] = size
     return timm.create_model(name, pretrained=False, **options)
 
 
-def _of_user(module, function, channels, classes, size):
+def _of_user(module: str, function: str, channels: int, classes: int, size: tuple[int, int]) -> nn.Module:
     try:
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, TypeError) as error:
@@ -370,7 +386,7 @@ def _of_user(module, function, channels, classes, size):
 _PACKAGES = {"torchvision": _torchvision, "timm": _timm}
 
 
-def _try_on(model, channels, classes, size):
+def _try_on(model: nn.Module, channels: int, classes: int, size: tuple[int, int]) -> None:
     """Raises ValueError where images of that size do not go through to an output per class: shapes only, nothing is
     computed."""
     shapes = copy.deepcopy(model).to("meta").eval()
@@ -383,15 +399,16 @@ def _try_on(model, channels, classes, size):
         raise ValueError(f"for one image it returns {given}; it must be a tensor [1, {classes}], an output per class")
 
 
-def embed(model, x):
+def embed(model: nn.Module, x: Tensor) -> Tensor:
     """Penultimate features of any classifier: what enters its last linear layer. x: (B, C, H, W) -> (B, features).
 
     Networks of this package have a method for it. In others the linear layer that runs last is found by running them.
     Raises ValueError where no linear layer runs.
     """
     if hasattr(model, "embed"):
-        return model.embed(x)
-    seen = []
+        own: Any = model.embed
+        return own(x)
+    seen: list[Tensor] = []
     handles = [
         module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         for module in model.modules()

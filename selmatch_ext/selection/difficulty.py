@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,12 @@ def compute_scores(context: Context, settings: Scores) -> Tensor:
             take = context.real_images()
             seen: list[Tensor] = []
 
-            def watch(epoch: int, model=model, take=take, seen=seen) -> None:
+            def watch(
+                epoch: int,
+                model: torch.nn.Module = model,
+                take: Callable[[Tensor], Tensor] = take,
+                seen: list[Tensor] = seen,
+            ) -> None:
                 seen.append(measure(predict(model, take, len(labels), context.device), labels))
                 progress.update()
 

@@ -25,7 +25,7 @@ class FusedStepper:
         self.shapes = dict(zip(model.names, model.shapes, strict=True))
         self.convolutions = [operation.rule for operation in operations if isinstance(operation.rule, Conv)]
 
-    def gradient(self, theta: Tensor, x: Tensor, y: Tensor, wanted: Wanted | None, keep: bool):
+    def gradient(self, theta: Tensor, x: Tensor, y: Tensor, wanted: Wanted | None, keep: bool) -> tuple[Tensor, Any]:
         p = self._named(theta)
         values, saved = self._run(p, self._images(x))
         logits = values[-1].to(theta.dtype)
@@ -34,7 +34,9 @@ class FusedStepper:
         kept = [v if self._is_kept(operation) else None for operation, v in zip(self.operations, values, strict=True)]
         return self._flat(gradients, theta), kept if keep else None
 
-    def derivative(self, theta: Tensor, x: Tensor, y: Tensor, kept, direction: Tensor, wanted: Wanted) -> Derivative:
+    def derivative(
+        self, theta: Tensor, x: Tensor, y: Tensor, kept: Any, direction: Tensor, wanted: Wanted
+    ) -> Derivative:
         p, t = self._named(theta), self._named(direction)
         logits, saved = self._run_dual(p, t, self._images(x), kept or [None] * len(self.operations))
         logits = logits.map(lambda v: v.to(theta.dtype))
@@ -55,7 +57,7 @@ class FusedStepper:
             of_labels if wanted.labels else None,
         )
 
-    def freed(self, kept) -> None:
+    def freed(self, kept: Any) -> None:
         return None
 
     def _is_kept(self, operation: Operation) -> bool:
