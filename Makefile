@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo methods test bench lint clean
+.PHONY: demo methods test bench lint style types clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -21,10 +21,15 @@ test: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench
 
-lint: $(VENV)/.linters
+lint: style types
+
+style: $(VENV)/.linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+
+types: $(VENV)/.linters $(VENV)/.installed  # mypy reads the types of torch and of the other packages
+	$(BIN)/mypy
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -37,8 +42,8 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install --no-build-isolation --editable ".[test]"
 	touch $@
 
-$(VENV)/.linters: | $(VENV)/bin/python
-	$(BIN)/python -m pip install ruff clang-format cmake
+$(VENV)/.linters: Makefile | $(VENV)/bin/python
+	$(BIN)/python -m pip install ruff clang-format cmake mypy types-tqdm
 	touch $@
 
 clean:

@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -27,7 +27,7 @@ TEXT_BYTES = 2**20
 class Arrays:
     """The arrays of an open .npy (one, called `scores`) or .npz file, of which `names` are read one at a time."""
 
-    def __init__(self, path: Path, archive: zipfile.ZipFile | None, file: BinaryIO) -> None:
+    def __init__(self, path: Path, archive: zipfile.ZipFile | None, file: IO[bytes]) -> None:
         self.path, self._archive, self._file = path, archive, file
 
     @property
@@ -67,7 +67,7 @@ class Arrays:
         return str(array)
 
     @contextlib.contextmanager
-    def _open(self, name: str) -> Iterator[tuple[BinaryIO, int]]:
+    def _open(self, name: str) -> Iterator[tuple[IO[bytes], int]]:
         """(what holds the array, its number of bytes)."""
         if self._archive is None:
             self._file.seek(0)
@@ -81,7 +81,7 @@ class Arrays:
         with self._archive.open(members[0]) as stream:
             yield stream, members[0].file_size
 
-    def _header(self, name: str, stream: BinaryIO) -> tuple[tuple[int, ...], np.dtype, bool, int]:
+    def _header(self, name: str, stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool, int]:
         """Shape, dtype, whether in Fortran order, and where the values begin; `stream` is then there."""
         start = stream.read(10)
         length = int.from_bytes(start[8:10], "little")
@@ -102,7 +102,7 @@ class Arrays:
         return shape, dtype, fortran, len(start) + length
 
 
-def _check_directory(file: BinaryIO, archive: zipfile.ZipFile) -> None:
+def _check_directory(file: IO[bytes], archive: zipfile.ZipFile) -> None:
     """A damaged directory must not make an array one that is not there: ValueError or BadZipFile where it lists fewer
     members than its end says, or another name than the member has."""
     file.seek(-min(2**16 + 22, file.seek(0, os.SEEK_END)), os.SEEK_END)

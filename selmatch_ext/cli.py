@@ -18,7 +18,7 @@ from selmatch_ext.context import Context
 from selmatch_ext.data.load import load_data
 from selmatch_ext.data.trajectories import import_replay_buffer
 from selmatch_ext.experts import train_experts
-from selmatch_ext.methods import METHODS, find_method
+from selmatch_ext.methods import METHODS, MethodSettings, find_method
 from selmatch_ext.output import say
 from selmatch_ext.provenance import set_aside, to_dict
 from selmatch_ext.ranges import Seed, check_number
@@ -38,7 +38,7 @@ def run_by(method: str) -> Callable[..., None]:
     run, kind = Run.of(method), find_method(method).settings_type
 
     def verb(
-        settings: Annotated[kind, tyro.conf.arg(name="")] = run.settings,
+        settings: MethodSettings = run.settings,
         data: Data = run.data,
         start: Start = run.start,
         experts: Experts = run.experts,
@@ -57,7 +57,7 @@ def distill_by(method: str) -> Callable[..., None]:
     run, kind = Run.of(method), find_method(method).settings_type
 
     def verb(
-        settings: Annotated[kind, tyro.conf.arg(name="")] = run.settings,
+        settings: MethodSettings = run.settings,
         data: Data = run.data,
         start: Start = run.start,
         evaluation: Evaluation = run.evaluation,
@@ -72,7 +72,7 @@ def distill_by(method: str) -> Callable[..., None]:
 
 
 def _described(verb: Callable[..., None], kind: type, what: str) -> Callable[..., None]:
-    verb.__annotations__["settings"] = Annotated[kind, tyro.conf.arg(name="")]
+    _with_settings(verb, kind)
     verb.__doc__ = f"""{kind.__doc__}
 
     {what}
@@ -83,8 +83,13 @@ def _described(verb: Callable[..., None], kind: type, what: str) -> Callable[...
     return verb
 
 
+def _with_settings(verb: Callable[..., None], kind: type) -> None:
+    """The options of the argument `settings` are the fields of `kind`, which only the run knows."""
+    verb.__annotations__["settings"] = Annotated[kind, tyro.conf.arg(name="")]
+
+
 def demo(
-    settings: Annotated[type(DEMO.settings), tyro.conf.arg(name="")] = DEMO.settings,
+    settings: MethodSettings = DEMO.settings,
     data: Data = DEMO.data,
     start: Start = DEMO.start,
     experts: Experts = DEMO.experts,
@@ -103,6 +108,9 @@ def demo(
     asked, where = Run(DEMO.method, settings, data, start, experts, evaluation, seed), device_of(place.device)
     set_aside(place.out, to_dict(asked))
     runner.run(asked, place.out, where)
+
+
+_with_settings(demo, type(DEMO.settings))
 
 
 def scores(
@@ -195,8 +203,8 @@ def recipes_() -> None:
     say(report.table(recipes.listing()))
 
 
-METHOD_VERBS = {"run": run_by, "distill": distill_by}
-VERBS = {
+METHOD_VERBS: dict[str, Callable[[str], Callable[..., None]]] = {"run": run_by, "distill": distill_by}
+VERBS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "scores": scores,
     "select": select,
@@ -219,7 +227,7 @@ def _method_verb(by: Callable[[str], Callable[..., None]]) -> Callable[..., None
     def verb() -> None:
         """See selmatch VERB METHOD --help."""
 
-    verb.__doc__ = f"{by.__doc__.removesuffix('.')}; METHOD is {', '.join(METHODS)}, or package.module:Class."
+    verb.__doc__ = f"{(by.__doc__ or '').removesuffix('.')}; METHOD is {', '.join(METHODS)}, or package.module:Class."
     return verb
 
 
@@ -236,7 +244,7 @@ def _later(verb: Callable[..., None], defaults: Run | None) -> Callable[..., Cal
         parts = take(defaults)
         signature = inspect.signature(verb)
         changed = [p.replace(default=parts.get(p.name, p.default)) for p in signature.parameters.values()]
-        call.__signature__ = signature.replace(parameters=changed)
+        vars(call)["__signature__"] = signature.replace(parameters=changed)
     return call
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import tyro
+from tyro.conf import Positional
 
 from selmatch_ext import report
 from selmatch_ext.cli_settings import OF_THE_SET, Here, data_of
@@ -23,8 +23,6 @@ from selmatch_ext.studies.coverage import snapshots
 from selmatch_ext.studies.cross import cross as cross_table
 from selmatch_ext.studies.search import search as search_networks
 from selmatch_ext.surroundings import device_of
-
-Positional = tyro.conf.Positional
 
 
 def _context(data: Data, path: Path, seed: int, device: torch.device) -> Context:

@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 def constant(function: Callable[P, R]) -> Callable[P, R]:
     """As `torch.compiler.assume_constant_result`: compiled code calls `function` once and keeps the result."""
-    function._dynamo_marked_constant = True
+    vars(function)["_dynamo_marked_constant"] = True
     return function
 
 
@@ -25,7 +25,7 @@ def never_compiled(reason: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     function calls; with fullgraph=True the reason is in the error."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        disabled = []
+        disabled: list[Callable[P, R]] = []
 
         @functools.wraps(function)
         def call(*arguments: P.args, **options: P.kwargs) -> R:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from selmatch_ext import ranks
 from selmatch_ext.context import Context
-from selmatch_ext.data.trajectories import ExpertStore
+from selmatch_ext.data.trajectories import ExpertSource, ExpertStore
 from selmatch_ext.files import check_writable
 from selmatch_ext.models import flat
 from selmatch_ext.models.statistics import freeze_statistics
@@ -49,7 +49,7 @@ def train_experts(context: Context, settings: Experts, folder: str | Path) -> Ex
             model = context.network(settings.model, "expert", index)
             rows = [flat.flatten(model.parameters()).cpu()]
 
-            def keep(epoch: int, model=model, rows=rows) -> None:
+            def keep(epoch: int, model: torch.nn.Module = model, rows: list[Tensor] = rows) -> None:
                 rows.append(flat.flatten(model.parameters()).cpu())
                 progress.update()
 
@@ -60,7 +60,7 @@ def train_experts(context: Context, settings: Experts, folder: str | Path) -> Ex
     return store
 
 
-def expert_network(store: ExpertStore, context: Context) -> torch.nn.Module:
+def expert_network(store: ExpertSource, context: Context) -> torch.nn.Module:
     """A new network with the experts' architecture. Raises ValueError where their files name a function that the
     store does not trust, or a network with another number of parameters than they hold."""
     data = context.data
@@ -68,7 +68,7 @@ def expert_network(store: ExpertStore, context: Context) -> torch.nn.Module:
     return context.network(store.model, "student")
 
 
-def expert_logits(store: ExpertStore, context: Context, images: Tensor) -> Tensor:
+def expert_logits(store: ExpertSource, context: Context, images: Tensor) -> Tensor:
     """(n, K) logits that expert 0 at its last epoch gives normalized images (n, C, H, W); no gradient. BatchNorm, of
     which trajectories hold no statistics, takes them from 16 real images per class."""
     model, data = expert_network(store, context).to(images.dtype), context.data

@@ -39,7 +39,7 @@ def _host() -> str:
 def remove_abandoned(folder: str | os.PathLike) -> None:
     """Removes what writers of files in `folder` and below it left behind when they were killed on this host."""
     # Not rglob: a folder that another process removes meanwhile is an error to it.
-    folders = (Path(root, name) for root, names, _ in os.walk(folder) for name in names)
+    folders = (Path(root, name) for root, names, _ in os.walk(Path(folder)) for name in names)
     _remove_dead(path for path in folders if path.match(f".*.{_host()}-*.tmp"))
 
 
@@ -197,7 +197,7 @@ def checksum(tensor: Tensor) -> str:
     """32 hexadecimal digits of SHA-256 over type, shape and bytes of a contiguous CPU tensor. It finds damage; whoever
     means to change a file can also change its checksums."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 
 

@@ -60,7 +60,7 @@ class SafeStream(io.TextIOBase):
         return getattr(self._stream, name)
 
     @property
-    def encoding(self) -> str:
+    def encoding(self) -> str:  # type: ignore[override]  # read from the stream behind, where io has an attribute
         return getattr(self._stream, "encoding", None) or "ascii"
 
     def isatty(self) -> bool:

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 
@@ -32,7 +33,8 @@ def precision_scope(precision: str, device: torch.device) -> Iterator[None]:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             yield
         return
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # torch makes this module when it runs
+    switches: tuple[Any, Any] = torch.backends.cuda.matmul, convolutions
     before = [switch.fp32_precision for switch in switches]
     for switch in switches:
         switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from selmatch_ext import models
 from selmatch_ext.context import Context
 from selmatch_ext.data.distilled import DistilledSet, seen_as
 from selmatch_ext.data.images import ImageData
-from selmatch_ext.data.trajectories import ExpertStore
+from selmatch_ext.data.trajectories import ExpertSource
 from selmatch_ext.methods import Method, Task, find_method
 from selmatch_ext.methods.loop import check_draws
 from selmatch_ext.models.flat import parameter_count
@@ -111,9 +112,7 @@ def check_run(settings: Run, context: Context, folder: Path) -> None:
     check_distillation(settings, context, folder, planned)
 
 
-def check_distillation(
-    settings: Run, context: Context, folder: Path, experts: ExpertStore | PlannedExperts | None
-) -> None:
+def check_distillation(settings: Run, context: Context, folder: Path, experts: ExpertSource | None) -> None:
     """Errors of the start and of the method that are certain before their work. experts: those that are there, or are
     going to be trained."""
     check_networks({"settings": settings.settings}, context.data)
@@ -155,6 +154,10 @@ class PlannedExperts:
 
     def check_alike(self) -> None:
         """Nothing to check: all of them are trained with the same settings."""
+
+    def row(self, expert: int, epoch: int) -> Tensor:
+        """RuntimeError: there is none yet."""
+        raise RuntimeError(f"the experts in {self.folder} are yet to be trained")
 
     def bytes_missing(self) -> int:
         """What the experts that `folder` lacks will take there."""

@@ -20,9 +20,11 @@ from selmatch_ext.output import say
 from selmatch_ext.ranges import SettingError
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from selmatch_ext.data.images import ImageData
 
-Settings = TypeVar("Settings")
+Settings = TypeVar("Settings", bound="DataclassInstance")
 NAMES = ("data", "dataset")
 """Keys of the data set's name in what a file was made from."""
 CONTENT = "images"
@@ -190,10 +192,10 @@ def from_dict(kind: type[Settings], given: Any, where: str, default: Settings | 
     if unknown:
         raise ValueError(f"{where}: {', '.join(sorted(map(_shown, unknown)))} is no setting of {kind.__name__}")
     hints, base = get_type_hints(kind), kind() if default is None else default
-    values = {}
+    values: dict[str, Any] = {}
     for name, value in given.items():
         place, now = f"{where}: {name}", getattr(base, name)
-        if is_dataclass(now):
+        if is_dataclass(now) and not isinstance(now, type):
             values[name] = from_dict(type(now), value, place, now)
         elif _fits(value, hints[name]):
             values[name] = tuple(value) if isinstance(value, list) else value

@@ -71,23 +71,26 @@ class Checked:
         check(self)
 
 
-def check(settings: Any) -> None:
+def check(settings: object) -> None:
     """SettingError for the first field of a dataclass whose number is NaN, infinite, of another type or not in its
     range, or whose value is none of those that its type names. None passes where the type allows it."""
-    for name, names in named_fields(type(settings)).items():
+    kind: Any = type(settings)  # to mypy a class is not Hashable, which the caches below ask for
+    for name, names in named_fields(kind).items():
         if vars(settings)[name] not in names:
             raise SettingError(name, repr(vars(settings)[name]), ", ".join(map(str, names)))
-    for name, (kind, allowed, optional, several) in numeric_fields(type(settings)).items():
+    for name, (number, allowed, optional, several) in numeric_fields(kind).items():
         given = vars(settings)[name]
         if given is None and optional:
             continue
         for value in given if several and isinstance(given, (tuple, list)) else [given]:
-            check_number(name, value, Annotated[kind, allowed])
+            check_number(name, value, Annotated[number, allowed])
 
 
 def check_number(name: str, value: Any, annotation: Any) -> None:
     """SettingError unless `value` is in the range of one of the types above, for a number that stands alone."""
     kind, allowed, _, _ = _read(annotation)
+    if kind is None or allowed is None:
+        raise TypeError(f"{name} has no number with a range as its type, but {annotation}")
     if not _is(value, kind) or value not in allowed:
         raise SettingError(name, value, f"{'a whole number from ' * (kind is int)}{allowed}")
 
@@ -134,7 +137,8 @@ def _named(hint: Any) -> tuple | None:
     if origin not in (Union, types.UnionType):
         return None
     parts = [_named(part) for part in inside]
-    return None if None in parts else tuple(value for part in parts for value in part)
+    known = [part for part in parts if part is not None]
+    return tuple(value for part in known for value in part) if len(known) == len(parts) else None
 
 
 def _read(hint: Any) -> tuple[type | None, Range | None, bool, bool]:

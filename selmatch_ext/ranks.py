@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def _wait(begin: Callable[[], dist.Work]) -> None:
         ) from error
 
 
-def progress(**options) -> tqdm:
+def progress(**options: Any) -> tqdm:
     """A progress bar, shown by rank 0 alone."""
     return tqdm(**options, disable=not first(), file=safe(sys.stderr))
 

@@ -104,7 +104,8 @@ def _matching() -> Iterator[Recipe]:
                 if method != "dc":
                     strategy = DSA.replace("_flip", "") if dataset in ("MNIST", "SVHN") else DSA
                     evaluation = replace(_AUGMENTED, networks=20, distilled_strategy=strategy)
-                    row = replace(row, settings=replace(row.settings, strategy=strategy), evaluation=evaluation)
+                    settings: Any = row.settings
+                    row = replace(row, settings=replace(settings, strategy=strategy), evaluation=evaluation)
                 yield Recipe(f"{method}-{dataset.lower()}-ipc{ipc}", row, published)
 
 
@@ -242,7 +243,7 @@ def _brief_matching(settings: MTTSettings, ipc: int) -> MTTSettings:
 
 
 def _brief_gradients(settings: DCSettings, ipc: int) -> DCSettings:
-    loops = {} if ipc == 1 else {"outer_loop": 4, "inner_loop": 10}
+    loops: dict[str, Any] = {} if ipc == 1 else {"outer_loop": 4, "inner_loop": 10}
     return replace(settings, model=narrow(settings.model), batch_real=64, iterations=20, **loops)
 
 

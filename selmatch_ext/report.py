@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from selmatch_ext.data.names import readable
 from selmatch_ext.files import atomic_write
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.ticker import Locator
 
@@ -174,7 +175,12 @@ def plot_bars(
     for i, (name, values) in enumerate(results.items()):
         x = np.arange(len(groups)) + (i - (len(results) - 1) / 2) * width
         means, stds = zip(*(values[group] for group in groups), strict=True)
-        bars = {"color": _colors(len(results))[i], "ecolor": "#333333", "capsize": 2, "label": _shown(name)}
+        bars: dict[str, Any] = {
+            "color": _colors(len(results))[i],
+            "ecolor": "#333333",
+            "capsize": 2,
+            "label": _shown(name),
+        }
         axes.bar(x, means, 0.92 * width, yerr=stds, **bars)
     axes.set_xticks(range(len(groups)), map(_shown, groups), rotation=20 if max(map(len, groups)) > 8 else 0)
     axes.set_axisbelow(True)
@@ -190,7 +196,7 @@ def plot_curves(
     figure, axes = _plot(xlabel, ylabel)
     for (name, values), color in zip(results.items(), _colors(len(results)), strict=True):
         means, stds = zip(*values.values(), strict=True)
-        line = {"color": color, "marker": "o", "markersize": 5, "capsize": 3, "label": _shown(name)}
+        line: dict[str, Any] = {"color": color, "marker": "o", "markersize": 5, "capsize": 3, "label": _shown(name)}
         axes.errorbar(list(values), means, yerr=stds, **line)
     axes.xaxis.set_major_locator(_whole_numbers())
     if len(results) > 1:
@@ -330,7 +336,7 @@ def _text_width(text: str, size: int) -> int:
     return math.ceil(TextPath((0, 0), text, size=size).get_extents().width * DPI / 72) if text.strip() else 0
 
 
-def _figure(width: float, height: float, layout: str | None = None) -> Figure:
+def _figure(width: float, height: float, layout: Literal["constrained", "tight"] | None = None) -> Figure:
     """An empty figure of that many inches. matplotlib is imported here, as the command line, which imports this file,
     draws only at the end: the import takes a third as long as torch's."""
     from matplotlib.figure import Figure
@@ -351,7 +357,7 @@ def _two_and_five() -> Locator:
     return LogLocator(subs=(2, 5))
 
 
-def _plot(xlabel: str, ylabel: str, title: str | None = None):
+def _plot(xlabel: str, ylabel: str, title: str | None = None) -> tuple[Figure, Axes]:
     figure = _figure(7, 4, "constrained")
     axes = figure.add_subplot()
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title and _shown(title))

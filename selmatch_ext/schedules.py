@@ -26,6 +26,8 @@ def follow_schedule(
     trusted: functions package.module:function that a set's file may name as its network. Raises ValueError for another
     one, and for a network that does not fit the starts of the schedule."""
     schedule, data, device = subset.schedule, context.data, context.device
+    if schedule is None:
+        raise ValueError("the set has no schedule to train by")
     check_schedule(schedule, data, trusted)
     model = context.network(schedule.model, "evaluation", k)
     if schedule.starts is None:

@@ -57,10 +57,11 @@ class RandomState:
         self.python, self.numpy = random.getstate(), np.random.get_state()
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, RandomState) or self.python != other.python:
+        if not isinstance(other, RandomState) or self.python != other.python or not torch.equal(self.cpu, other.cpu):
             return False
-        same = torch.equal(self.cpu, other.cpu) and (self.cuda is None or torch.equal(self.cuda, other.cuda))
-        return same and all(np.array_equal(a, b) for a, b in zip(self.numpy, other.numpy, strict=True))
+        if self.cuda is not None and (other.cuda is None or not torch.equal(self.cuda, other.cuda)):
+            return False
+        return all(np.array_equal(a, b) for a, b in zip(self.numpy, other.numpy, strict=True))
 
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)

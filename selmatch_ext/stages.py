@@ -16,8 +16,8 @@ def stage(name: str, memory: str, **sizes: Any) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not hasattr(error, "selmatch_stage"):
-            error.selmatch_stage = name, ", ".join(f"{key} {value}" for key, value in sizes.items()), memory
+        shown = ", ".join(f"{key} {value}" for key, value in sizes.items())
+        vars(error).setdefault("selmatch_stage", (name, shown, memory))
         raise
 
 

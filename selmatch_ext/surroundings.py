@@ -11,6 +11,8 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FrameType
+from typing import TypeVar
 
 import torch
 
@@ -20,6 +22,8 @@ from selmatch_ext.output import safe_streams
 from selmatch_ext.precision import insist_on_bfloat16
 from selmatch_ext.ranges import SettingError
 from selmatch_ext.stages import describe
+
+T = TypeVar("T")
 
 OPTIONS = """
 Options of every verb: --debug shows where an error comes from; --insist-on-bfloat16 lets a run use bfloat16 on a
@@ -105,7 +109,7 @@ def _end(error: BaseException, line: str, status: int, options: Options) -> int:
 def _sigterm() -> Iterator[None]:
     """Within, SIGTERM raises `Terminated` in the main thread, as Ctrl-C raises KeyboardInterrupt."""
 
-    def terminate(number, frame):
+    def terminate(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
     if threading.current_thread() is not threading.main_thread():
@@ -135,7 +139,7 @@ class _Held(io.StringIO):
         return sys.__stderr__ is not None and not sys.__stderr__.closed and sys.__stderr__.isatty()
 
 
-def parsed(parse: Callable[[], object], arguments: list[str]) -> object:
+def parsed(parse: Callable[[], T], arguments: list[str]) -> T:
     """What `parse`, a call of tyro, returns. UsageError, one line that names the option as it was typed, for a setting
     that is not in its range; other mistakes in the command are shown as tyro shows them."""
     held = _Held()

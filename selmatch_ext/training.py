@@ -55,7 +55,7 @@ def train(
     settings: Training,
     augmenter: Augmenter,
     generator: torch.Generator,
-    after_epoch: Callable[[int], None] | None = None,
+    after_epoch: Callable[[int], object] | None = None,
 ) -> None:
     """Trains `model` in place by SGD on cross-entropy.
 
@@ -101,7 +101,7 @@ def train_on_real(
     settings: Training,
     strategy: str,
     generator: torch.Generator,
-    after_epoch: Callable[[int], None],
+    after_epoch: Callable[[int], object],
 ) -> None:
     """`train` on the whole training split, with one operation of `strategy` for each batch."""
     augmenter = batch_augmenter(strategy, context.data.image_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import functools
 import gzip
 import lzma
 import os
@@ -12,7 +13,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from tqdm import tqdm
 
@@ -24,7 +25,7 @@ ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 MOST_OF_A_FILE = 512 << 20  # bytes of one unpacked image
 MOST_OF_A_HEADER = 16 << 20  # bytes of a name or another header that tarfile reads in one piece
 RATIO, ALLOWANCE = 200, 1 << 30  # an archive may unpack to RATIO times its size and ALLOWANCE bytes
-COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+COMPRESSED: dict[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
 
 class Refused(ValueError):
@@ -114,7 +115,7 @@ def _tar_members(path: Path) -> Iterator[Member]:
         opener = next((opener for magic, opener in COMPRESSED.items() if start.startswith(magic)), None)
         most = size if opener is None else RATIO * size + ALLOWANCE
         file = _Bounded(raw if opener is None else opener(raw))
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with tarfile.open(fileobj=cast(IO[bytes], file), mode="r:") as archive:  # it reads, seeks and tells only
             for member in archive:
                 if member.isfile() and not member.issparse() and member.offset_data + member.size > most:
                     if opener is not None:
@@ -136,7 +137,10 @@ def _tar_member(archive: tarfile.TarFile, member: tarfile.TarInfo, file: _Bounde
             raise Refused(f"{readable(member.name)} is a sparse file of {size_text(member.size)}; no image is one")
         file.most = max(MOST_OF_A_HEADER, member.size)
         try:
-            return archive.extractfile(member).read()
+            content = archive.extractfile(member)
+            if content is None:
+                raise tarfile.ReadError(f"{member.name} has no content")
+            return content.read()
         finally:
             file.most = MOST_OF_A_HEADER
 
@@ -177,7 +181,7 @@ def _zip_members(path: Path) -> Iterable[Member]:
                 if info.file_size > MOST_OF_A_HEADER:
                     raise Refused(f"{readable(name)} is a link of {size_text(info.file_size)}")
                 kind, target = "link", os.fsdecode(_zip_read(archive, info))
-            yield Member(name, kind, info.file_size, target, lambda info=info: _zip_read(archive, info))
+            yield Member(name, kind, info.file_size, target, functools.partial(_zip_read, archive, info))
 
 
 def _zip_read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:

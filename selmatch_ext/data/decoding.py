@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from selmatch_ext.data.names import reason
 
@@ -132,8 +132,8 @@ class _Unequal(ValueError):
         )
 
 
-def _decoded(image: Image.Image, content: bytes, resize: int | None, background: Color) -> Picture:
-    frames = image.format != "MPO" and _quietly(lambda: image.is_animated) is True
+def _decoded(image: ImageFile.ImageFile, content: bytes, resize: int | None, background: Color) -> Picture:
+    frames = image.format != "MPO" and _quietly(lambda: getattr(image, "is_animated", False)) is True
     if deep := _is_deep(image):
         pixels, alpha = _deep_planes(image, content)
     else:
@@ -191,7 +191,7 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _is_deep(image: Image.Image) -> bool:
+def _is_deep(image: ImageFile.ImageFile) -> bool:
     """Whether the file has 16 bits a channel. Pillow gives only the high byte of such files when they are in color."""
     return image.mode.startswith("I") or any(DEEP.fullmatch(_raw_mode(t)) or _ppm_top(t) > 255 for t in image.tile)
 
@@ -207,7 +207,7 @@ def _ppm_top(tile: tuple) -> int:
     return tile[3][1] if tile[0] == "ppm" and _raw_mode(tile) == "RGB" else 0
 
 
-def _deep_planes(image: Image.Image, content: bytes) -> tuple[np.ndarray, np.ndarray | None]:
+def _deep_planes(image: ImageFile.ImageFile, content: bytes) -> tuple[np.ndarray, np.ndarray | None]:
     """(C, H, W) levels of a 16-bit file, and its alpha (H, W) in 0 to 255 where a pixel is transparent."""
     if image.width * image.height > MOST_DEEP:
         raise ValueError(f"it has {image.width}x{image.height} pixels of 16 bits; allowed are {MOST_DEEP} in all")
@@ -226,7 +226,7 @@ def _deep_planes(image: Image.Image, content: bytes) -> tuple[np.ndarray, np.nda
     return channels[:-1], None if alpha.min() == 255 else alpha
 
 
-def _sixteen_bits(image: Image.Image, content: bytes) -> np.ndarray:
+def _sixteen_bits(image: ImageFile.ImageFile, content: bytes) -> np.ndarray:
     """(H, W, C) uint16 levels of a color file, or of a gray one with alpha, of 16 bits a channel.
 
     Pillow unpacks one byte of each level, and the tiles' raw mode says which one. So the file is read twice, the second
@@ -252,6 +252,6 @@ def _sixteen_bits(image: Image.Image, content: bytes) -> np.ndarray:
     return high.astype(np.uint16) << 8 | low
 
 
-def _with_raw_mode(tile: tuple, raw: str) -> tuple:
+def _with_raw_mode(tile: Any, raw: str) -> Any:
     args = (raw, *tile[3][1:]) if isinstance(tile[3], tuple) else raw
     return tile._replace(args=args) if hasattr(tile, "_replace") else (*tile[:3], args)

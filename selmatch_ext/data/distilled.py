@@ -88,7 +88,7 @@ class DistilledSet:
     class_names: list[str]
     method: str
     settings: dict[str, Any] = field(default_factory=dict)
-    indices: Tensor | None = None
+    indices: Tensor = None  # type: ignore[assignment]  # __post_init__ makes it where it is not given
     whitening: Whitening | None = None
     schedule: Schedule | None = None
 
@@ -159,7 +159,7 @@ class DistilledSet:
         tensors += [t for name, t in sorted(self._optional().items()) if name != "lr"]
         digest = hashlib.sha256()
         for t in tensors:
-            digest.update(t.contiguous().numpy())
+            digest.update(t.contiguous().numpy().data)
         return digest.hexdigest()
 
     def denormalized(self) -> Tensor:
@@ -249,8 +249,10 @@ def _fields(tensors: dict[str, Tensor], described: dict[str, Any], source: str) 
     if WHITENING[0] in tensors:
         fields["whitening"] = Whitening(*(tensors[name] for name in WHITENING))
     if SCHEDULE[0] in tensors:
-        parts = (tensors[name] for name in SCHEDULE)
-        fields["schedule"] = Schedule(*parts, described["schedule_model"], tensors.get("schedule_starts"), source)
+        rates, batches = (tensors[name] for name in SCHEDULE)
+        fields["schedule"] = Schedule(
+            rates, batches, described["schedule_model"], tensors.get("schedule_starts"), source
+        )
     return fields
 
 

@@ -10,6 +10,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -161,7 +162,7 @@ class _Decoding:
             else:
                 self.deep[i] = picture
 
-    def _put(self, index: int, pixels) -> None:
+    def _put(self, index: int, pixels: np.ndarray) -> None:
         self.images[index] = torch.from_numpy(pixels)  # one channel is repeated
         self.gray[index] = len(pixels) == 1
 
@@ -190,7 +191,7 @@ def _cache_key(path: Path, plan: Plan | None, options: Options) -> str:
         listed: dict[str, Content] = {path.name: path}
     else:
         listed = plan.contents
-    stamps = [(name, file.stat()) for name, file in sorted(listed.items())]
+    stamps = [(name, file.stat()) for name, file in sorted(listed.items()) if isinstance(file, Path)]
     listing = [(name, stamp.st_size, stamp.st_mtime_ns) for name, stamp in stamps]
     tests = None if plan is None else plan.test.paths, plan and plan.test.classes
     return hashlib.sha256(json.dumps([options.key(), listing, tests]).encode()).hexdigest()[:16]
@@ -212,10 +213,10 @@ def _read_cache(store: Path, name: str) -> ImageData:
     described = {field: json_field(metadata, field, store) for field in fields}
     try:
         names = {field: strict_json.strings(value, field) for field, value in described.items()}
-        parts = (
+        train, test = (
             ImageSplit(tensors[f"{s}_images"], tensors[f"{s}_labels"], names[f"{s}_paths"]) for s in ("train", "test")
         )
-        data = ImageData(name, *parts, names["class_names"], tensors["mean"], tensors["std"])
+        data = ImageData(name, train, test, names["class_names"], tensors["mean"], tensors["std"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{store} is damaged: {error}") from error
     _log(names["notes"])

@@ -53,7 +53,7 @@ class ImageSplit:
         """What identifies the split: a hash of its images, their shape and their labels."""
         digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
         for tensor in (self.images, self.labels):
-            digest.update(tensor.cpu().contiguous().numpy())
+            digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     def take(self, indices: Tensor) -> ImageSplit:
@@ -89,8 +89,8 @@ class ImageData:
     train: ImageSplit
     test: ImageSplit
     class_names: list[str]
-    mean: Tensor | None = None
-    std: Tensor | None = None
+    mean: Tensor = None  # type: ignore[assignment]  # __post_init__ computes both where they are not given
+    std: Tensor = None  # type: ignore[assignment]
     whitening: Whitening | None = None
     full: Full | None = None
 
@@ -129,7 +129,8 @@ class ImageData:
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) of every image."""
-        return tuple(self.train.images.shape[2:])
+        height, width = self.train.images.shape[2:]
+        return height, width
 
     @cached_property
     def members(self) -> list[Tensor]:

@@ -107,10 +107,11 @@ def _torchvision(name: str, root: Path, download: bool) -> ImageData:
     except RuntimeError as error:
         raise FileNotFoundError(f"{name} is not under {root} (download=True fetches it): {error}") from error
     class_names = [str(c) for c in getattr(parts[0], "classes", range(10))]
-    return ImageData(name, *(_torchvision_split(part) for part in parts), class_names)
+    train, test = (_torchvision_split(part) for part in parts)
+    return ImageData(name, train, test, class_names)
 
 
-def _torchvision_split(part) -> ImageSplit:
+def _torchvision_split(part: Any) -> ImageSplit:
     images = torch.as_tensor(part.data)
     if images.ndim == 3:  # MNIST's: (n, H, W)
         images = images.unsqueeze(1)

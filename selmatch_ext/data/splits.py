@@ -85,7 +85,7 @@ class _Planner:
         if name is not None:
             test = self._test_split(name, class_names)
         elif self.options.test_share is not None:
-            train, test = _stratified(self.where, train, self.options)
+            train, test = _stratified(self.where, train, self.options.test_share, self.options.seed)
         else:
             raise ValueError(
                 f"{self.where} has neither a test nor a val folder; test_share would split the train folder"
@@ -108,7 +108,8 @@ class _Planner:
         return listing
 
     def _test_split(self, name: str, class_names: list[str]) -> Split:
-        inside = self.tree.entries(self._folder(name).node)
+        folder = self._folder(name)
+        inside = [] if folder is None else self.tree.entries(folder.node)
         table = next((entry for entry in inside if entry.name == ANNOTATIONS and entry.kind == "file"), None)
         if name == "val" and self.options.tiny and table is not None:
             self._list(name, said=False)
@@ -139,22 +140,23 @@ def _split(where: str, listing: Listing, name: str) -> tuple[Split, list[str]]:
     return Split(["/".join(parts) for parts in images], [parts[depth] for parts in images]), sorted(listing.classes)
 
 
-def _stratified(where: str, split: Split, options: Options) -> tuple[Split, Split]:
-    """Sets `test_share` of the images of each class aside, at least one, drawn from `seed`."""
+def _stratified(where: str, split: Split, share: float, seed: int) -> tuple[Split, Split]:
+    """Sets `share` of the images of each class aside, at least one, drawn from `seed`."""
     in_test: set[str] = set()
     for class_name in sorted(set(split.classes)):
         members = [p for p, c in zip(split.paths, split.classes, strict=True) if c == class_name]
-        count = max(1, round(options.test_share * len(members)))
+        count = max(1, round(share * len(members)))
         if count >= len(members):
             raise ValueError(
-                f"{where}: test_share {options.test_share} of the {len(members)} images of class "
+                f"{where}: test_share {share} of the {len(members)} images of class "
                 f"{readable(class_name)} leaves none to train on"
             )
-        order = torch.randperm(len(members), generator=generator(options.seed, "test_share", readable(class_name)))
+        order = torch.randperm(len(members), generator=generator(seed, "test_share", readable(class_name)))
         in_test.update(members[i] for i in order[:count].tolist())
     pairs = list(zip(split.paths, split.classes, strict=True))
-    train, test = ([p for p in pairs if (p[0] in in_test) == held_out] for held_out in (False, True))
-    return tuple(Split([p for p, _ in part], [c for _, c in part]) for part in (train, test))
+    parts = ([p for p in pairs if (p[0] in in_test) == held_out] for held_out in (False, True))
+    train, test = (Split([p for p, _ in part], [c for _, c in part]) for part in parts)
+    return train, test
 
 
 def _annotated_split(table: Content, contents: dict[str, Content]) -> Split:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,36 @@ from selmatch_ext.provenance import check_same
 
 KIND = "expert"
 OPTION = "--experts-model"
+
+
+class ExpertSource(Protocol):
+    """What a method may ask of its experts: an `ExpertStore`, or what stands for one that is yet to be trained."""
+
+    folder: Path
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def epochs(self) -> int: ...
+
+    @property
+    def parameters(self) -> int: ...
+
+    @property
+    def metadata(self) -> dict[str, Any]: ...
+
+    @property
+    def model_name(self) -> str: ...
+
+    @property
+    def model(self) -> str: ...
+
+    def check_model_size(self, channels: int, classes: int, image_size: tuple[int, int]) -> None: ...
+
+    def check_alike(self) -> None: ...
+
+    def row(self, expert: int, epoch: int) -> Tensor: ...
 
 
 class ExpertStore:
@@ -34,7 +64,7 @@ class ExpertStore:
     """
 
     def __init__(self, folder: str | os.PathLike, trusted: Collection[str | None] = ()) -> None:
-        self.folder, self.trusted = Path(folder), frozenset(trusted)
+        self.folder, self.trusted = Path(folder), frozenset(name for name in trusted if name is not None)
 
     def path(self, expert: int) -> Path:
         """File of the expert, whether it exists or not."""

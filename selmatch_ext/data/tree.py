@@ -190,7 +190,8 @@ class ArchiveTree:
 
     def resolve(self, path: str) -> str | None:
         """The path without links of what `path` leads to; None where that is outside, or a loop."""
-        todo, done, hops = path.split("/")[::-1], [], 0
+        done: list[str] = []
+        todo, hops = path.split("/")[::-1], 0
         while todo:
             part = todo.pop()
             if part in ("", "."):

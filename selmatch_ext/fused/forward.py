@@ -31,8 +31,10 @@ class Forward:
         for step in self.steps:
             inputs = [x.to(self.dtype) if j < 0 else values[j] for j in step.inputs]
             value, saved = step.rule.forward(p, tuple(inputs))
-            if isinstance(step.rule, Block) and step.rule.kind.norm == BATCH_NORM:
-                _update(self.model.get_submodule(step.rule.norm), saved[0], saved[1].detach())
+            if isinstance(step.rule, Block) and step.rule.kind.norm == BATCH_NORM and step.rule.norm is not None:
+                norm = self.model.get_submodule(step.rule.norm)
+                assert isinstance(norm, nn.BatchNorm2d)
+                _update(norm, saved[0], saved[1].detach())
             values.append(value)
         return values
 
@@ -40,12 +42,13 @@ class Forward:
 @torch.no_grad()
 def _update(norm: nn.BatchNorm2d, z: Tensor, stats: Tensor) -> None:
     """Running mean and unbiased variance, as nn.BatchNorm2d keeps them. stats: (1, 2, C), mean and 1 / deviation."""
-    if not norm.track_running_stats:
+    batches, running_mean, running_var = norm.num_batches_tracked, norm.running_mean, norm.running_var
+    if not norm.track_running_stats or batches is None or running_mean is None or running_var is None:
         return
-    norm.num_batches_tracked += 1
-    momentum = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked.item()
+    batches += 1
+    momentum = norm.momentum if norm.momentum is not None else 1 / batches.item()
     count = z.numel() // z.shape[1]
     mean, scale = stats[0]
     variance = (scale**-2 - norm.eps) * (count / (count - 1))
-    norm.running_mean.lerp_(mean, momentum)
-    norm.running_var.lerp_(variance, momentum)
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_(variance, momentum)

@@ -26,6 +26,9 @@ from selmatch_ext.ops.block import (
 if TYPE_CHECKING:
     from selmatch_ext.fused.reader import _Reader
 
+Read = tuple[tuple[int, ...], list[Rule]]  # (inputs, rules)
+_Norm = nn.GroupNorm | nn.InstanceNorm2d | nn.LayerNorm | nn.BatchNorm2d
+
 
 def _arguments(node: fx.Node, *names: str, **defaults: object) -> list[object]:
     """The arguments of a call in the order of `names`, the first being the input."""
@@ -46,10 +49,10 @@ def _conv(reader: _Reader, m: nn.Conv2d, name: str) -> list[Rule]:
     if m.padding_mode != "zeros" or isinstance(m.padding, str):
         raise no_rule(f"{name} with padding {m.padding!r}, padding_mode {m.padding_mode!r}")
     weight, bias = reader.parameter(m.weight), reader.parameter(m.bias)
-    return [Conv(weight, bias, m.stride, m.padding, m.dilation, m.groups)]
+    return [Conv(weight, bias, _pair(m.stride), _pair(m.padding), _pair(m.dilation), m.groups)]
 
 
-def _norm(reader: _Reader, m: nn.Module, name: str, norm: int, groups: int, centers: bool) -> list[Rule]:
+def _norm(reader: _Reader, m: _Norm, name: str, norm: int, groups: int, centers: bool) -> list[Rule]:
     if not m.training and getattr(m, "running_mean", None) is not None:
         raise Unsupported(f"{name} is in evaluation mode, in which it uses its running statistics")
     kind = BlockKind(norm, groups, m.eps)
@@ -78,7 +81,9 @@ def _smooth(activation: int) -> list[Rule]:
     return [Block(BlockKind(activation=activation))]
 
 
-def _average(name: str, size: object, stride: object, padding: object, ceil: bool, count: bool, by: object):
+def _average(
+    name: str, size: object, stride: object, padding: object, ceil: bool, count: bool, by: object
+) -> list[Rule]:
     size = _pair(size)
     stride = size if stride is None else _pair(stride)
     if _pair(padding) != (0, 0) or ceil or not count or by is not None:
@@ -107,7 +112,7 @@ def _flatten_module(reader: _Reader, m: nn.Flatten, name: str) -> list[Rule]:
     return [Flatten()]
 
 
-def _dropout(reader: _Reader, m: nn.Module, name: str) -> list[Rule]:
+def _dropout(reader: _Reader, m: nn.Dropout | nn.Dropout2d, name: str) -> list[Rule]:
     if m.p > 0 and m.training:
         raise no_rule(name)
     return []
@@ -142,14 +147,14 @@ MODULES: dict[type, Callable] = {
 def _one(make: Callable[..., list[Rule]], *names: str, **defaults: object) -> Callable:
     """A function of one tensor, whose other arguments go to `make`."""
 
-    def read(reader: _Reader, node: fx.Node, name: str):
+    def read(reader: _Reader, node: fx.Node, name: str) -> Read:
         x, *rest = _arguments(node, "input", *names, **defaults)
         return (reader.source(x, name),), make(name, *rest)
 
     return read
 
 
-def _view(reader: _Reader, node: fx.Node, name: str):
+def _view(reader: _Reader, node: fx.Node, name: str) -> Read:
     x, *shape = node.args
     shape = list(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
     if node.kwargs or len(shape) != 2 or not reader.is_batch_size(shape[0]) or shape[1] != -1:
@@ -163,13 +168,13 @@ def _flatten_call(name: str, start: object, end: object) -> list[Rule]:
     return [Flatten()]
 
 
-def _add(reader: _Reader, node: fx.Node, name: str):
+def _add(reader: _Reader, node: fx.Node, name: str) -> Read:
     if node.kwargs or len(node.args) != 2:
         raise no_rule(f"{name} with {dict(node.kwargs)}")
     return tuple(reader.source(a, name) for a in node.args), [Add()]
 
 
-def _multiply(reader: _Reader, node: fx.Node, name: str):
+def _multiply(reader: _Reader, node: fx.Node, name: str) -> Read:
     """x * sigmoid(x), which is swish; no other product."""
     if node.kwargs or len(node.args) != 2:
         raise no_rule(f"{name} with {dict(node.kwargs)}")
@@ -180,7 +185,7 @@ def _multiply(reader: _Reader, node: fx.Node, name: str):
     raise no_rule(f"{name} of other things than x and sigmoid(x)")
 
 
-def _mean(reader: _Reader, node: fx.Node, name: str):
+def _mean(reader: _Reader, node: fx.Node, name: str) -> Read:
     x, dims, keep = _arguments(node, "input", "dim", "keepdim", keepdim=False)
     if dims is None or {d % 4 for d in _pair(dims)} != {2, 3}:
         raise no_rule(f"{name} over {dims}")

@@ -10,6 +10,7 @@ runs the module itself beside what was read."""
 from __future__ import annotations
 
 import operator
+from typing import Any, TypeGuard, overload
 
 import torch
 from torch import fx, nn
@@ -67,7 +68,7 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
-    def create_node(self, kind: str, *arguments: object, **options: object) -> fx.Node:
+    def create_node(self, kind: str, *arguments: Any, **options: Any) -> fx.Node:
         if kind.startswith("call") and not torch.is_grad_enabled():
             raise Unsupported("part of it runs without gradients (torch.no_grad, or an autograd.Function of its own)")
         if kind.startswith("call") and (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
@@ -143,19 +144,19 @@ class _Reader:
     def _is_in_place(self, node: fx.Node) -> bool:
         """Whether an operation with a rule overwrites its first input."""
         if node.op == "call_module":
-            return getattr(self.modules[node.target], "inplace", False)
+            return bool(getattr(self.modules[node.target], "inplace", False))
         named = isinstance(node.target, str) and node.target.endswith("_")
         return named or node.target is operator.iadd or bool(node.kwargs.get("inplace"))
 
     @staticmethod
-    def _is_size(node: object) -> bool:
+    def _is_size(node: object) -> TypeGuard[fx.Node]:
         """Whether a node is x.size(...), x.shape or an entry of one: read where it is used."""
         if not isinstance(node, fx.Node):
             return False
         if node.op == "call_method":
             return node.target == "size"
         if node.target is getattr:
-            return node.args[1] == "shape"
+            return bool(node.args[1] == "shape")
         return node.target is operator.getitem and _Reader._is_size(node.args[0])
 
     @staticmethod
@@ -164,8 +165,14 @@ class _Reader:
         if not _Reader._is_size(node):
             return False
         if node.op == "call_method":
-            return node.args[1:] == (0,)
-        return node.target is operator.getitem and node.args[1] == 0
+            return bool(node.args[1:] == (0,))
+        return node.target is operator.getitem and bool(node.args[1] == 0)
+
+    @overload
+    def parameter(self, tensor: torch.Tensor) -> str: ...
+
+    @overload
+    def parameter(self, tensor: torch.Tensor | None) -> str | None: ...
 
     def parameter(self, tensor: torch.Tensor | None) -> str | None:
         return None if tensor is None else self.names[id(tensor)]

@@ -28,6 +28,7 @@ from selmatch_ext.ops.conv3x3 import FEW, conv3x3, conv3x3_input_gradient, conv3
 
 Parameters = dict[str, Tensor]
 Gradients = tuple[Tensor | None, ...]
+Duals = tuple["Dual", ...]
 DualGradients = tuple["Dual | None", ...]
 
 
@@ -39,8 +40,14 @@ class Dual:
     value) on the way back, so that one correlation over both pairs value with tangent and tangent with value."""
 
     def __init__(self, value: Tensor | None, tangent: Tensor | None, more: Tensor | None = None):
-        self.value, self.tangent, self.more = value, tangent, more
+        self._value, self.tangent, self.more = value, tangent, more
         self._both: dict[bool, Tensor] = {}  # by whether the value comes first
+
+    @property
+    def value(self) -> Tensor:
+        """Of every dual but the gradient of the images, of which only the tangent is computed."""
+        assert self._value is not None, "the value of this dual was not computed"
+        return self._value
 
     @classmethod
     def forward(cls, both: Tensor) -> Dual:
@@ -63,6 +70,10 @@ class Dual:
             self.tangent, self.more, self._both = self.tangent + self.more, None, {}
         return self.tangent
 
+    def parts(self) -> tuple[Tensor, Tensor | None]:
+        """The tangent, and what is yet to be added to it."""
+        return self.whole_tangent() if self.tangent is None else self.tangent, self.more
+
     def both(self, value_first: bool) -> Tensor:
         tangent = self.whole_tangent()
         if value_first not in self._both:
@@ -72,10 +83,10 @@ class Dual:
     def map(self, function: Callable[[Tensor], Tensor]) -> Dual:
         """A linear function of each image, applied to both."""
         tangent = None if self.tangent is None else function(self.whole_tangent())
-        return Dual(None if self.value is None else function(self.value), tangent)
+        return Dual(None if self._value is None else function(self._value), tangent)
 
     def __add__(self, other: Dual) -> Dual:
-        value = None if self.value is None or other.value is None else self.value + other.value
+        value = None if self._value is None or other._value is None else self._value + other._value
         return Dual(value, self.whole_tangent() + other.whole_tangent())
 
 
@@ -93,9 +104,7 @@ class Rule(Protocol):
     def backward(self, p: Parameters, saved: Any, g: Tensor, need_x: bool) -> tuple[Gradients, Parameters]:
         """(gradients of the inputs, gradients of the parameters)."""
 
-    def dual_forward(
-        self, p: Parameters, t: Parameters, inputs: tuple[Dual, ...], kept: Tensor | None
-    ) -> tuple[Dual, Any]:
+    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Tensor | None) -> tuple[Dual, Any]:
         """(result and tangent, what `dual_backward` needs). kept: the result, where an earlier pass kept it."""
 
     def dual_backward(
@@ -120,7 +129,7 @@ class Conv:
     groups: int
     canceled: bool = False
 
-    def forward(self, p: Parameters, inputs: tuple[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, p: Parameters, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         (x,) = inputs
         x = x.contiguous(memory_format=torch.channels_last)
         return self._convolve(x, p[self.weight], self._bias(p, x)), x
@@ -128,10 +137,10 @@ class Conv:
     def backward(self, p: Parameters, x: Tensor, g: Tensor, need_x: bool) -> tuple[Gradients, Parameters]:
         gradients = {self.weight: self._weight_gradient(p, x, g)}
         if self.bias is not None:
-            gradients[self.bias] = self._bias_gradient(p, g)
+            gradients[self.bias] = self._bias_gradient(p[self.bias], g)
         return (self._input_gradient(g, p[self.weight], x) if need_x else None,), gradients
 
-    def dual_forward(self, p: Parameters, t: Parameters, inputs: tuple[Dual], kept: Tensor | None) -> tuple[Dual, Dual]:
+    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Tensor | None) -> tuple[Dual, Dual]:
         """kept: the convolution of x.value, where it is known."""
         (x,) = inputs
         if x.tangent is None:
@@ -151,7 +160,7 @@ class Conv:
         elif need_p:
             gradients[self.weight] = self._weight_gradient(p, x.both(value_first=True), g.both(value_first=False))
         if need_p and self.bias is not None:
-            gradients[self.bias] = self._bias_gradient(p, g.whole_tangent())
+            gradients[self.bias] = self._bias_gradient(p[self.bias], g.whole_tangent())
         if not need_x:
             return (None,), gradients
         weight, weight_t = p[self.weight], t[self.weight]
@@ -185,8 +194,7 @@ class Conv:
         mask = (False, True, False)
         return torch.ops.aten.convolution_backward(g, x, weight, None, *self._settings(), mask)[1]
 
-    def _bias_gradient(self, p: Parameters, g: Tensor) -> Tensor:
-        like = p[self.bias]
+    def _bias_gradient(self, like: Tensor, g: Tensor) -> Tensor:
         return torch.zeros_like(like) if self.canceled else g.sum((0, 2, 3), dtype=like.dtype)
 
     def _input_gradient(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
@@ -215,7 +223,7 @@ class Block:
     centers: bool = False
     norm: str | None = None
 
-    def forward(self, p: Parameters, inputs: tuple[Tensor]) -> tuple[Tensor, tuple]:
+    def forward(self, p: Parameters, inputs: tuple[Tensor, ...]) -> tuple[Tensor, tuple]:
         (x,) = inputs
         z = _four(x)
         if self.kind.norm == BATCH_NORM and z.numel() == z.shape[1]:  # torch's error, in its words
@@ -223,25 +231,27 @@ class Block:
         y, stats = block_forward(z, *self._pick(p), self.kind)
         return y.flatten(1) if x.dim() == 2 else y, (z, stats)
 
-    def backward(self, p: Parameters, saved: tuple, g: Tensor, need_x: bool) -> tuple[Gradients, Parameters]:
+    def backward(
+        self, p: Parameters, saved: tuple[Tensor, Tensor], g: Tensor, need_x: bool
+    ) -> tuple[Gradients, Parameters]:
         z, stats = saved
         gz, *gradients = block_backward(_four(g), z, stats, *self._pick(p), self.kind)
         return (gz.flatten(1) if g.dim() == 2 else gz,), self._named(gradients)
 
-    def dual_forward(self, p: Parameters, t: Parameters, inputs: tuple[Dual], kept: None) -> tuple[Dual, tuple]:
+    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Tensor | None) -> tuple[Dual, tuple]:
         (x,) = inputs
-        x.tangent = x.whole_tangent() if x.tangent is None else x.tangent
-        z, zt = _four(x.value), _four(x.tangent)
-        more = None if x.more is None else _four(x.more)
+        tangent, more = x.parts()
+        z, zt, more = _four(x.value), _four(tangent), None if more is None else _four(more)
         both, stats = block_dual_forward(z, zt, more, *self._pick(p), *self._pick(t), self.kind)
         return Dual.forward(both.flatten(1) if x.value.dim() == 2 else both), (z, zt, more, stats)
 
     def dual_backward(
         self, p: Parameters, t: Parameters, saved: tuple, g: Dual, need_x: bool, need_p: bool
     ) -> tuple[DualGradients, Parameters]:
-        more = None if g.more is None else _four(g.more)
+        (tangent, more), (z, zt, zt_more, stats) = g.parts(), saved
+        gt, gt_more = _four(tangent), None if more is None else _four(more)
         both, *gradients = block_dual_backward(
-            _four(g.value), _four(g.tangent), more, *saved, *self._pick(p), *self._pick(t), self.kind
+            _four(g.value), gt, gt_more, z, zt, zt_more, stats, *self._pick(p), *self._pick(t), self.kind
         )
         return (Dual.backward(both.flatten(1) if g.value.dim() == 2 else both),), self._named(gradients)
 
@@ -264,7 +274,7 @@ class Linear:
     weight: str
     bias: str | None
 
-    def forward(self, p: Parameters, inputs: tuple[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, p: Parameters, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         (x,) = inputs
         x = x.to(p[self.weight].dtype)
         return F.linear(x, p[self.weight], self._bias(p)), x
@@ -275,7 +285,7 @@ class Linear:
             gradients[self.bias] = g.sum(0)
         return (g @ p[self.weight] if need_x else None,), gradients
 
-    def dual_forward(self, p: Parameters, t: Parameters, inputs: tuple[Dual], kept: None) -> tuple[Dual, Dual]:
+    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Tensor | None) -> tuple[Dual, Dual]:
         (x,) = inputs
         x = x.map(lambda v: v.to(p[self.weight].dtype))
         moved = F.linear(x.value, t[self.weight], self._bias(t))
@@ -307,14 +317,14 @@ class Linear:
 class Flatten:
     """(B, C, H, W) to (B, C H W)."""
 
-    def forward(self, p: Parameters, inputs: tuple[Tensor]) -> tuple[Tensor, tuple]:
+    def forward(self, p: Parameters, inputs: tuple[Tensor, ...]) -> tuple[Tensor, tuple]:
         (x,) = inputs
         return x.flatten(1), (x.shape[1:], x.dtype)
 
     def backward(self, p: Parameters, saved: tuple, g: Tensor, need_x: bool) -> tuple[Gradients, Parameters]:
         return (self._back(g, saved),), {}
 
-    def dual_forward(self, p: Parameters, t: Parameters, inputs: tuple[Dual], kept: None) -> tuple[Dual, tuple]:
+    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Tensor | None) -> tuple[Dual, tuple]:
         (x,) = inputs
         return x.map(lambda v: v.flatten(1)), (x.value.shape[1:], x.value.dtype)
 
@@ -336,14 +346,14 @@ class Average:
     size: tuple[int, int] | None
     stride: tuple[int, int] = field(default=(1, 1))
 
-    def forward(self, p: Parameters, inputs: tuple[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, p: Parameters, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         (x,) = inputs
         return self._pool(x), x
 
     def backward(self, p: Parameters, x: Tensor, g: Tensor, need_x: bool) -> tuple[Gradients, Parameters]:
         return (self._back(g, x),), {}
 
-    def dual_forward(self, p: Parameters, t: Parameters, inputs: tuple[Dual], kept: None) -> tuple[Dual, Tensor]:
+    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Tensor | None) -> tuple[Dual, Tensor]:
         (x,) = inputs
         return x.map(self._pool), x.value
 
@@ -367,13 +377,13 @@ class Average:
 class Add:
     """The sum of two maps, as in residual networks."""
 
-    def forward(self, p: Parameters, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, None]:
+    def forward(self, p: Parameters, inputs: tuple[Tensor, ...]) -> tuple[Tensor, None]:
         return inputs[0] + inputs[1], None
 
     def backward(self, p: Parameters, saved: None, g: Tensor, need_x: bool) -> tuple[Gradients, Parameters]:
         return (g, g), {}
 
-    def dual_forward(self, p: Parameters, t: Parameters, inputs: tuple[Dual, Dual], kept: None) -> tuple[Dual, None]:
+    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Tensor | None) -> tuple[Dual, None]:
         return inputs[0] + inputs[1], None
 
     def dual_backward(

@@ -3,6 +3,8 @@ convolutions of ours in the places of torch's layers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,7 @@ from selmatch_ext.fused.forward import Forward
 from selmatch_ext.fused.operations import Unsupported
 
 
-def fast(model: nn.Module, x: Tensor, precision: str = "float32"):
+def fast(model: nn.Module, x: Tensor, precision: str = "float32") -> Callable[[Tensor], Tensor]:
     """A faster function x -> logits that computes what `model` does in training mode, differentiable once in its
     parameters; or `model` itself, where x is not on the CPU or the fused engine cannot run the model.
 

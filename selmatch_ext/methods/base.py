@@ -12,7 +12,7 @@ from torch import Tensor
 from selmatch_ext.context import Context
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.images import ImageData
-from selmatch_ext.data.trajectories import ExpertStore
+from selmatch_ext.data.trajectories import ExpertSource
 from selmatch_ext.experts import expert_network
 from selmatch_ext.ops.dsa import Augmentation
 from selmatch_ext.ops.sampling import sample_augmentation
@@ -59,7 +59,7 @@ class Task:
 
     start: DistilledSet
     context: Context
-    experts: ExpertStore | None = None
+    experts: ExpertSource | None = None
     dtype: torch.dtype = torch.float32
 
     @property
@@ -72,13 +72,20 @@ class Task:
         """Where to compute."""
         return self.context.device
 
+    @property
+    def store(self) -> ExpertSource:
+        """The expert trajectories. Raises ValueError where there are none."""
+        if self.experts is None:
+            raise ValueError("the method needs expert trajectories; train some with `selmatch experts`")
+        return self.experts
+
     def network(self, name: str, *stream: str | int) -> torch.nn.Module:
         """A new network of that name, in train mode; its weights come from the named random stream."""
         return self.context.network(name, *stream).to(self.dtype)
 
     def expert_network(self) -> torch.nn.Module:
         """A new network of the kind that the experts are of; raises as `experts.expert_network` does."""
-        return expert_network(self.experts, self.context).to(self.dtype)
+        return expert_network(self.store, self.context).to(self.dtype)
 
     def real(self, indices: Tensor) -> Tensor:
         """The training images at `indices` (b,), a CPU tensor: (b, C, H, W)."""

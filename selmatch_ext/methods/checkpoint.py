@@ -127,7 +127,8 @@ def _optimizer_tensors(method: Method, optimizer: torch.optim.Optimizer) -> dict
     return {
         f"optimizer.{name}.{key}": (f"learned.{name}", value)
         for name, t in method.learned.items()
-        for key, value in trial.state.get(copies.get(id(t)), {}).items()
+        if id(t) in copies
+        for key, value in trial.state.get(copies[id(t)], {}).items()
         if isinstance(value, Tensor)
     }
 

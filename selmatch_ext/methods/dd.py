@@ -172,7 +172,7 @@ class DD(Method):
         """The parameters (P,) that training starts from in an iteration."""
         s = self.settings
         if s.init == "loaded":
-            store = self.task.experts
+            store = self.task.store
             pool = (store.count - s.test_networks) * s.pool_epochs
             chosen = torch.randint(pool, (s.networks,), generator=generator).tolist()
             return [store.row(k // s.pool_epochs, store.epochs - k % s.pool_epochs).to(self.raw) for k in chosen]
@@ -215,10 +215,11 @@ class DD(Method):
         return f"Try a smaller lr_rates ({self.lr_rates:g}), lr ({s.lr:g}) or lr_init ({s.lr_init:g})."
 
     def distilled(self) -> DistilledSet:
-        s, store, starts = self.settings, self.task.experts, None
+        s, starts = self.settings, None
         if s.init == "known":
             starts = self.fresh("known").cpu().float().unsqueeze(0)
         elif s.init == "loaded":
+            store = self.task.store
             starts = torch.stack(
                 [store.row(k, store.epochs) for k in range(store.count - s.test_networks, store.count)]
             )
@@ -231,13 +232,14 @@ class DD(Method):
         are taken for the target class (flipped), and the accuracies in % on the other classes (others); without
         training on any set (before), and after training on each of `sets` in the learned steps."""
         s, schedule = self.settings, sets[self.name].schedule
-        if s.objective != "attack":
+        if s.objective != "attack" or schedule is None:
             return {}
         still = replace(schedule, rates=torch.full_like(schedule.rates, 1e-12))
         trained = {"before": replace(sets[self.name], schedule=still)}
         trained |= {name: replace(subset, schedule=schedule) for name, subset in sets.items()}
         context, labels = self.task.context, self.task.data.test.labels
-        attacked, found = labels == s.attack_class, {"flipped": {}, "others": {}}
+        attacked = labels == s.attack_class
+        found: dict[str, dict[str, float]] = {"flipped": {}, "others": {}}
         for name, subset in trained.items():
             flipped, others = [], []
             for k in range(s.test_networks):

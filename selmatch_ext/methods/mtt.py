@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from selmatch_ext.data.distilled import DistilledSet
-from selmatch_ext.data.trajectories import ExpertStore
+from selmatch_ext.data.trajectories import ExpertSource
 from selmatch_ext.experts import expert_logits
 from selmatch_ext.methods.base import Method, MethodSettings, Task, check_engine
 from selmatch_ext.models.flat import parameter_count
@@ -131,7 +131,7 @@ class MTT(Method):
         """‖θ̂_N − θ*_{t+M}‖² / ‖θ*_t − θ*_{t+M}‖² for a random expert and start epoch t (SelMatch, equation 2).
 
         Draws the expert, t, the batches, and one DSA operation a step."""
-        s, store = self.settings, self.task.experts
+        s, store = self.settings, self.task.store
         expert = int(torch.randint(store.count, (), generator=generator))
         epoch = int(torch.randint(*start_epochs(s, iteration), (), generator=generator))
         images = self.combined()
@@ -192,7 +192,7 @@ def start_epochs(settings: MTTSettings, iteration: int) -> tuple[int, int]:
     return settings.min_start_epoch, min(end, settings.max_start_epoch)
 
 
-def check_experts(store: ExpertStore, model: torch.nn.Module, settings: MTTSettings) -> None:
+def check_experts(store: ExpertSource, model: torch.nn.Module, settings: MTTSettings) -> None:
     """ValueError when there are no trajectories, they are not of `model`, or too short for the start epochs and M."""
     if store.count == 0:
         raise ValueError(f"no expert trajectories in {store.folder}; train some with `selmatch experts`")

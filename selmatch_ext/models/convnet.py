@@ -5,27 +5,27 @@ trajectories, lists of tensors in `model.parameters()` order, can be loaded.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "AR": nn.ReLU,
     "AL": lambda: nn.LeakyReLU(0.01),
     "AS": nn.Sigmoid,
     "ASwish": nn.SiLU,
 }
 MOST = {"depth": 1000, "width": 2**16}
-POOLINGS = {"AP": nn.AvgPool2d, "MP": nn.MaxPool2d, "NP": None}
+POOLINGS: dict[str, Callable[..., nn.Module] | None] = {"AP": nn.AvgPool2d, "MP": nn.MaxPool2d, "NP": None}
 
 
-def make_norm(kind, channels, height, width):
-    """The normalization layer of a (B, channels, height, width) map, or None for "NN".
+def make_norm(kind: str, channels: int, height: int, width: int) -> nn.Module:
+    """The normalization layer of a (B, channels, height, width) map. kind: IN, GN, LN or BN.
 
     Instance norm is GroupNorm with a group per channel, as in the public code.
     """
-    if kind == "NN":
-        return None
     if kind == "IN":
         if height * width == 1:
             raise ValueError("image_size is too small: instance norm of a map of one pixel forgets the image")
@@ -55,7 +55,7 @@ _TOKEN = re.compile(
 )
 
 
-def parse_name(name):
+def parse_name(name: str) -> ConvNetSettings | None:
     """Settings of a ConvNet name such as "ConvNet", "ConvNetD4BN" or "ConvNetW64GNASMP"; None where it is no such name.
 
     The parts (D<depth>, W<width>, norm BN/IN/GN/LN/NN, activation AR/AL/AS/ASwish, pooling AP/MP/NP) may stand in any
@@ -63,10 +63,11 @@ def parse_name(name):
     """
     if not name.startswith("ConvNet"):
         return None
-    position, found = len("ConvNet"), {}
+    position = len("ConvNet")
+    found: dict[str, Any] = {}
     while position < len(name):
         match = _TOKEN.match(name, position)
-        if match is None or match.lastgroup in found:
+        if match is None or match.lastgroup is None or match.lastgroup in found:
             return None
         found[match.lastgroup] = match.group()
         position = match.end()
@@ -78,7 +79,7 @@ def parse_name(name):
     return ConvNetSettings(**found)
 
 
-def shrink(size, kernel, stride=1, padding=0):
+def shrink(size: tuple[int, int], kernel: int, stride: int = 1, padding: int = 0) -> tuple[int, int]:
     """(height, width) of a map of that size after a convolution or pooling layer.
 
     Raises ValueError where nothing is left.
@@ -98,16 +99,16 @@ class ConvNet(nn.Module):
     With one input channel the first convolution pads by 3, so that 28x28 digits become 32x32 (as in the public code).
     """
 
-    def __init__(self, channels, classes, image_size, settings):
+    def __init__(self, channels: int, classes: int, image_size: tuple[int, int], settings: ConvNetSettings) -> None:
         super().__init__()
-        layers, inputs, size = [], channels, image_size
+        layers: list[nn.Module] = []
+        inputs, size = channels, image_size
         for block in range(settings.depth):
             padding = 3 if channels == 1 and block == 0 else 1
             layers.append(nn.Conv2d(inputs, settings.width, kernel_size=3, padding=padding))
             inputs, size = settings.width, shrink(size, 3, 1, padding)
-            norm = make_norm(settings.norm, inputs, *size)
-            if norm is not None:
-                layers.append(norm)
+            if settings.norm != "NN":
+                layers.append(make_norm(settings.norm, inputs, *size))
             layers.append(ACTIVATIONS[settings.activation]())
             pooling = POOLINGS[settings.pooling]
             if pooling is not None:
@@ -116,9 +117,9 @@ class ConvNet(nn.Module):
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(inputs * size[0] * size[1], classes)
 
-    def embed(self, x):
+    def embed(self, x: Tensor) -> Tensor:
         """Features before the classifier. x: (B, channels, H, W) -> (B, features)."""
         return self.features(x).flatten(1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.embed(x))

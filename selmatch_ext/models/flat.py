@@ -1,14 +1,17 @@
 """A network's parameters as one vector, in `model.parameters()` order, and back."""
 
+from collections.abc import Iterable
+
 import torch
+from torch import Tensor, nn
 
 
-def parameter_count(model):
+def parameter_count(model: nn.Module) -> int:
     """Number of scalars P in the parameters of `model`."""
     return sum(p.numel() for p in model.parameters())
 
 
-def flatten(tensors):
+def flatten(tensors: Iterable[Tensor]) -> Tensor:
     """One new (P,) vector from tensors in the given order (for example `model.parameters()`). Differentiable."""
     tensors = list(tensors)
     if not tensors:
@@ -16,7 +19,7 @@ def flatten(tensors):
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
-def unflatten(vector, model):
+def unflatten(vector: Tensor, model: nn.Module) -> dict[str, Tensor]:
     """Views of `vector` (P,) with the names, order and shapes of `model.named_parameters()`: dict name -> tensor."""
     count = parameter_count(model)
     if vector.dim() != 1 or vector.numel() != count:
@@ -30,7 +33,7 @@ def unflatten(vector, model):
 
 
 @torch.no_grad()
-def load(model, vector):
+def load(model: nn.Module, vector: Tensor) -> None:
     """Copies `vector` (P,) into the parameters of `model`, in place (dtype and device of the model are kept)."""
     for parameter, part in zip(model.parameters(), unflatten(vector, model).values(), strict=True):
         parameter.copy_(part)

@@ -1,11 +1,11 @@
 """Xavier's initial weights, which dataset distillation (DD, arXiv 1811.10959) starts from."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @torch.no_grad()
-def xavier(model, generator):
+def xavier(model: nn.Module, generator: torch.Generator) -> Tensor:
     """Initial parameters (P,) for `model`, on the CPU, in `model.parameters()` order: weights of convolutions and
     linear layers from Xavier's normal distribution and biases 0, drawn from `generator` (CPU); the rest as `model` has
     it. A shared parameter counts once."""

@@ -1,19 +1,20 @@
 """BatchNorm's statistics, taken from given images."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from selmatch_ext.modules.copying import copied
 from selmatch_ext.seeds import RandomState
 
 
-def batchnorms(model):
+def batchnorms(model: nn.Module) -> list[_BatchNorm]:
     """The BatchNorm layers of `model`."""
-    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return [m for m in model.modules() if isinstance(m, _BatchNorm)]
 
 
 @torch.no_grad()
-def freeze_statistics(model, x, momentum=1.0):
+def freeze_statistics(model: nn.Module, x: Tensor, momentum: float = 1.0) -> None:
     """Takes the running statistics of every BatchNorm layer from the batch x (B, C, H, W), and puts those layers alone
     into evaluation mode, so that they keep them. Nothing happens to a model without such layers.
 
@@ -36,7 +37,7 @@ def freeze_statistics(model, x, momentum=1.0):
 
 
 @torch.no_grad()
-def refuses_one_image(model, x):
+def refuses_one_image(model: nn.Module, x: Tensor) -> bool:
     """Whether BatchNorm in `model` cannot train on the batch x of one image (1, C, H, W): one of its layers sees a
     single value per channel. The model and the generators of torch, Python and numpy stay as they are.
 

@@ -5,9 +5,11 @@ import copy
 import difflib
 import importlib
 import re
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from selmatch_ext.models.classic import MLP, VGG, AlexNet, LeNet, ResNet
 from selmatch_ext.models.convnet import ConvNet, parse_name
@@ -29,13 +31,19 @@ _NAMES = (
 )
 
 
-def names():
+def names() -> list[str]:
     """The usual network names. `build` takes more: any combination of ConvNet suffixes, "torchvision:NAME",
     "timm:NAME" and "package.module:function"."""
     return list(_NAMES)
 
 
-def build(name, channels, classes, image_size, generator=None):
+def build(
+    name: str,
+    channels: int,
+    classes: int,
+    image_size: int | tuple[int, int],
+    generator: torch.Generator | None = None,
+) -> nn.Module:
     """A freshly initialized network in train mode, on the CPU and in float32: (B, channels, H, W) images -> (B,
     classes) logits.
 
@@ -69,12 +77,12 @@ def build(name, channels, classes, image_size, generator=None):
 
 
 @contextlib.contextmanager
-def _drawing_from(generator):
+def _drawing_from(generator: torch.Generator | None) -> Iterator[None]:
     """Initial weights drawn inside come from `generator`; the global generator is as before afterwards."""
     if generator is None:
         yield
         return
-    seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device, dtype=torch.int64).item()
+    seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device, dtype=torch.int64))
     state = torch.get_rng_state()
     try:
         # Not torch.manual_seed, which would reseed every GPU's generator as well.
@@ -85,7 +93,7 @@ def _drawing_from(generator):
 
 
 @contextlib.contextmanager
-def _usual_defaults():
+def _usual_defaults() -> Iterator[None]:
     """Within, parameters are made on the CPU in float32, whatever the defaults of torch are."""
     before = torch.get_default_dtype()
     try:
@@ -96,13 +104,13 @@ def _usual_defaults():
         torch.set_default_dtype(before)
 
 
-def build_without_memory(name, channels, classes, image_size):
+def build_without_memory(name: str, channels: int, classes: int, image_size: tuple[int, int]) -> nn.Module:
     """The network of `build` on the meta device. image_size: (H, W). Raises what its constructor does."""
     with torch.device("meta"):
-        return _construct(name, channels, classes, tuple(image_size))
+        return _construct(name, channels, classes, (image_size[0], image_size[1]))
 
 
-def _construct(name, channels, classes, size):
+def _construct(name: str, channels: int, classes: int, size: tuple[int, int]) -> nn.Module:
     simple = {"MLP": MLP, "LeNet": LeNet, "AlexNet": AlexNet}
     if name in simple:
         return simple[name](channels, classes, size)
@@ -128,23 +136,23 @@ def _construct(name, channels, classes, size):
     raise ValueError(f"no network has this name; near ones: {_near(name, _NAMES)}")
 
 
-def is_user_code(name):
+def is_user_code(name: str) -> bool:
     """Whether `name` stands for a function in a module of the user's own, which `build` would import and call."""
     package, _, rest = name.partition(":")
     return bool(rest) and package not in _PACKAGES
 
 
-def _near(name, known):
+def _near(name: str, known: Sequence[str]) -> str:
     return ", ".join(difflib.get_close_matches(name, known, n=5, cutoff=0.5)) or "none"
 
 
-def _torchvision(name, channels, classes, size):
+def _torchvision(name: str, channels: int, classes: int, size: tuple[int, int]) -> nn.Module:
     import torchvision
 
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         raise ValueError(f"torchvision has no classifier {name!r}; near ones: {_near(name, known)}")
-    options = {"num_classes": classes}
+    options: dict[str, Any] = {"num_classes": classes}
     if name.startswith("vit_"):
         if size[0] != size[1]:
             raise ValueError("torchvision's vision transformers take square images")
@@ -157,35 +165,28 @@ def _torchvision(name, channels, classes, size):
     return model
 
 
-def _replace_first_convolution(model, channels):
+def _replace_first_convolution(model: nn.Module, channels: int) -> None:
     path, old = next((path, m) for path, m in model.named_modules() if isinstance(m, nn.Conv2d))
-    new = nn.Conv2d(
-        channels,
-        old.out_channels,
-        old.kernel_size,
-        stride=old.stride,
-        padding=old.padding,
-        dilation=old.dilation,
-        bias=old.bias is not None,
-    )
+    same: dict[str, Any] = {name: getattr(old, name) for name in ("kernel_size", "stride", "padding", "dilation")}
+    new = nn.Conv2d(channels, old.out_channels, **same, bias=old.bias is not None)
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
 
 
-def _timm(name, channels, classes, size):
+def _timm(name: str, channels: int, classes: int, size: tuple[int, int]) -> nn.Module:
     try:
         timm = importlib.import_module("timm")
     except ImportError as error:
         raise ImportError(f"network 'timm:{name}' needs timm: pip install timm") from error
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}; near ones: {_near(name, timm.list_models())}")
-    options = {"num_classes": classes, "in_chans": channels}
+    options: dict[str, Any] = {"num_classes": classes, "in_chans": channels}
     if timm.get_pretrained_cfg(name).fixed_input_size:
         options["img_size"] = size
     return timm.create_model(name, pretrained=False, **options)
 
 
-def _of_user(module, function, channels, classes, size):
+def _of_user(module: str, function: str, channels: int, classes: int, size: tuple[int, int]) -> nn.Module:
     try:
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, TypeError) as error:
@@ -202,7 +203,7 @@ def _of_user(module, function, channels, classes, size):
 _PACKAGES = {"torchvision": _torchvision, "timm": _timm}
 
 
-def _try_on(model, channels, classes, size):
+def _try_on(model: nn.Module, channels: int, classes: int, size: tuple[int, int]) -> None:
     """Raises ValueError where images of that size do not go through to an output per class: shapes only, nothing is
     computed."""
     shapes = copy.deepcopy(model).to("meta").eval()
@@ -215,15 +216,16 @@ def _try_on(model, channels, classes, size):
         raise ValueError(f"for one image it returns {given}; it must be a tensor [1, {classes}], an output per class")
 
 
-def embed(model, x):
+def embed(model: nn.Module, x: Tensor) -> Tensor:
     """Penultimate features of any classifier: what enters its last linear layer. x: (B, C, H, W) -> (B, features).
 
     Networks of this package have a method for it. In others the linear layer that runs last is found by running them.
     Raises ValueError where no linear layer runs.
     """
     if hasattr(model, "embed"):
-        return model.embed(x)
-    seen = []
+        own: Any = model.embed
+        return own(x)
+    seen: list[Tensor] = []
     handles = [
         module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         for module in model.modules()

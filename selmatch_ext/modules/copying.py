@@ -61,7 +61,7 @@ class _Functions:
             if isinstance(value, functools.partial):
                 state = tuple(map(self._moved, (value.func, value.args, value.keywords)))
                 if any(a is not b for a, b in zip(state, (value.func, value.args, value.keywords), strict=True)):
-                    value.__setstate__((*state, vars(value)))
+                    value.__setstate__((*state, vars(value)))  # type: ignore[attr-defined]  # not in typeshed
             for places in (value, vars(value) if attributes_of(value) and hasattr(value, "__dict__") else None):
                 if isinstance(places, (dict, list)):
                     for key, part in list(places.items() if isinstance(places, dict) else enumerate(places)):

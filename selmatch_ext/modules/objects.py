@@ -121,7 +121,7 @@ def variables_of(function: types.FunctionType) -> dict[str, Any]:
 def set_variable(function: types.FunctionType, name: str, value: Any) -> None:
     """Sets one of `variables_of`. Default values cannot be set; they are changed in place."""
     if name.startswith(_VARIABLE):
-        cell = function.__closure__[function.__code__.co_freevars.index(name[len(_VARIABLE) :])]
+        cell = (function.__closure__ or ())[function.__code__.co_freevars.index(name[len(_VARIABLE) :])]
         if value is not EMPTY:
             cell.cell_contents = value
         elif cell_value(cell) is not EMPTY:

@@ -32,9 +32,9 @@ class PrivateModel:
             placeholders.append(p)
         found: dict[int, list[tuple[dict, str]]] = {id(p): [] for p in placeholders}
         for m in self.module.modules():
-            for key, p in m._parameters.items():
-                if p is not None:
-                    found[id(p)].append((m._parameters, key))
+            for key, held in m._parameters.items():
+                if held is not None:
+                    found[id(held)].append((m._parameters, key))
             for key, b in m._buffers.items():
                 if b is not None and b.is_floating_point():
                     m._buffers[key] = b.to(like.dtype)
@@ -110,5 +110,5 @@ def _placeholder(p: nn.Parameter) -> nn.Parameter:
     if p.is_floating_point() or p.is_complex():
         value.fill_(torch.nan)
     result = nn.Parameter(value.expand(p.shape), requires_grad=False)
-    result.is_placeholder = True  # for records.py
+    vars(result)["is_placeholder"] = True  # for records.py
     return result

@@ -190,8 +190,10 @@ def contents(value: Any, old: Any) -> Any:
         return bytes(value)
     if isinstance(value, random.Random):
         return None if isinstance(value, random.SystemRandom) else value.getstate()
-    if isinstance(value, GENERATORS):
-        return value.bit_generator.state if isinstance(value, np.random.Generator) else value.get_state()
+    if isinstance(value, np.random.Generator):
+        return value.bit_generator.state
+    if isinstance(value, (np.random.RandomState, torch.Generator)):
+        return value.get_state()
     if isinstance(value, dict):
         return dict(value.items())
     return list(value) if isinstance(value, (list, deque)) else set(value) if isinstance(value, set) else None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from selmatch_ext.modules.changes import Comparison, PutBack
-from selmatch_ext.modules.records import Recorder
+from selmatch_ext.modules.records import Record, Recorder
 from selmatch_ext.seeds import RandomState
 
 _OF_WHAT = "an attribute of a class", "what a function keeps"
@@ -30,7 +30,7 @@ class State:
         self.random = RandomState(device)
         self.modules = {id(m): m for m in module.modules()}
         recorder = Recorder(previous.records if previous is not None else {})
-        self.records = recorder.records_of(self.modules.values())
+        self.records: dict[int, Record] = recorder.records_of(self.modules.values())
 
     def change(self, later: State) -> str | None:
         """What has happened since, in words: "draws random numbers" or "changes ...". The running statistics of norms

@@ -1,5 +1,7 @@
 """The network inside what people wrap around it."""
 
+from typing import cast
+
 from torch import jit, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
@@ -17,9 +19,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if isinstance(model, _WRAPPERS):
-            model = model.module
+            model = cast(nn.Module, model.module)  # checked in the next turn
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # of torch.compile
+            model = cast(nn.Module, model._orig_mod)  # of torch.compile
         else:
             break
     _refuse_unhashable(model)

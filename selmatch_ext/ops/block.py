@@ -2,7 +2,7 @@
 carrying tangents (csrc/block/block.h has the formulas). The fused engine of `unrolled_sgd` is built on these; `block`
 is the differentiable operation for ordinary training."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,14 +86,14 @@ def block(z: Tensor, gamma: Tensor | None, beta: Tensor | None, kind: BlockKind)
     return torch.ops.selmatch_ext.block_forward(z, gamma, beta, *kind)[0]
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
     z, gamma, beta, *kind = inputs
     ctx.kind = BlockKind(*kind)
     ctx.save_for_backward(z, gamma, beta, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, g, _):
+def _backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     z, gamma, beta, stats = ctx.saved_tensors
     gz, gamma_grad, beta_grad = block_backward(g, z, stats, gamma, beta, ctx.kind)
     return gz, *(None if p is None else d for p, d in ((gamma, gamma_grad), (beta, beta_grad))), *[None] * 6
@@ -102,7 +102,7 @@ def _backward(ctx, g, _):
 torch.library.register_autograd("selmatch_ext::block_forward", _backward, setup_context=_save)
 
 
-def _no_double_backward(ctx, *_):
+def _no_double_backward(ctx: Any, *_: Any) -> None:
     raise RuntimeError("the gradient of block cannot be differentiated again: it is differentiable once")
 
 

@@ -1,9 +1,12 @@
 """3 x 3 convolution with stride 1 and padding 1 on the CPU, by Winograd's minimal filtering (arXiv 1509.09308): 16
 products where the direct sum takes 36."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
 
 MULTIPLE, FEW = 32, 4  # of channels; the second: the input may have as few, for its gradient
 
@@ -36,17 +39,17 @@ def conv3x3_weight_gradient(x: Tensor, g: Tensor) -> Tensor:
     return torch.ops.selmatch_ext.conv3x3_weight_gradient(x, g)
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight, _, ctx.transposed = inputs
     ctx.save_for_backward(x, weight)
 
 
-def _backward(ctx, g):
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     if ctx.transposed and g.shape[1] <= FEW:  # torch's convolutions are as fast there
         gx = F.conv2d(g, weight, padding=1) if need_x else None
-        gw = torch.nn.grad.conv2d_weight(g, weight.shape, x, padding=1) if need_weight else None
+        gw = conv2d_weight(g, weight.shape, x, padding=1) if need_weight else None
     else:
         gx = torch.ops.selmatch_ext.conv3x3(g, weight, None, not ctx.transposed) if need_x else None
         gw = conv3x3_weight_gradient(*((g, x) if ctx.transposed else (x, g))) if need_weight else None
@@ -56,11 +59,11 @@ def _backward(ctx, g):
 torch.library.register_autograd("selmatch_ext::conv3x3", _backward, setup_context=_save)
 
 
-def _save_weight_gradient(ctx, inputs, output):
+def _save_weight_gradient(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _weight_gradient_backward(ctx, v):
+def _weight_gradient_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
     x, g = ctx.saved_tensors
     need_x, need_g = ctx.needs_input_grad
     return conv3x3_input_gradient(g, v) if need_x else None, conv3x3(x, v) if need_g else None

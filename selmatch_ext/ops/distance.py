@@ -1,6 +1,7 @@
 """The normalized distance of matching training trajectories (MTT, arXiv 2203.11932), and its gradient in one pass."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,13 +39,13 @@ def _thirds(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list
     return list(tensors[:count]), list(tensors[count : 2 * count]), list(tensors[2 * count :])
 
 
-def _save_backward(ctx, inputs, output):
+def _save_backward(ctx: Any, inputs: Any, output: Any) -> None:
     grad, sums, student, start, target, *ctx.wanted = inputs
     ctx.count = len(student)
     ctx.save_for_backward(grad, *student, *start, *target)
 
 
-def _double_backward(ctx, cotangents):
+def _double_backward(ctx: Any, cotangents: list[Tensor]) -> tuple[Any, ...]:
     """The vector-Jacobian product of the backward pass, in plain operations, which autograd takes to any order.
 
     With d = student - target, e = start - target, N = |d|^2, D = |e|^2 the backward pass is g_student = 2 grad d / D,

@@ -1,7 +1,7 @@
 """The distance between two networks' gradients that gradient matching minimizes (DC, arXiv 2006.05929), fused."""
 
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -60,20 +60,23 @@ def _filled(syn: list[Tensor | None], real: list[Tensor | None]) -> tuple[list[T
     pairs = [(a, b) for a, b in zip(syn, real, strict=True) if a is not None or b is not None]
     if not pairs:
         raise ValueError("syn and real have no tensors, only None")
-    return (
-        [torch.zeros_like(b) if a is None else a for a, b in pairs],
-        [torch.zeros_like(a) if b is None else b for a, b in pairs],
-    )
+    return [_or_zeros(a, b) for a, b in pairs], [_or_zeros(b, a) for a, b in pairs]
 
 
-def _save_forward(ctx, inputs, output):
+def _or_zeros(tensor: Tensor | None, like: Tensor | None) -> Tensor:
+    found = torch.zeros_like(like) if tensor is None and like is not None else tensor
+    assert found is not None
+    return found
+
+
+def _save_forward(ctx: Any, inputs: Any, output: Any) -> None:
     syn, real, ctx.metric = inputs
     ctx.count = len(syn)
     ctx.save_for_backward(output[1], *syn, *real)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad, _):
+def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     sums, *tensors = ctx.saved_tensors
     syn, real = tensors[: ctx.count], tensors[ctx.count :]
     wanted = [any(needs) for needs in ctx.needs_input_grad[:2]]
@@ -84,7 +87,7 @@ def _backward(ctx, grad, _):
 torch.library.register_autograd("selmatch_ext::gradient_distance", _backward, setup_context=_save_forward)
 
 
-def _no_double_backward(ctx, *_):
+def _no_double_backward(ctx: Any, *_: Any) -> None:
     raise RuntimeError("the gradient of gradient_distance cannot be differentiated again: it is differentiable once")
 
 

@@ -61,7 +61,7 @@ class _Stream:
 class _OneGenerator(_Stream):
     """All draws in a row from one generator (None: the global one of each device)."""
 
-    def __init__(self, generator: torch.Generator | None, *args):
+    def __init__(self, generator: torch.Generator | None, *args: Any):
         super().__init__(*args)
         self._generator = generator
 
@@ -72,7 +72,7 @@ class _OneGenerator(_Stream):
 class _Reseeded(_Stream):
     """Draw number k comes first out of a generator seeded with seed + k, as the public code reseeds the global one."""
 
-    def __init__(self, seed: int, *args):
+    def __init__(self, seed: int, *args: Any):
         super().__init__(*args)
         self._seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -190,7 +190,7 @@ def _draw_table(draw: _Stream, request: _Request, param: ParamDiffAug) -> Augmen
         if torch._C._functorch.is_batchedtensor(index):  # vmap: every example has drawn its own name
             columns = [_chosen(index.expand(draw.rows), names, draw, size, param)]
         else:
-            columns = [_COLUMNS[names[index.item()]](draw, size, param)]
+            columns = [_COLUMNS[names[int(index)]](draw, size, param)]
     else:
         columns = [_COLUMNS[name](draw, size, param) for name in names]
     dtype = torch.float64 if request.dtype == torch.float64 else torch.float32
@@ -199,7 +199,9 @@ def _draw_table(draw: _Stream, request: _Request, param: ParamDiffAug) -> Augmen
     return Augmentation(ops, params)
 
 
-def _chosen(choice: Tensor, names: list[str], draw: _Stream, size: tuple[int, int], param: ParamDiffAug):
+def _chosen(
+    choice: Tensor, names: list[str], draw: _Stream, size: tuple[int, int], param: ParamDiffAug
+) -> tuple[Tensor, Tensor]:
     """One column in which every row has the name that its element of `choice` says."""
     columns = [_COLUMNS[name](draw, size, param) for name in names]
     row = torch.arange(draw.rows, device=choice.device)
@@ -272,11 +274,14 @@ def _draw_operator(
         draw = _public_stream(request, seed)
     else:
         draw = _own_stream(request, None if source == FRESH else _generators[source])
-    return tuple(_draw_table(draw, request, ParamDiffAug(**dict(zip(STRENGTHS, strengths, strict=True)))))
+    given: dict[str, Any] = dict(zip(STRENGTHS, strengths, strict=True))
+    ops, params = _draw_table(draw, request, ParamDiffAug(**given))
+    return ops, params
 
 
 @_draw_operator.register_fake
-def _(source, seed, names, choice, rows, height, width, device, dtype, strengths):
+def _(source: int, seed: int, names: str, choice: str, rows: int, *rest: Any) -> tuple[Tensor, Tensor]:
+    _, _, device, dtype, _ = rest
     length = 2 if names == "simple" else len(names.split("_")) if choice == "all" else 1
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     ops = torch.empty(rows, length, dtype=torch.uint8, device=device)

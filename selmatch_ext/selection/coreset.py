@@ -6,6 +6,8 @@ class without images or an ipc larger than a class, naming the class.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,8 @@ def k_center(features: Tensor, labels: Tensor, ipc: int) -> Tensor:
 def _herd(x: Tensor, ipc: int) -> list[int]:
     # Step k minimizes |k mean - sum of chosen - x|; times n, so that whole numbers stay whole and ties stay ties.
     n, total, squares = len(x), x.sum(0), x.square().sum(1)
-    chosen, added = [], torch.zeros_like(total)
+    chosen: list[int] = []
+    added = torch.zeros_like(total)
     for k in range(1, ipc + 1):
         cost = n * squares - 2 * (x @ (k * total - n * added))
         cost[chosen] = torch.inf
@@ -62,7 +65,7 @@ def _farthest(x: Tensor, ipc: int) -> list[int]:
     return chosen
 
 
-def _by_class(features: Tensor, labels: Tensor, ipc: int, choose) -> Tensor:
+def _by_class(features: Tensor, labels: Tensor, ipc: int, choose: Callable[[Tensor, int], list[int]]) -> Tensor:
     if features.ndim != 2 or len(features) != len(labels) or not features.is_floating_point():
         raise ValueError(
             f"features is {features.dtype} of shape {tuple(features.shape)}; it must be float ({len(labels)}, F), one "

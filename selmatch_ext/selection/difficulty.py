@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -62,9 +63,15 @@ def compute_scores(context: Context, settings: Scores) -> Tensor:
     with ranks.progress(total=len(ranks.mine(settings.runs)) * epochs, desc="scores", unit="epoch") as progress:
         for run in ranks.mine(settings.runs):
             model = context.network(settings.model, "scores", run)
-            take, seen = context.real_images(), []
+            take = context.real_images()
+            seen: list[Tensor] = []
 
-            def watch(epoch: int, model=model, take=take, seen=seen) -> None:
+            def watch(
+                epoch: int,
+                model: torch.nn.Module = model,
+                take: Callable[[Tensor], Tensor] = take,
+                seen: list[Tensor] = seen,
+            ) -> None:
                 seen.append(measure(predict(model, take, len(labels), context.device), labels))
                 progress.update()
 
@@ -74,14 +81,6 @@ def compute_scores(context: Context, settings: Scores) -> Tensor:
     blank = torch.zeros(epochs, len(labels), dtype=torch.bool if settings.source == "forgetting" else torch.float32)
     history = torch.stack(ranks.collect(watched, settings.runs, blank))
     return forgetting_events(history) if settings.source == "forgetting" else history.mean((0, 1))
-
-
-def _is_right(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.argmax(1) == labels
-
-
-def _error_norm(logits: Tensor, labels: Tensor) -> Tensor:
-    return el2n(F.softmax(logits, 1).unsqueeze(0), labels)
 
 
 def _is_right(logits: Tensor, labels: Tensor) -> Tensor:

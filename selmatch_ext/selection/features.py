@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from selmatch_ext import models, ranks
 from selmatch_ext.context import Context
@@ -38,7 +39,7 @@ def split_features(model: torch.nn.Module, context: Context, split: str = "train
     return predict(model, context.real_images(split), count, context.device, output=models.embed)
 
 
-def _train(context: Context, settings: Features, folder: Path, index: int, progress) -> None:
+def _train(context: Context, settings: Features, folder: Path, index: int, progress: tqdm) -> None:
     check_writable(_path(folder, index))
     model = context.network(settings.model, "features", index)
     order = context.generator("features", index)

@@ -42,13 +42,13 @@ def load_scores(path: str | os.PathLike, labels: Tensor, name: str = "the data s
         scores = arrays.read("scores", len(labels) * dtype.itemsize)
         stored_labels = _stored_labels(arrays, len(labels)) if "labels" in arrays.names else None
     with np.errstate(over="ignore"):  # said below
-        scores = torch.from_numpy(scores.astype(np.float64))
-    if not scores.isfinite().all():
-        bad = (~scores.isfinite()).nonzero().squeeze(1)
-        raise ValueError(f"{path}: {len(bad)} of {len(scores)} scores are NaN or infinite, the first at {int(bad[0])}")
+        values = torch.from_numpy(scores.astype(np.float64))
+    if not values.isfinite().all():
+        bad = (~values.isfinite()).nonzero().squeeze(1)
+        raise ValueError(f"{path}: {len(bad)} of {len(values)} scores are NaN or infinite, the first at {int(bad[0])}")
     if stored_labels is not None:
         _check_same_labels(path, stored_labels, labels)
-    return scores
+    return values
 
 
 def describe(path: str | os.PathLike) -> tuple[int, dict]:

@@ -37,15 +37,15 @@ WINDOW = Start("window", ipc=10, alpha=0.85, window=Window(beta=0.4), scores=SCO
 def entries(seed: int) -> dict[str, Run]:
     """The lines of the table by the names of their folders: runs of less than two minutes each on two CPU cores. All
     images are augmented as the method augments those that it learns, as in the papers."""
-    given = {"model": MODEL, "batch_real": 64}
-    matching = {"strategy": STRATEGY, "iterations": 200, "expert_epochs": 2, "max_start_epoch": 8}
+    given: dict[str, Any] = {"model": MODEL, "batch_real": 64}
+    matching: dict[str, Any] = {"strategy": STRATEGY, "iterations": 200, "expert_epochs": 2, "max_start_epoch": 8}
     matching |= {"inner_steps": 20, "batch_syn": 50, "lr_images": 100.0, "lr_init": 0.1}
     one = {**matching, "max_start_epoch": 6, "lr_init": 0.05}
     mtt = {1: one, 10: {**matching, "iterations": 300, "lr_images": 30.0}}
     datm = {1: {**one, "first_max_start_epoch": 3}, 10: {**matching, "first_max_start_epoch": 7, "max_start_epoch": 14}}
-    rows = {}
+    rows: dict[str, tuple[str, Start, Any]] = {}
     for ipc, outer_loop, inner_loop, iterations in ((1, 1, 1, 150), (10, 4, 10, 40)):
-        loops = {"outer_loop": outer_loop, "inner_loop": inner_loop, "iterations": iterations}
+        loops: dict[str, Any] = {"outer_loop": outer_loop, "inner_loop": inner_loop, "iterations": iterations}
         real, correct = Start(ipc=ipc), Start("correct", ipc)
         rows |= {
             f"dc-ipc{ipc}": ("dc", real, DCSettings(lr_images=1.0, **loops, **given)),
@@ -54,9 +54,16 @@ def entries(seed: int) -> dict[str, Run]:
             f"mtt-ipc{ipc}": ("mtt", real, MTTSettings(**mtt[ipc])),
             f"datm-ipc{ipc}": ("datm", correct, DATMSettings(**datm[ipc], lr_labels=0.1)),
         }
-    unrolled = {"steps": 1, "batch_real": 256, "lr": 0.05}
+    unrolled: dict[str, Any] = {"steps": 1, "batch_real": 256, "lr": 0.05}
     known = {"model": "MLP", "init": "known", "epochs": 5, "passes": 200, "halve_every": 70, "lr_init": 0.2, **unrolled}
-    attack = {"init": "loaded", "objective": "attack", "epochs": 1, "passes": 120, "halve_every": 40, **unrolled}
+    attack: dict[str, Any] = {
+        "init": "loaded",
+        "objective": "attack",
+        "epochs": 1,
+        "passes": 120,
+        "halve_every": 40,
+        **unrolled,
+    }
     # 10 trained networks are too few: the set works on them alone. Their last epochs make it work on others too
     attack |= {"model": MODEL, "networks": 2, "test_networks": 2, "pool_epochs": 15, "lr_init": 0.1}
     rows |= {
@@ -70,8 +77,7 @@ def entries(seed: int) -> dict[str, Run]:
 
 def _row(method: str, start: Start, settings: Any, seed: int) -> Run:
     evaluation = replace(EVALUATION, distilled_strategy=settings.strategy)
-    parts = {"data": Data("digits"), "start": start, "experts": EXPERTS, "evaluation": evaluation}
-    return Run(method, settings, **parts, seed=seed)
+    return Run(method, settings, Data("digits"), start, EXPERTS, evaluation, seed)
 
 
 def compare(names: Sequence[str], folder: Path, seed: int, device: torch.device) -> dict[str, dict[str, Any]]:

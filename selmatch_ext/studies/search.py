@@ -40,13 +40,13 @@ def search(
     subset = without_schedule(path)
     everything = real_subset(data, torch.arange(len(data.train)), "all training images")
     full = replace(evaluation, training=settings.full, networks=settings.full_networks)
-    points = {}
+    points: dict[str, tuple[float, float]] = {}
     for name in names:
-        found = [
+        proxy, real = (
             evaluate(s, context, replace(how, model=name), folder / f"{kind}_{name}.json", f"{kind}: {name}")
             for kind, s, how in (("set", subset, evaluation), ("all", everything, full))
-        ]
-        points[name] = tuple(f["test"].mean for f in found)
+        )
+        points[name] = proxy["test"].mean, real["test"].mean
     points = dict(sorted(points.items(), key=lambda item: -item[1][0]))
     varied = all(len(set(values)) > 1 for values in zip(*points.values(), strict=True))
     correlation = float(spearmanr(list(points.values())).statistic) if varied else None

@@ -8,6 +8,7 @@ TESLA's estimate leaves h out, so that lambda stays what it was. An engine is a 
 """
 
 import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -87,32 +88,35 @@ def unroll(stepper: Stepper, start: Tensor, images: Tensor, labels: Tensor, lr: 
 
 class _Unroll(torch.autograd.Function):
     @staticmethod
-    def forward(start, images, labels, lr, stepper, plan, tape):
+    def forward(
+        start: Tensor, images: Tensor, labels: Tensor, lr: Tensor, stepper: Stepper, plan: Plan, tape: _Tape
+    ) -> Tensor:
         with _arithmetic(plan.precision, start.device):
             return _forward(tape, start, images, labels, lr, stepper, plan)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.save_for_backward(*inputs[:4])
         ctx.rest = inputs[4:]
 
     @staticmethod
-    def backward(ctx, adjoint):
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         # torch.func builds the graph of a gradient always, and says so only when that is differentiated.
         if torch.is_grad_enabled() and not ctx.rest[2].in_torch_func:
             raise RuntimeError(_ONCE + "; call it without create_graph=True")
-        found = iter(_Gradient.apply(adjoint, *ctx.saved_tensors, *ctx.rest))
+        found = iter(_Gradient.apply(*cotangents, *ctx.saved_tensors, *ctx.rest))
         return *(next(found) if needed else None for needed in ctx.rest[2].needs), None, None, None
 
     @staticmethod
-    def vmap(info, in_dims, start, images, labels, lr, stepper, plan, tape):
+    def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple[Tensor, int]:
+        *tensors, stepper, plan, tape = inputs
         tape.samples = [_Tape(tape.needs) for _ in range(info.batch_size)]
-        rows = _samples(info, in_dims, (start, images, labels, lr))
+        rows = _samples(info, in_dims, tensors)
         results = [_Unroll.apply(*row, stepper, plan, t) for row, t in zip(rows, tape.samples, strict=True)]
         return torch.stack(results), 0
 
     @staticmethod
-    def jvp(ctx, *_):
+    def jvp(ctx: Any, *_: Any) -> None:
         raise NotImplementedError("unrolled_sgd has no forward-mode derivative; use reverse mode (grad, vjp, jacrev)")
 
 
@@ -123,36 +127,38 @@ class _Gradient(torch.autograd.Function):
     """The backward pass: the gradients that are needed, as a tuple."""
 
     @staticmethod
-    def forward(adjoint, start, images, labels, lr, stepper, plan, tape):
+    def forward(adjoint: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        start, images, labels, lr, stepper, plan, tape = inputs
         with _arithmetic(plan.precision, adjoint.device):
             found = _backward(tape, adjoint.contiguous(), start, images, labels, lr, stepper, plan)
         return tuple(t for t in found if t is not None)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         pass
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: Any) -> None:
         raise RuntimeError(_ONCE)
 
     @staticmethod
-    def vmap(info, in_dims, adjoint, start, images, labels, lr, stepper, plan, tape):
-        rows = _samples(info, in_dims, (adjoint, start, images, labels, lr))
+    def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        *tensors, stepper, plan, tape = inputs
+        rows = _samples(info, in_dims, tensors)
         same_forward = all(d is None for d in in_dims[1:5])  # as in jacrev, which takes many adjoints of one result
         tapes = [tape] * info.batch_size if same_forward else tape.samples
         found = [_Gradient.apply(*row, stepper, plan, t) for row, t in zip(rows, tapes, strict=True)]
         return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * sum(tape.needs)
 
 
-def _samples(info, in_dims, tensors):
+def _samples(info: Any, in_dims: tuple, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """The tensors of each sample of a vmap."""
     for i in range(info.batch_size):
         yield [t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=False)]
 
 
 @contextlib.contextmanager
-def _arithmetic(precision, device):
+def _arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     """Within, TF32 is on only where `precision` asks for it, and the caller's autocast is off: it would also round the
     products of the backward pass. (bfloat16 concerns the model alone; the engines apply it.)"""
     with (
@@ -162,7 +168,7 @@ def _arithmetic(precision, device):
         yield
 
 
-def _batch(plan, i, images, labels):
+def _batch(plan: Plan, i: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Step i's augmented images and its labels."""
     batch = plan.batches[i]
     x, y = images.index_select(0, batch), labels.index_select(0, batch)
@@ -171,12 +177,14 @@ def _batch(plan, i, images, labels):
     return x, y if y.is_floating_point() else y.long()
 
 
-def _wanted(tape, plan, i):
+def _wanted(tape: _Tape, plan: Plan, i: int) -> Wanted:
     start, images, labels, _ = tape.needs
     return Wanted(plan.gradient == "exact" and (i > 0 or start), images, labels)
 
 
-def _forward(tape, start, images, labels, lr, stepper, plan):
+def _forward(
+    tape: _Tape, start: Tensor, images: Tensor, labels: Tensor, lr: Tensor, stepper: Stepper, plan: Plan
+) -> Tensor:
     """theta_N; puts on the tape what the backward pass needs: theta_i, and what the engine wants kept."""
     needed = any(tape.needs)
     theta = start.detach()
@@ -191,7 +199,16 @@ def _forward(tape, start, images, labels, lr, stepper, plan):
     return theta
 
 
-def _backward(tape, adjoint, start, images, labels, lr, stepper, plan):
+def _backward(
+    tape: _Tape,
+    adjoint: Tensor,
+    start: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    lr: Tensor,
+    stepper: Stepper,
+    plan: Plan,
+) -> tuple[Tensor | None, ...]:
     """dL/d(start, images, labels, lr) from the adjoint dL/dtheta_N; None for what is not needed."""
     needs_start, needs_images, needs_labels, needs_lr = tape.needs
     images_gradient = torch.zeros_like(images) if needs_images else None
@@ -202,21 +219,21 @@ def _backward(tape, adjoint, start, images, labels, lr, stepper, plan):
         wanted = _wanted(tape, plan, i)
         step = stepper.derivative(tape.thetas[i], x, y, tape.kept[i], adjoint, wanted)
         tape.kept[i] = stepper.freed(tape.kept[i])
-        if needs_lr:
+        if lr_gradient is not None:
             lr_gradient[i] = -step.product
-        if needs_images:
+        if images_gradient is not None and step.images is not None:
             u = step.images
             if plan.augmentations is not None:
                 u = augment_transposed(u, plan.augmentations[i])
             _add_rows(images_gradient, plan.batches[i], -lr[i], u)
-        if needs_labels:
+        if labels_gradient is not None and step.labels is not None:
             _add_rows(labels_gradient, plan.batches[i], -lr[i], step.labels)
-        if wanted.parameters:
+        if step.parameters is not None:
             adjoint = adjoint - lr[i] * step.parameters
     return adjoint if needs_start else None, images_gradient, labels_gradient, lr_gradient
 
 
-def _add_rows(total, rows, factor, values):
+def _add_rows(total: Tensor, rows: Tensor, factor: Tensor, values: Tensor) -> None:
     """total[rows] += factor * values, rows may repeat; the same bits at each run."""
     if total.device.type == "cpu":
         total.index_add_(0, rows, factor * values)

@@ -2,9 +2,11 @@
 
 import numbers
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.ops.dsa import Augmentation
@@ -15,7 +17,7 @@ GRADIENT = ("exact", "tesla")
 PRECISION = ("float32", "tf32", "bfloat16")
 
 
-def check_choices(engine, keep, gradient, precision):
+def check_choices(engine: str, keep: str, gradient: str, precision: str) -> None:
     """ValueError for an option that is none of the allowed words."""
     choices = (
         ("engine", engine, ENGINES),
@@ -28,7 +30,7 @@ def check_choices(engine, keep, gradient, precision):
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def check_types(**tensors):
+def check_types(**tensors: Any) -> None:
     """TypeError for what is no ordinary tensor of float32 or float64."""
     for name, tensor in tensors.items():
         _check_ordinary(name, tensor)
@@ -36,20 +38,20 @@ def check_types(**tensors):
             raise TypeError(f"{name} must be float32 or float64, got {tensor.dtype}")
 
 
-def _check_ordinary(name, tensor):
+def _check_ordinary(name: str, tensor: Any) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got one of layout {tensor.layout}; use {name}.to_dense()")
 
 
-def check_values(name, tensor):
+def check_values(name: str, tensor: Tensor) -> None:
     """ValueError for a tensor without values."""
     if tensor.is_meta:
         raise ValueError(f"{name} must have values, got a tensor on the meta device")
 
 
-def check_tensors(model, start, images):
+def check_tensors(model: nn.Module, start: Tensor, images: Tensor) -> None:
     """TypeError or ValueError where model, start and images do not fit each other."""
     check_types(start=start, images=images)
     check_values("start", start)
@@ -69,7 +71,7 @@ def check_tensors(model, start, images):
             raise ValueError(f"parameter {name} of the model is on {parameter.device}, start is on {start.device}")
 
 
-def check_labels(labels, start, images):
+def check_labels(labels: Tensor, start: Tensor, images: Tensor) -> tuple[int, int] | None:
     """(smallest, largest) of integer labels, None for probabilities. Their upper end is checked once K is known."""
     _check_ordinary("labels", labels)
     if labels.device != start.device:
@@ -94,7 +96,7 @@ def check_labels(labels, start, images):
     return smallest, largest
 
 
-def _listed(name, values, of_what):
+def _listed(name: str, values: Any, of_what: str) -> list[Any]:
     """`values` as a list; TypeError for what has no elements, and for tuples with names, which are one thing."""
     single = isinstance(values, (str, bytes, dict, set)) or hasattr(values, "_fields")
     if single or not isinstance(values, Iterable) or (isinstance(values, torch.Tensor) and values.dim() == 0):
@@ -102,13 +104,13 @@ def _listed(name, values, of_what):
     return list(values)
 
 
-def _what(value):
+def _what(value: Any) -> str:
     """A value in an error: short, and in one line."""
     shown = isinstance(value, (int, float, complex)) and len(f"{value!r}") < 30
     return f"{type(value).__name__}{f' {value!r}' * shown}"
 
 
-def check_batches(batches, images):
+def check_batches(batches: Any, images: Tensor) -> list[Tensor]:
     """The batches as int64 tensors on the images' device."""
     batches = _listed("batches", batches, "index tensors, one a step")
     if not batches:
@@ -131,7 +133,7 @@ def check_batches(batches, images):
     return batches
 
 
-def check_augmentations(augmentations, batches):
+def check_augmentations(augmentations: Any, batches: list[Tensor]) -> list[Augmentation] | None:
     """The augmentations as a list, or None; TypeError or ValueError where they are none, or do not fit the batches."""
     if augmentations is None:
         return None
@@ -146,14 +148,14 @@ def check_augmentations(augmentations, batches):
     return augmentations
 
 
-def _is_finite(number):
+def _is_finite(number: Any) -> bool:
     try:
         return bool(np.isfinite(np.asarray(number, dtype=np.float64)).all())
     except OverflowError:  # of a whole number beyond 64 bits
         return False
 
 
-def learning_rates(lr, count, start):
+def learning_rates(lr: Any, count: int, start: Tensor) -> Tensor:
     """lr as a (count,) tensor like start, differentiable in what was given."""
     if isinstance(lr, (bool, np.bool_)) or not isinstance(lr, (numbers.Real, np.ndarray, torch.Tensor)):
         raise TypeError(f"lr must be a floating tensor or a number, got {_what(lr)}")

@@ -4,13 +4,14 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from selmatch_ext.models.flat import flatten
 from selmatch_ext.modules.private import PrivateModel
 from selmatch_ext.modules.state import State
 from selmatch_ext.second_order import check_differentiable_again, twice_differentiable
-from selmatch_ext.unroll.adjoint import Derivative, check_logits
+from selmatch_ext.unroll.adjoint import Derivative, Plan, Wanted, check_logits
 
 
 @dataclass
@@ -37,13 +38,15 @@ class AutogradStepper:
     """A `Stepper` for any module. A step is repeated for its derivative, with the random numbers, buffers and Python
     attributes that it had, unless its graph is kept."""
 
-    def __init__(self, model: PrivateModel, plan):
+    def __init__(self, model: PrivateModel, plan: Plan):
         self.model, self.plan = model, plan
         self.last_state: State | None = None
         self.checked = False
         self.fingerprint = _Fingerprint()
 
-    def gradient(self, theta, x, y, wanted, keep):
+    def gradient(
+        self, theta: Tensor, x: Tensor, y: Tensor, wanted: Wanted | None, keep: bool
+    ) -> tuple[Tensor, _Step | None]:
         if wanted is not None:
             self.last_state = self.model.state(self.last_state)
         if keep:
@@ -51,11 +54,13 @@ class AutogradStepper:
         with twice_differentiable():
             graph = self._run(theta, x, y, wanted if keep else None)
         gradient = flatten(graph.gradients).detach()
-        if wanted is None:
+        if wanted is None or self.last_state is None:
             return gradient, None
         return gradient, _Step(self.last_state, self.fingerprint(gradient), graph if keep else None)
 
-    def derivative(self, theta, x, y, kept, direction, wanted):
+    def derivative(
+        self, theta: Tensor, x: Tensor, y: Tensor, kept: _Step, direction: Tensor, wanted: Wanted
+    ) -> Derivative:
         with self.model.as_it_was(kept.state), twice_differentiable():
             graph = kept.graph
             if graph is None:
@@ -71,10 +76,10 @@ class AutogradStepper:
         product = torch.dot(gradient, direction)
         return Derivative(product, flatten(h) if wanted.parameters else None, u_x, u_y)
 
-    def freed(self, kept):
+    def freed(self, kept: _Step) -> _Step:
         return _Step(kept.state, kept.fingerprint, None)
 
-    def _run(self, theta, x, y, wanted):
+    def _run(self, theta: Tensor, x: Tensor, y: Tensor, wanted: Wanted | None) -> _Graph:
         """The gradients at theta; with `wanted` differentiable in what it names."""
         parameters = [p.detach().requires_grad_() for p in self.model.split(theta)]
         x = x.detach().requires_grad_(wanted is not None and wanted.images)
@@ -112,11 +117,12 @@ class _Fingerprint:
 
     ROW = 4096
 
-    def __init__(self):
-        self.column = self.row = None
+    def __init__(self) -> None:
+        self.column: torch.Tensor | None = None
+        self.row: torch.Tensor | None = None
 
-    def __call__(self, gradient):
-        if self.row is None:
+    def __call__(self, gradient: Tensor) -> Tensor:
+        if self.row is None or self.column is None:
             draw = torch.Generator().manual_seed(0)
             signs = torch.randint(2, (self.ROW + len(gradient) // self.ROW + 1,), generator=draw, device="cpu")
             self.row, self.column = (2 * signs - 1).to(gradient).tensor_split([self.ROW])
@@ -127,7 +133,7 @@ class _Fingerprint:
         return torch.stack([gradient.norm(), product])
 
 
-def _check_repeated(fingerprint, expected, precision):
+def _check_repeated(fingerprint: Tensor, expected: Tensor, precision: str) -> None:
     """RuntimeError where a repeated step has another gradient than the step had. On a GPU rounding may differ."""
     near = 1e-9 if fingerprint.dtype == torch.float64 else 1e-4 if precision == "float32" else 1e-2
     (norm, product), (norm_before, product_before) = fingerprint.tolist(), expected.tolist()
@@ -142,7 +148,9 @@ def _check_repeated(fingerprint, expected, precision):
         )
 
 
-def _derivative(graph, direction, wanted):
+def _derivative(
+    graph: _Graph, direction: list[Tensor], wanted: Wanted
+) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
     """Gradient of <graph.gradients, direction> with respect to (parameters, x, y); None for what is not wanted.
 
     Reverse over reverse. Forward over reverse (torch.func.jvp of the gradient) measured slower for both norms on 2

@@ -4,6 +4,8 @@ No graph is kept and no second backward pass is made: the derivative of the grad
 space is one dual pass, forward and backward, whose parameter part is the Hessian-vector product and whose image part is
 the mixed term (adjoint.py says what they are for)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ class FusedStepper:
         self.shapes = dict(zip(model.names, model.shapes, strict=True))
         self.convolutions = [operation.rule for operation in operations if isinstance(operation.rule, Conv)]
 
-    def gradient(self, theta: Tensor, x: Tensor, y: Tensor, wanted: Wanted | None, keep: bool):
+    def gradient(self, theta: Tensor, x: Tensor, y: Tensor, wanted: Wanted | None, keep: bool) -> tuple[Tensor, Any]:
         p = self._named(theta)
         values, saved = self._run(p, self._images(x))
         logits = values[-1].to(theta.dtype)
@@ -32,26 +34,30 @@ class FusedStepper:
         kept = [v if self._is_kept(operation) else None for operation, v in zip(self.operations, values, strict=True)]
         return self._flat(gradients, theta), kept if keep else None
 
-    def derivative(self, theta: Tensor, x: Tensor, y: Tensor, kept, direction: Tensor, wanted: Wanted) -> Derivative:
+    def derivative(
+        self, theta: Tensor, x: Tensor, y: Tensor, kept: Any, direction: Tensor, wanted: Wanted
+    ) -> Derivative:
         p, t = self._named(theta), self._named(direction)
         logits, saved = self._run_dual(p, t, self._images(x), kept or [None] * len(self.operations))
         logits = logits.map(lambda v: v.to(theta.dtype))
         g = _logits_gradient(logits.value, y)
         shares = logits.value.softmax(1)
-        centered = logits.tangent - (shares * logits.tangent).sum(1, keepdim=True)
+        moved = logits.whole_tangent()
+        centered = moved - (shares * moved).sum(1, keepdim=True)
         of_labels = -centered / len(x)
         gt = shares * centered * (_weights(y) / len(x))
-        gradients, u = {}, None
+        gradients: Parameters = {}
+        u: Dual | None = None
         if wanted.parameters or wanted.images:
             gradients, u = self._run_dual_back(p, t, saved, Dual(g, gt), wanted)
         return Derivative(
-            (g * logits.tangent).sum(),
+            (g * moved).sum(),
             self._flat(gradients, theta) if wanted.parameters else None,
-            u.whole_tangent().to(theta.dtype) if wanted.images else None,
+            None if u is None else u.whole_tangent().to(theta.dtype),
             of_labels if wanted.labels else None,
         )
 
-    def freed(self, kept) -> None:
+    def freed(self, kept: Any) -> None:
         return None
 
     def _is_kept(self, operation: Operation) -> bool:
@@ -78,9 +84,10 @@ class FusedStepper:
         """Images or weights in the dtype of the convolutions."""
         return x.bfloat16() if self.plan.precision == "bfloat16" else x
 
-    def _run(self, p: Parameters, x: Tensor):
+    def _run(self, p: Parameters, x: Tensor) -> tuple[list[Tensor], list[Any]]:
         """The result of every operation, and what each saves for its backward pass."""
-        values, saved = [], []
+        values: list[Tensor] = []
+        saved: list[Any] = []
         for operation in self.operations:
             value, keep = operation.rule.forward(p, tuple(x if j < 0 else values[j] for j in operation.inputs))
             values.append(value)
@@ -88,55 +95,49 @@ class FusedStepper:
         return values, saved
 
     def _run_back(self, p: Parameters, saved: list, g: Tensor) -> Parameters:
-        cotangents: list[Tensor | None] = [None] * len(self.operations)
-        cotangents[-1] = g
+        cotangents = {len(self.operations) - 1: g}
         gradients: Parameters = {}
         for i in reversed(range(len(self.operations))):
-            operation, g = self.operations[i], cotangents[i]
-            cotangents[i] = None
+            operation, g = self.operations[i], cotangents.pop(i)
             backs, found = operation.rule.backward(p, saved[i], g, max(operation.inputs) >= 0)
             saved[i] = None
             _accumulate(gradients, found)
             for j, back in zip(operation.inputs, backs, strict=True):
-                if j >= 0:
-                    cotangents[j] = back if cotangents[j] is None else cotangents[j] + back
+                if j >= 0 and back is not None:
+                    cotangents[j] = cotangents[j] + back if j in cotangents else back
         return gradients
 
     def _run_dual(self, p: Parameters, t: Parameters, x: Tensor, kept: list) -> tuple[Dual, list]:
-        values: list[Dual | None] = []
-        saved = []
+        values: dict[int, Dual] = {}  # of the steps whose result is still needed
+        saved: list[Any] = []
         waiting = [operation.users for operation in self.operations]
-        for operation, known in zip(self.operations, kept, strict=True):
+        for i, (operation, known) in enumerate(zip(self.operations, kept, strict=True)):
             inputs = tuple(Dual(x, None) if j < 0 else values[j] for j in operation.inputs)
-            value, keep = operation.rule.dual_forward(p, t, inputs, known)
-            values.append(value)
+            values[i], keep = operation.rule.dual_forward(p, t, inputs, known)
             saved.append(keep)
             for j in operation.inputs:
                 if j >= 0:
                     waiting[j] -= 1
                     if waiting[j] == 0:
-                        values[j] = None
-        return values[-1], saved
+                        del values[j]
+        return values[len(self.operations) - 1], saved
 
-    def _run_dual_back(self, p: Parameters, t: Parameters, saved: list, g: Dual, wanted: Wanted):
-        """The tangents of the parameters' gradients, and the dual gradient of the images."""
-        cotangents: list[Dual | None] = [None] * len(self.operations)
-        cotangents[-1] = g
+    def _run_dual_back(
+        self, p: Parameters, t: Parameters, saved: list, g: Dual, wanted: Wanted
+    ) -> tuple[Parameters, Dual | None]:
+        """The tangents of the parameters' gradients, and the dual gradient of the images, where it is wanted."""
+        cotangents = {len(self.operations) - 1: g}  # that of the images is number -1
         gradients: Parameters = {}
-        images = None
         for i in reversed(range(len(self.operations))):
-            operation, g = self.operations[i], cotangents[i]
-            cotangents[i] = None
+            operation, g = self.operations[i], cotangents.pop(i)
             need_x = wanted.images or max(operation.inputs) >= 0
             backs, found = operation.rule.dual_backward(p, t, saved[i], g, need_x, wanted.parameters)
             saved[i] = None
             _accumulate(gradients, found)
             for j, back in zip(operation.inputs, backs, strict=True):
-                if j >= 0:
-                    cotangents[j] = back if cotangents[j] is None else cotangents[j] + back
-                elif wanted.images:
-                    images = back if images is None else images + back
-        return gradients, images
+                if back is not None and (j >= 0 or wanted.images):
+                    cotangents[j] = cotangents[j] + back if j in cotangents else back
+        return gradients, cotangents.get(-1)
 
 
 def _accumulate(total: Parameters, found: Parameters) -> None:

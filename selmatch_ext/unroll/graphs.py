@@ -50,13 +50,14 @@ class GraphedStepper:
             results = self.recorder.warm_up(function, inputs)
             self.graphs[key] = None
             return results
-        if self.graphs[key] is None:
+        graph = self.graphs[key]
+        if graph is None:
             own = _map(torch.clone, inputs)
-            self.graphs[key] = *self.recorder.record(function, own), own
+            graph = self.graphs[key] = *self.recorder.record(function, own), own
         else:
-            for own, given in zip(_tensors(self.graphs[key][2]), _tensors(inputs), strict=True):
+            for own, given in zip(_tensors(graph[2]), _tensors(inputs), strict=True):
                 own.copy_(given)
-        replay, results, _ = self.graphs[key]
+        replay, results, _ = graph
         replay()
         return _map(torch.clone, results)
 

@@ -1,18 +1,22 @@
 """`unrolled_sgd`: checks what it is given, chooses an engine, and runs the recursion with it."""
 
 import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from selmatch_ext._C import build_info
 from selmatch_ext.compiling import never_compiled
 from selmatch_ext.fused.comparing import operations_of
-from selmatch_ext.fused.operations import Unsupported
+from selmatch_ext.fused.operations import Operation, Unsupported
 from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.modules.private import PrivateModel
 from selmatch_ext.modules.unwrap import unwrapped
+from selmatch_ext.ops.dsa import Augmentation
 from selmatch_ext.precision import warn_if_slow
 from selmatch_ext.unroll.adjoint import Plan, Stepper, unroll
 from selmatch_ext.unroll.arguments import (
@@ -32,20 +36,20 @@ from selmatch_ext.unroll.graphs import CudaRecorder, GraphedStepper
 
 @never_compiled("unrolled_sgd reads the network in Python; it runs as it is in compiled code")
 def unrolled_sgd(
-    model,
-    start,
-    images,
-    labels,
-    batches,
-    lr,
+    model: nn.Module,
+    start: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    batches: Iterable[Tensor],
+    lr: Tensor | np.ndarray | float,
     *,
-    augmentations=None,
-    engine="auto",
-    keep="nothing",
-    gradient="exact",
-    precision="float32",
-    cuda_graphs=False,
-):
+    augmentations: Iterable[Augmentation] | None = None,
+    engine: str = "auto",
+    keep: str = "nothing",
+    gradient: str = "exact",
+    precision: str = "float32",
+    cuda_graphs: bool = False,
+) -> Tensor:
     """Parameters after N steps of plain SGD from `start` on batches of `images`: a differentiable function.
 
     Step i: theta_{i+1} = theta_i - lr_i * grad_theta CE(model(theta_i; A_i(images[batches[i]])), labels[batches[i]]),
@@ -103,14 +107,14 @@ def unrolled_sgd(
     model = unwrapped(model)
     check_tensors(model, start, images)
     label_range = check_labels(labels, start, images)
-    batches = check_batches(batches, images)
-    augmentations = check_augmentations(augmentations, batches)
-    rates = learning_rates(lr, len(batches), start)
+    steps = check_batches(batches, images)
+    augmentations = check_augmentations(augmentations, steps)
+    rates = learning_rates(lr, len(steps), start)
     if precision == "tf32" and start.device.type != "cuda":
         raise ValueError(f'precision="tf32" needs CUDA tensors, start is on {start.device}')
     if precision == "bfloat16":
         warn_if_slow(start.device)
-    plan = Plan(batches, augmentations, label_range, keep, gradient, precision)
+    plan = Plan(steps, augmentations, label_range, keep, gradient, precision)
     stepper, choice = _choose(model, start, images, plan, engine)
     if cuda_graphs:
         stepper = _graphed(stepper, choice, start.device)
@@ -119,7 +123,7 @@ def unrolled_sgd(
 
 
 @contextlib.contextmanager
-def _classes_kept(stepper):
+def _classes_kept(stepper: Stepper) -> Iterator[None]:
     """Puts back what steps change in classes and functions, which the module and its copy share."""
     before = stepper.model.state() if isinstance(stepper, AutogradStepper) else None
     try:
@@ -136,11 +140,11 @@ class Engine:
     name: str
     reason: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
 
 
-def explain_engine(model, images):
+def explain_engine(model: nn.Module, images: Tensor) -> Engine:
     """Which engine `unrolled_sgd(model, ..., engine="auto")` takes: an `Engine` with a name and a reason.
 
     model: nn.Module; images: any (n, C, H, W) tensor like those it will be given. "autograd" is exact too, and slower;
@@ -157,7 +161,7 @@ def explain_engine(model, images):
     return _read(model, images)[1]
 
 
-def _read(model, images):
+def _read(model: nn.Module, images: Tensor) -> tuple[list[Operation] | None, Engine]:
     """(the network's steps or None, which engine it takes and why)."""
     if images.device.type == "cuda" and build_info()["cuda"] is None:
         return None, Engine("autograd", "the extension was built without CUDA")
@@ -175,7 +179,7 @@ def _read(model, images):
     )
 
 
-def _choose(model, start, images, plan, engine) -> tuple[Stepper, Engine]:
+def _choose(model: nn.Module, start: Tensor, images: Tensor, plan: Plan, engine: str) -> tuple[Stepper, Engine]:
     steps, choice = None, Engine("autograd", "it was asked for")
     if engine != "autograd":
         steps, choice = _read(model, images)
@@ -186,7 +190,7 @@ def _choose(model, start, images, plan, engine) -> tuple[Stepper, Engine]:
     return AutogradStepper(private, plan) if steps is None else FusedStepper(private, steps, plan), choice
 
 
-def _graphed(stepper, choice, device) -> Stepper:
+def _graphed(stepper: Stepper, choice: Engine, device: torch.device) -> Stepper:
     """The step functions of the fused engine as CUDA graphs. (Autograd's may draw random numbers.)"""
     if choice.name != "fused":
         raise ValueError(f"cuda_graphs=True needs the fused engine, this call runs on {choice}")
