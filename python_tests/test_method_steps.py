@@ -476,3 +476,10 @@ def test_each_method_from_the_command_line(digits, experts, tmp_path, name):
 def test_methods_that_need_experts_say_so(digits, capsys, tmp_path):
     assert cli.main(["distill", "mtt", "--data.dataset", "digits", "--out", str(tmp_path)]) == 1
     assert "mtt needs expert trajectories" in capsys.readouterr().err
+
+
+def test_errors_where_a_task_has_no_experts_or_a_set_no_schedule(digits):
+    with pytest.raises(ValueError, match="needs expert trajectories"):
+        task(digits, 1).expert_network()
+    with pytest.raises(ValueError, match="no schedule to train by"):
+        follow_schedule(begin("random", 1, digits), Context(digits))
