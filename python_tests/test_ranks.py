@@ -7,12 +7,11 @@ import sys
 
 import pytest
 import torch
-from conftest import MODEL, random_set
+from conftest import MODEL, random_set, run_for
 
 from selmatch_ext import ranks
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.trajectories import ExpertStore
-from selmatch_ext.methods.loop import run
 from selmatch_ext.seeds import generator
 from selmatch_ext.selection.scores import load_scores
 
@@ -48,10 +47,15 @@ def test_alone_everything_is_ours():
         ranks.barrier()
 
 
+def averaged(method, iterations, folder, draws):
+    method.draws = draws
+    return run_for(method, iterations, folder, seed=7)
+
+
 @pytest.mark.parametrize("draws", [1, 3])
 def test_an_iteration_is_the_mean_over_its_draws(tmp_path, draws):
     method = Line()
-    losses = run(method, 2, tmp_path, {}, 7, draws=draws)
+    losses = averaged(method, 2, tmp_path, draws)
     x, momentum, expected = torch.zeros(5), torch.zeros(5), []
     for iteration in range(2):
         streams = [(iteration, draw) if draw else (iteration,) for draw in range(draws)]
@@ -65,22 +69,22 @@ def test_an_iteration_is_the_mean_over_its_draws(tmp_path, draws):
 
 def test_a_run_of_several_draws_goes_on_with_the_same_bits(tmp_path):
     whole, pieces = Line(), Line()
-    losses = run(whole, 4, tmp_path / "whole", {}, 7, draws=2)
-    run(Line(), 2, tmp_path / "pieces", {}, 7, draws=2)
-    assert run(pieces, 4, tmp_path / "pieces", {}, 7, draws=2) == losses
+    losses = averaged(whole, 4, tmp_path / "whole", 2)
+    averaged(Line(), 2, tmp_path / "pieces", 2)
+    assert averaged(pieces, 4, tmp_path / "pieces", 2) == losses
     assert torch.equal(pieces.learned["x"], whole.learned["x"])
 
 
 def test_draws_that_nobody_makes(tmp_path):
     with pytest.raises(ValueError, match="must be a multiple of 1, got 0"):
-        run(Line(), 2, tmp_path, {}, 7, draws=0)
+        averaged(Line(), 2, tmp_path, 0)
 
 
 def test_a_method_with_a_state_does_one_loss_at_a_time(tmp_path):
     method = Line()
     method.state = {"network": torch.zeros(2)}
     with pytest.raises(ValueError, match="line keeps state from one loss to the next and cannot average 2"):
-        run(method, 2, tmp_path, {}, 7, draws=2)
+        averaged(method, 2, tmp_path, 2)
 
 
 def selmatch(processes, *arguments):

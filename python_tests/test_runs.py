@@ -10,11 +10,17 @@ import torch
 from conftest import CPU, MODEL, tiny_run
 
 from selmatch_ext import cli
-from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.cli_settings import OF_THE_SET, data_of
+from selmatch_ext.context import Context
+from selmatch_ext.data.distilled import DistilledSet, real_subset
 from selmatch_ext.methods import METHODS, loop
+from selmatch_ext.ops.sampling import sample_augmentation
 from selmatch_ext.provenance import from_dict, to_dict
 from selmatch_ext.runner import Run, run
+from selmatch_ext.seeds import generator
+from selmatch_ext.selection.start import random_like
 from selmatch_ext.settings import Data, Scores, Start, Training, Window
+from selmatch_ext.training import combined_augmenter
 
 LOOPS = {"outer_loop": 1, "inner_loop": 1, "batch_real": 5, "model": MODEL, "lr_images": 1.0}
 # Two batches are all 40 images, so that each of them is learned.
@@ -122,6 +128,46 @@ def test_a_start_that_there_is_not(scores, tmp_path):
         run(replace(asked, settings=replace(asked.settings, steps=3)), tmp_path, CPU)
 
 
+def test_the_three_sets_are_trained_on_alike(digits):
+    """By default in the methods whose papers do so: real images are augmented as learned ones."""
+    for method in METHODS:
+        evaluation = Run.of(method).evaluation
+        assert evaluation.selected_strategy == ("simple" if method == "selmatch" else None)
+    same = combined_augmenter(torch.arange(10) < 5, "flip", None, (8, 8))(torch.arange(10), generator(0))
+    flips = sample_augmentation(10, 8, 8, strategy="flip", per_sample=True, generator=generator(0))
+    assert all(torch.equal(a, b) for a, b in zip(same, flips, strict=True))
+
+
+def test_random_images_stand_where_those_of_the_start_do(digits):
+    labels = torch.tensor([3, 1, 3, 0, 9, 9, 9])
+    chosen = torch.stack([digits.members[c][0] for c in labels])
+    start = real_subset(digits, chosen, "window")
+    start = replace(start, mean=start.mean + 0.5)
+    random = random_like(start, Context(digits, 4))
+    assert torch.equal(random.labels, labels) and len(random.indices.unique()) == 7
+    assert torch.equal(random.mean, start.mean)
+
+
+def test_a_learned_start_is_trained_on_as_what_it_is(scores, tmp_path):
+    first = short_run("dm", "random", 1.0, scores)
+    first = replace(first, evaluation=replace(first.evaluation, selected_strategy="crop"))
+    made = run(first, tmp_path / "a", CPU)
+    path = str(tmp_path / "a" / "distilled.safetensors")
+    second = run(replace(first, start=replace(first.start, select=path)), tmp_path / "b", CPU)
+    assert second["start"] == made["dm"]
+
+
+def test_a_wrong_score_file_is_refused_before_experts_are_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr("selmatch_ext.experts.train_on_real", lambda *rest: pytest.fail("trained for nothing"))
+    with pytest.raises(FileNotFoundError, match="nofile.npz"):
+        run(short_run("mtt", "window", 1.0, tmp_path / "nofile.npz"), tmp_path / "out", CPU)
+
+
+def test_settings_of_another_method_are_refused():
+    with pytest.raises(ValueError, match="settings is of the class SelMatchSettings; .* dm are DMSettings"):
+        Run("dm")
+
+
 # from the command line
 
 
@@ -165,6 +211,13 @@ class Fading(Method):
 
 class random(Fading):
     name = "random"
+
+@dataclass(frozen=True)
+class Clash(MethodSettings):
+    seed: Positive = 0.5
+
+class Clashing(Fading):
+    settings_type = Clash
 '''
 
 
@@ -197,6 +250,8 @@ def test_a_method_of_ones_own_with_its_settings_as_options(module, tmp_path, cap
         ("fading_method:Nothing", "has no class Nothing that is a selmatch_ext.methods.Method"),
         ("fading_method:torch", "has no class torch that is a selmatch_ext.methods.Method"),
         ("fading_method:random", "its name is 'random'; it must consist of .* and not be one of random, start"),
+        ("fading_method:Clashing", "its settings cannot be called seed, as other options are"),
+        (":X", "no method is called ':X'"),
         ("dx", "no method is called 'dx'; there are dc, dsa, dm, dd, mtt, datm, selmatch, and package.module:Class"),
     ],
 )
@@ -256,3 +311,23 @@ def test_the_data_set_comes_from_the_set_unless_it_is_named(scores, tmp_path, ca
     nameless.save(tmp_path / "nameless.safetensors")
     assert cli.main(["evaluate", str(tmp_path / "nameless.safetensors"), *command[2:]]) == 1
     assert "does not say of which data set it is; name it by --data.dataset" in capsys.readouterr().err
+
+
+def test_the_seed_that_drew_the_images_comes_from_the_set_too(scores, tmp_path):
+    run(short_run("dm", "random", 1.0, scores), tmp_path / "run", CPU)
+    path = tmp_path / "run" / "distilled.safetensors"
+    data, seed = data_of(OF_THE_SET, path, 0)
+    assert (data.dataset, data.per_class, seed) == ("digits", 30, 5)
+    assert data_of(Data("digits"), path, 2) == (Data("digits"), 2)
+
+
+def test_settings_of_a_selection_are_for_verbs_without_a_method(scores, tmp_path, capsys):
+    select = ["select", "--data.dataset", "digits", "--device", "cpu", "--start.ipc", "3", "--start.select", "random"]
+    assert cli.main([*select, "--out", str(tmp_path / "a")]) == 0
+    again = ["select", "--settings", str(tmp_path / "a"), "--device", "cpu", "--out", str(tmp_path / "b")]
+    assert cli.main(again) == 0 and files(tmp_path / "a") == files(tmp_path / "b")
+    capsys.readouterr()
+    assert cli.main(["run", *again[1:]]) == 1
+    assert "has no method: it is not of selmatch run or selmatch distill" in capsys.readouterr().err
+    assert cli.main(["run", "dm", "--reduced", "--out", "x"]) == 1
+    assert "--reduced needs --settings" in capsys.readouterr().err

@@ -58,7 +58,7 @@ FOLDER = """
 import os, sys
 from dataclasses import replace as replaced
 from conftest import tiny_run
-from selmatch_ext import pipeline, surroundings
+from selmatch_ext import runner, surroundings
 from selmatch_ext.settings import Data
 real, folder, images, stop = os.replace, *sys.argv[1:]
 def replace(source, target):
@@ -66,8 +66,8 @@ def replace(source, target):
     if stop == "stop" and str(target).endswith("checkpoint.safetensors"):
         os.kill(os.getpid(), 15)
 os.replace = replace
-settings = tiny_run(data=Data("imagefolder:" + images), matching=replaced(tiny_run().matching, lr_lr=0.0))
-sys.exit(surroundings.guarded(lambda words: pipeline.run(settings, folder, surroundings.device_of("cpu")), []))
+settings = tiny_run(data=Data("imagefolder:" + images), settings=replaced(tiny_run().settings, lr_lr=0.0))
+sys.exit(surroundings.guarded(lambda words: runner.run(settings, folder, surroundings.device_of("cpu")), []))
 """
 
 

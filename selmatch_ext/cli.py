@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from selmatch_ext import cli_studies, models, preflight, recipes, report, runner, surroundings
-from selmatch_ext.cli_settings import Here, Place, WithExperts, given_run, take
+from selmatch_ext.cli_settings import Here, Place, WithExperts, check_networks, given_run, take
 from selmatch_ext.context import Context
 from selmatch_ext.data.load import load_data
 from selmatch_ext.data.trajectories import import_replay_buffer
@@ -258,6 +258,8 @@ def command(arguments: list[str]) -> None:
         verbs = {name: by(name) for name in names}
     else:
         verbs = {name: _method_verb(by) for name, by in METHOD_VERBS.items()} | verbs
+    if defaults is not None and len(words) > 0 and words[0] in verbs:
+        check_networks(defaults, inspect.signature(verbs[words[0]]).parameters, words)
     later = {name: _later(verb, defaults) for name, verb in verbs.items()}
     about = ABOUT + surroundings.OPTIONS
     call = surroundings.parsed(

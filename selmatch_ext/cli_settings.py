@@ -14,6 +14,7 @@ from selmatch_ext import recipes
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.models import from_file
 from selmatch_ext.provenance import from_dict
+from selmatch_ext.ranges import Seed, check_number
 from selmatch_ext.runner import Run
 from selmatch_ext.settings import Data
 
@@ -48,37 +49,45 @@ def given_run(arguments: list[str], with_method: Collection[str]) -> tuple[Run |
     """The run that --settings names, None where it is not given, and the other words of the command. Where the verb is
     one of `with_method` and names no method, that of the run is added.
 
-    Raises ValueError for a file that names a function of a module of Python as a network, unless the command does too:
-    a data file does not choose which code runs."""
+    Raises ValueError as `Run.load` and `recipes.find` do."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--settings")
     parser.add_argument("--reduced", action="store_true")
     chosen, words = parser.parse_known_args(arguments)
     if chosen.settings is None:
+        if chosen.reduced:
+            raise ValueError("--reduced needs --settings and the name of a recipe")
         return None, arguments
-    named = words[1] if len(words) > 1 and words[0] in with_method and not words[1].startswith("-") else None
-    run = _find(chosen.settings, named)
+    verb = words[0] if words else ""
+    named = words[1] if len(words) > 1 and verb in with_method and not words[1].startswith("-") else None
+    if verb == "demo":
+        named = recipes.RECIPES[recipes.DEMO].method
+    run = _find(chosen.settings, named, verb in with_method or verb == "demo")
     if chosen.reduced:
         run = recipes.reduced(run)
-    _check_networks(run, chosen.settings, words)
-    if words and words[0] in with_method and named is None:
+    if verb in with_method and named is None:
         words = [words[0], run.method, *words[1:]]
     return run, words
 
 
-def _find(given: str, method: str | None) -> Run:
+def _find(given: str, method: str | None, whole: bool) -> Run:
     if given in recipes.RECIPES or not Path(given).exists():
         run = recipes.find(given).settings
         if method not in (None, run.method):
             raise ValueError(f"the recipe {given} is of the method {run.method}, not {method}")
         return run
-    return Run.load(given, method)
+    run = Run.load(given, method, whole)
+    return replace(run, data=replace(run.data, download=False, cache=None))  # a file does not choose these
 
 
-def _check_networks(run: Run, source: str, words: list[str]) -> None:
+def check_networks(run: Run, parts: Collection[str], words: list[str]) -> None:
+    """Raises ValueError for a network in one of the parts that the verb has (`take`) that is a function of a module of
+    Python, unless the command names it too: a data file does not choose which code runs."""
     trusted = {value for word in words for value in (word, word.partition("=")[2])}
     for name, value in _networks(run):
-        from_file.checked_name(value, f"{source}: {name}", f"--{name.replace('_', '-')}", trusted)
+        part = name.partition(".")[0] if "." in name else "settings"
+        if part in parts:
+            from_file.checked_name(value, f"the setting {name}", f"--{name.replace('_', '-')}", trusted)
 
 
 def _networks(settings: Any, prefix: str = "") -> list[tuple[str, str]]:
@@ -99,17 +108,20 @@ def take(run: Run) -> dict[str, Any]:
     return parts | {"scores": run.start.scores, "features": run.start.features}
 
 
-def data_of(data: Data, path: Path) -> Data:
-    """The data settings that the set in the file `path` was made with, where `data` does not name a data set; what else
-    differs from the defaults in `data` counts. Nothing is downloaded or cached because a file says so.
+def data_of(data: Data, path: Path, seed: int) -> tuple[Data, int]:
+    """The data settings that the set in the file `path` was made with, and the seed that drew test_share and per_class,
+    where `data` does not name a data set; what else differs from the defaults in `data` counts. Else `data` and `seed`.
+    Nothing is downloaded or cached because a file says so.
 
     Raises ValueError where the file does not say of which data set it is."""
     if data.dataset != OF_THE_SET.dataset:
-        return data
-    given = DistilledSet.load(path).settings.get("data")
+        return data, seed
+    settings = DistilledSet.load(path).settings
+    given = settings.get("data")
     if not isinstance(given, dict) or "dataset" not in given:
         raise ValueError(f"{path} does not say of which data set it is; name it by --data.dataset")
+    check_number("seed", settings.get("seed"), Seed)
     known = replace(from_dict(Data, given, f"{path}: settings.data"), download=False, cache=None)
     changed = {f.name: getattr(data, f.name) for f in fields(data)}
     changed = {name: value for name, value in changed.items() if value != getattr(OF_THE_SET, name)}
-    return replace(known, **changed)
+    return replace(known, **changed), settings["seed"]

@@ -27,7 +27,7 @@ from selmatch_ext.surroundings import device_of
 
 def _context(data: Data, path: Path, seed: int, device: torch.device) -> Context:
     """The data set that `data` names, or else the one that the set in the file `path` was made from."""
-    return Context(load_data(data_of(data, path), seed), seed, device)
+    return Context(load_data(*data_of(data, path, seed)), seed, device)
 
 
 def _first(paths: tuple[Path, ...]) -> Path:

@@ -100,7 +100,7 @@ def check_start(settings: Start, evaluation: Evaluation, context: Context) -> Di
     return prototype(settings, context)
 
 
-def check_run(settings: Run, context: Context, folder: Path) -> None:
+def check_run(settings: Run, context: Context, folder: Path, experts: Path) -> None:
     """Raises the error of any stage that is certain to fail, before the first one starts."""
     used: dict[str, Any] = {"evaluation": settings.evaluation}
     planned = None
@@ -108,7 +108,7 @@ def check_run(settings: Run, context: Context, folder: Path) -> None:
         used["experts"] = settings.experts
     check_networks(used, context.data)
     if "experts" in used:
-        planned = PlannedExperts.of(settings.experts, context.data, folder / "experts")
+        planned = PlannedExperts.of(settings.experts, context.data, experts)
     check_distillation(settings, context, folder, planned)
 
 

@@ -57,7 +57,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     changed = [line for line in other_settings(folder, settings) if _name(line) not in PLACES]
     changed = [line for line in changed if has_begun(folder, _name(line))]
     if changed:
-        raise ValueError(f"{folder} holds a run with other settings ({'; '.join(changed)}); choose another --out")
+        raise ValueError(f"{folder} holds a run with other settings ({listed(changed)}); choose another --out")
     if ranks.first():
         remove_abandoned(folder)
 
@@ -73,16 +73,16 @@ def recognize(folder: Path, settings: dict[str, Any], data: ImageData) -> ImageD
         places = [line for line in changed if _name(line) in PLACES[:2]]
         known = read_json(path, "name", "train", "test") if path.exists() else None
         if known is None and places:
-            raise ValueError(f"{folder} holds a run with other settings ({'; '.join(places)}); choose another --out")
+            raise ValueError(f"{folder} holds a run with other settings ({listed(places)}); choose another --out")
         if known is not None and (known["train"], known["test"]) != (now["train"], now["test"]):
-            moved = f" ({'; '.join(places)})" if places else ""
+            moved = f" ({listed(places)})" if places else ""
             raise ValueError(
                 f"{folder} holds a run on other images than those of {data.name}{moved}; choose another --out"
             )
         if known is not None:
             now["name"] = known["name"]
     if changed and ranks.first():
-        say(f"{folder} continues with other settings: {'; '.join(changed)}")
+        say(f"{folder} continues with other settings: {listed(changed)}")
     ranks.barrier()
     if ranks.first():
         write_json(path, now)
@@ -132,9 +132,7 @@ def check_same(path: str | Path, made_from: Any, now: Mapping[str, Any]) -> dict
     saved = strict_json.mapping(made_from, f"{path}: what it was made from")
     changed = changes(saved, now)
     if changed:
-        raise ValueError(
-            f"{path} was made with other settings ({'; '.join(changed)}); choose another --out or delete it"
-        )
+        raise ValueError(f"{path} was made with other settings ({listed(changed)}); choose another --out or delete it")
     return saved
 
 
@@ -172,7 +170,12 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
             lines += differences(a, b, f"{prefix}{key}.")
         elif a != b:
             lines.append(f"{prefix}{_shown(key)}: {_shown(a)} → {_shown(b)}")
-    return lines if len(lines) <= 20 or prefix else [*lines[:20], f"and {len(lines) - 20} more"]
+    return lines
+
+
+def listed(lines: list[str]) -> str:
+    """Lines of `differences` in one, the first 20 of them."""
+    return "; ".join(lines if len(lines) <= 20 else [*lines[:20], f"and {len(lines) - 20} more"])
 
 
 def _shown(value: Any) -> str:
@@ -216,7 +219,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in inside
     if origin is tuple:
         return isinstance(value, list) and all(_fits(v, inside[0]) for v in value)
-    allowed = (int, float) if hint is float else hint
+    allowed = (int, float) if hint is float else origin or hint
     return isinstance(value, allowed) and (hint is bool or not isinstance(value, bool))
 
 

@@ -66,13 +66,11 @@ def _selmatch() -> Iterator[Recipe]:
 
 # --- MTT (arXiv 2203.11932) and DATM (arXiv 2310.05773) ---------------------------------------------------------------
 
-# In these papers random images are augmented as distilled ones are.
-_AUGMENTED = replace(CONVNET, selected_strategy=None)
-_PLAIN = replace(_AUGMENTED, networks=20, distilled_strategy="none", training=replace(CONVNET.training, epochs=300))
+_PLAIN = replace(CONVNET, networks=20, distilled_strategy="none", training=replace(CONVNET.training, epochs=300))
 
 
 def _trajectories() -> Iterator[Recipe]:
-    row = {"data": Data("CIFAR10", zca=True), "evaluation": _AUGMENTED}
+    row = {"data": Data("CIFAR10", zca=True), "evaluation": CONVNET}
     for ipc, published in ((1, 46.3), (10, 65.3), (50, 71.6)):
         yield Recipe(f"mtt-cifar10-ipc{ipc}", Run.of("mtt", start=Start(ipc=ipc), **row), published)
     yield Recipe("datm-cifar10-ipc10", Run.of("datm", **row))
@@ -103,7 +101,7 @@ def _matching() -> Iterator[Recipe]:
                 row = replace(row, start=replace(row.start, ipc=ipc))
                 if method != "dc":
                     strategy = DSA.replace("_flip", "") if dataset in ("MNIST", "SVHN") else DSA
-                    evaluation = replace(_AUGMENTED, networks=20, distilled_strategy=strategy)
+                    evaluation = replace(CONVNET, networks=20, distilled_strategy=strategy)
                     settings: Any = row.settings
                     row = replace(row, settings=replace(settings, strategy=strategy), evaluation=evaluation)
                 yield Recipe(f"{method}-{dataset.lower()}-ipc{ipc}", row, published)

@@ -12,7 +12,7 @@ import torch
 
 from selmatch_ext import preflight, ranks, report
 from selmatch_ext.context import Context
-from selmatch_ext.data.distilled import DistilledSet, as_selected, seen_as
+from selmatch_ext.data.distilled import DistilledSet, seen_as, to_train_on
 from selmatch_ext.data.load import load_data
 from selmatch_ext.data.trajectories import ExpertStore
 from selmatch_ext.evaluation import Accuracy, evaluate
@@ -44,6 +44,15 @@ class Run(Checked):
     seed: Seed = 0
     """Seed of every random choice."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kind = find_method(self.method).settings_type
+        if type(self.settings) is not kind:
+            raise ValueError(
+                f"settings is of the class {type(self.settings).__name__}; those of the method {self.method} are "
+                f"{kind.__name__}"
+            )
+
     @classmethod
     def of(cls, method: str, **changes: Any) -> Run:
         """The defaults of a method, with some fields changed. Raises ValueError as `find_method` does."""
@@ -52,14 +61,20 @@ class Run(Checked):
         return cls(**{"method": method, "settings": kind.settings_type(), **parts, **changes})
 
     @classmethod
-    def load(cls, path: str | Path, method: str | None = None) -> Run:
+    def load(cls, path: str | Path, method: str | None = None, whole: bool = True) -> Run:
         """The run whose settings.json is at `path`, a file or the folder that it is in.
 
+        whole: with the method and its settings; else with those of `Run()`.
         A data file does not choose which code is run: a method that is a class of a module of yours has to be named by
         `method` too. Raises ValueError for an unknown setting or a value that is not allowed, and where the file is
         for another method than `method`."""
         path = Path(path) / "settings.json" if Path(path).is_dir() else Path(path)
-        given = read_json(path, "method", "settings")
+        given = read_json(path)
+        if not whole:
+            names = ("data", "start", "experts", "evaluation", "seed")
+            return from_dict(cls, {name: given[name] for name in names if name in given}, str(path), cls())
+        if not {"method", "settings"} <= given.keys():
+            raise ValueError(f"{path} has no method: it is not of selmatch run or selmatch distill")
         name = given["method"]
         if method is not None and name != method:
             raise ValueError(f"{path} is of the method {name!r}, not {method}")
@@ -85,15 +100,19 @@ def run(
     set. experts: where the expert trajectories are; None: in `folder`. The same call after a kill continues. Raises
     ValueError when `folder` holds a run with other settings."""
     folder = Path(folder)
-    context = _begin(settings, folder, device, lambda c: preflight.check_run(settings, c, folder))
+    experts = folder / "experts" if experts is None else Path(experts)
+    context = _begin(settings, folder, device, lambda c: preflight.check_run(settings, c, folder, experts))
     store = None
+    if settings.start.select != "correct":  # whose images an expert chooses
+        chosen = choose(settings.start, context, settings.evaluation, folder)
     if settings.needs_experts():
-        store = train_experts(context, settings.experts, folder / "experts" if experts is None else experts)
-    chosen = choose(settings.start, context, settings.evaluation, folder, store)
+        store = train_experts(context, settings.experts, experts)
+    if settings.start.select == "correct":
+        chosen = choose(settings.start, context, settings.evaluation, folder, store)
     method = distill(settings, chosen, context, folder, store)
     distilled = method.distilled()
     # All three are trained on in the same way: in the learned steps where the method learns them.
-    sets = {"random": random_like(chosen.images, context), "start": as_selected(chosen.images)}
+    sets = {"random": random_like(chosen.images, context), "start": to_train_on(chosen.images)}
     sets = {name: replace(images, schedule=distilled.schedule) for name, images in sets.items()}
     sets[method.name] = distilled
     results = _compare(sets, context, settings.evaluation, folder)

@@ -29,6 +29,8 @@ DSA = "color_crop_cutout_flip_scale_rotate"
 Precision = Literal["float32", "tf32", "bfloat16"]
 SELECTIONS = ("window", "random", "herding", "k-center", "forgetting", "el2n", "c-score")
 """Ways to choose real images for a start, or for a set of their own; `selection/start.py` carries them out."""
+DRAWN = ("noise", "correct")
+"""Ways to begin a distillation only."""
 
 
 def color(background: str) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ from selmatch_ext import strict_json
 from selmatch_ext.data.images import ImageData, check_labels, denormalize
 from selmatch_ext.data.whitening import Whitening
 from selmatch_ext.files import atomic_write, json_field, load_tensors, save_tensors
-from selmatch_ext.settings import SELECTIONS
+from selmatch_ext.settings import DRAWN, SELECTIONS
 from selmatch_ext.strict_json import shown
 
 KIND = "distilled"
@@ -288,11 +288,15 @@ def as_selected(subset: DistilledSet) -> DistilledSet:
     return replace(subset, distilled=torch.zeros_like(subset.distilled))
 
 
+def to_train_on(subset: DistilledSet) -> DistilledSet:
+    """The set with the marks that networks are trained by: of one that was only chosen, none of the images is marked as
+    distilled, even if its file marks those to be learned later."""
+    return as_selected(subset) if subset.method in (*SELECTIONS, *DRAWN) else subset
+
+
 def training_set(path: str | Path) -> DistilledSet:
-    """The set in a file, to train networks on. A set of `selmatch select` holds only real images, so none of them is
-    marked as distilled, even if its file marks those to be learned later."""
-    subset = DistilledSet.load(path)
-    return as_selected(subset) if subset.method in SELECTIONS else subset
+    """The set in a file, to train networks on (`to_train_on`)."""
+    return to_train_on(DistilledSet.load(path))
 
 
 def seen_as(subset: DistilledSet, data: ImageData) -> ImageData:

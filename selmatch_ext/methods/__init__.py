@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from dataclasses import fields
 
 from selmatch_ext.methods.base import Defaults, Method, MethodSettings, Task
 from selmatch_ext.methods.datm import DATM
@@ -14,7 +15,13 @@ from selmatch_ext.methods.mtt import MTT
 from selmatch_ext.methods.selmatch import SelMatch
 
 METHODS: dict[str, type[Method]] = {m.name: m for m in (DC, DSA, DM, DD, MTT, DATM, SelMatch)}
-TAKEN = ("random", "start")
+TAKEN = ("random", "start", "expert", "evaluation", "scores", "features", "noise", "correct")
+"""Names of other sets and random streams, which no method can have."""
+RESERVED = (
+    *("out", "seed", "device", "experts", "experts_model", "settings", "reduced", "debug"),
+    *("data", "start", "evaluation"),
+)
+"""Names of other options, which no setting of a method can have."""
 
 
 def find_method(name: str) -> type[Method]:
@@ -25,7 +32,7 @@ def find_method(name: str) -> type[Method]:
     if name in METHODS:
         return METHODS[name]
     module, _, attribute = name.partition(":")
-    if not attribute:
+    if not attribute or not module or module.startswith("."):
         raise ValueError(f"no method is called {name!r}; there are {', '.join(METHODS)}, and package.module:Class")
     found = getattr(importlib.import_module(module), attribute, None)
     if not (isinstance(found, type) and issubclass(found, Method)):
@@ -36,6 +43,9 @@ def find_method(name: str) -> type[Method]:
             f"{name}: its name is {own!r}; it must consist of letters, digits, '.', '_' and '-', and not be one of "
             f"{', '.join(TAKEN)}"
         )
+    clash = sorted({field.name for field in fields(found.settings_type)} & set(RESERVED))
+    if clash:
+        raise ValueError(f"{name}: its settings cannot be called {', '.join(clash)}, as other options are")
     return found
 
 

@@ -35,9 +35,10 @@ class MethodSettings(Checked):
 
 CONVNET = Evaluation(
     "ConvNet",
+    selected_strategy=None,
     training=Training(epochs=1000, lr=0.01, momentum=0.9, weight_decay=5e-4, batch=256, schedule="step"),
 )
-"""How the papers before SelMatch evaluate a distilled set."""
+"""How the papers before SelMatch evaluate: random images are augmented in the same way as distilled ones."""
 
 
 @dataclass(frozen=True)

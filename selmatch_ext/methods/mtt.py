@@ -83,7 +83,10 @@ class MTT(Method):
     def __init__(self, task: Task, settings: MTTSettings):
         super().__init__(task, settings)
         if task.experts is None:
-            raise ValueError(f"{self.name} needs expert trajectories; train some with `selmatch experts`")
+            raise ValueError(
+                f"{self.name} needs expert trajectories; train some with `selmatch experts`, and give their "
+                "folder by --experts"
+            )
         self.max_loss, self.draws = settings.max_loss, settings.experts_per_iteration
         self.model = task.expert_network()
         check_experts(task.experts, self.model, settings)

@@ -18,9 +18,9 @@ from selmatch_ext.selection import coreset
 from selmatch_ext.selection.difficulty import COMPUTED, training_difficulty
 from selmatch_ext.selection.features import split_features, trained_networks
 from selmatch_ext.selection.window import beta_grid, check_classes, split, window
-from selmatch_ext.settings import SELECTIONS, Evaluation, Start
+from selmatch_ext.settings import DRAWN, SELECTIONS, Evaluation, Start
 
-CHOICES = (*SELECTIONS, "noise", "correct")
+CHOICES = (*SELECTIONS, *DRAWN)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,16 @@ def choose(
 def _from_file(path: str, context: Context) -> DistilledSet:
     """The set in a file, without its learned learning rate and its schedule."""
     chosen = DistilledSet.load(path)
-    seen_as(chosen, context.data)
+    data = seen_as(chosen, context.data)
+    if not chosen.distilled.any():
+        raise ValueError(f"start.select {path} marks no image that is to be learned")
+    mine, there = (torch.bincount(labels, minlength=data.classes) for labels in (chosen.hard_labels, data.train.labels))
+    if (mine > there).any():
+        label = int((mine - there).argmax())
+        raise ValueError(
+            f"start.select {path} has {int(mine[label])} images of class {data.class_names[label]}, the data "
+            f"{int(there[label])}: there are too few to compare with"
+        )
     return replace(chosen, lr=None, schedule=None)
 
 
@@ -93,21 +102,28 @@ def prototype(settings: Start, context: Context) -> DistilledSet:
         score_source(settings.select, settings.scores.source)
         place = replace(place, beta=place.beta or 0.0)
     if settings.select == "window" or settings.select in coreset.BY_SCORE:
+        difficulty = torch.zeros(len(context.data.train))
+        if settings.scores.source not in COMPUTED:  # a wrong file is refused now
+            difficulty = training_difficulty(context, settings.scores, Path())
         if place.beta is None:
             beta_grid(min(counts), settings.ipc, place.step, place.beta_unit)
         else:
-            alike = torch.zeros(len(context.data.train))
-            window(alike, context.data.train.labels, settings.ipc, place.beta, place.beta_unit)
+            window(difficulty, context.data.train.labels, settings.ipc, place.beta, place.beta_unit)
     indices = torch.cat([members[: settings.ipc] for members in context.data.members])
     return _marked(real_subset(context.data, indices, settings.select), settings)
 
 
 def random_like(start: DistilledSet, context: Context) -> DistilledSet:
-    """As many random training images of each class as `start` has."""
-    counts = torch.bincount(start.hard_labels, minlength=context.data.classes).tolist()
-    indices = coreset.random(context.data.train.labels, max(counts), context.generator("random"))
-    chosen = [part[:count] for part, count in zip(indices.view(len(counts), -1), counts, strict=True)]
-    return real_subset(context.data, torch.cat(chosen), "random")
+    """As many random training images of each class as `start` has, in the places of its classes, and normalized as it
+    is."""
+    data, labels = seen_as(start, context.data), start.hard_labels
+    most = int(torch.bincount(labels).max())
+    rows = coreset.random(data.train.labels, most, context.generator("random")).view(data.classes, most)
+    indices = torch.empty(len(start), dtype=torch.int64)
+    for label, row in enumerate(rows):
+        places = (labels == label).nonzero().squeeze(1)
+        indices[places] = row[: len(places)]
+    return real_subset(data, indices, "random")
 
 
 def _marked(chosen: DistilledSet, settings: Start) -> DistilledSet:
