@@ -65,7 +65,7 @@ def run_for(method, iterations, folder, made_from=None, seed=0, **settings):
     """The loop, for so many iterations. A method without task or settings gets the seed and the settings given here."""
     if not hasattr(method, "task"):
         method.task, method.settings = SimpleNamespace(context=Context(None, seed)), MethodSettings(**settings)
-    with mock.patch.object(type(method), "iterations", iterations):
+    with mock.patch.object(type(method), "iterations", iterations, create=True):
         return run(method, folder, made_from or {})
 
 

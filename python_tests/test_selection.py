@@ -159,14 +159,16 @@ def test_scores_come_back_from_every_kind_of_file(tmp_path):
     np.savez(tmp_path / "b.npz", scores=scores)
     np.savez_compressed(tmp_path / "c.npz", scores=scores.astype(int), labels=data.train.labels.numpy(), other=1)
     for name in ("a.npy", "b.npz", "c.npz"):
-        loaded = load_scores(tmp_path / name, data)
+        loaded = load_scores(tmp_path / name, data.train.labels, data.name)
         assert loaded.dtype == torch.float64 and loaded.tolist() == scores.tolist()
 
 
 def test_scores_that_differ_in_their_last_bits_are_no_ties(tmp_path):
     data, scores = small_data(), 0.7 + np.arange(6) * 1e-12
     np.save(tmp_path / "a.npy", scores)
-    assert difficulty(load_scores(tmp_path / "a.npy", data), "forgetting").argsort().tolist() == list(range(6))
+    assert difficulty(
+        load_scores(tmp_path / "a.npy", data.train.labels, data.name), "forgetting"
+    ).argsort().tolist() == list(range(6))
     assert len(np.unique(scores.astype(np.float32))) == 1
 
 
@@ -202,24 +204,24 @@ def test_score_files_that_do_not_fit(tmp_path, content, message):
     path = tmp_path / ("x.npz" if isinstance(content, dict) else "x.npy")
     np.savez(path, **content) if isinstance(content, dict) else np.save(path, content)
     with pytest.raises(ValueError, match=message) as caught:
-        load_scores(path, small_data())
+        load_scores(path, small_data().train.labels, small_data().name)
     assert str(path) in str(caught.value)
 
 
 def test_truncated_and_foreign_score_files(tmp_path):
     data = small_data()
     with pytest.raises(FileNotFoundError, match=r"none.npy is not a file; expected score file"):
-        load_scores(tmp_path / "none.npy", data)
+        load_scores(tmp_path / "none.npy", data.train.labels, data.name)
     for name, save in (("a.npy", np.save), ("b.npz", lambda p, s: np.savez(p, scores=s))):
         save(tmp_path / name, np.zeros(6))
         whole_file = (tmp_path / name).read_bytes()
         for kept in (0, 3, 30, len(whole_file) - 5):
             (tmp_path / name).write_bytes(whole_file[:kept])
             with pytest.raises(ValueError, match=f"{name} is no score file"):
-                load_scores(tmp_path / name, data)
+                load_scores(tmp_path / name, data.train.labels, data.name)
     (tmp_path / "c.npy").write_text("0.5\n0.6\n")
     with pytest.raises(ValueError, match="c.npy is no score file"):
-        load_scores(tmp_path / "c.npy", data)
+        load_scores(tmp_path / "c.npy", data.train.labels, data.name)
 
 
 def test_forgetting_by_hand():

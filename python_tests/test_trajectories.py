@@ -71,7 +71,7 @@ def test_experts_must_agree(store):
         store.save(3, trajectory(epochs=2), METADATA)
     with pytest.raises(ValueError, match="expert 3 has 3 epochs and 6 parameters"):
         store.save(3, trajectory(parameters=6), METADATA)
-    with pytest.raises(ValueError, match="made differently: model: ConvNet → ConvNetBN"):
+    with pytest.raises(ValueError, match="made with other settings .model: ConvNet → ConvNetBN"):
         store.save(3, trajectory(), {**METADATA, "model": "ConvNetBN"})
     with pytest.raises(ValueError, match="dataset: digits → MNIST"):
         store.save(3, trajectory(), {**METADATA, "dataset": "MNIST"})
@@ -81,7 +81,7 @@ def test_experts_must_agree(store):
 def test_check(store):
     store.check(1, {**METADATA, "seed": 1})
     store.check(1, {"model": "ConvNet"})
-    with pytest.raises(ValueError, match=r"expert_0001.safetensors was made differently: seed: 1 → 2"):
+    with pytest.raises(ValueError, match=r"expert_0001.safetensors was made with other settings .seed: 1 → 2"):
         store.check(1, {"seed": 2})
     with pytest.raises(ValueError, match=r"settings.lr: 0.01 → 0.1"):
         store.check(1, {"settings": {"lr": 0.1, "sizes": (1, 2)}})
