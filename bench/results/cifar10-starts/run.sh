@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # DM, DSA and MTT on 10,000 images of CIFAR-10 at 5 %, each from random images that are all learned, and from SelMatch's
-# window of which the easier 60 % are learned; and SelMatch itself.
+# window of which the easier 60 % are learned (SelMatch is MTT from there). RUNS="dm-random ..." runs a part.
 #   IMAGES=cifar10-jpeg.tar.gz SCORES=cifar10-jpeg-cscore.npy bash bench/results/cifar10-starts/run.sh
 set -euo pipefail
 : "${IMAGES:=cifar10-jpeg.tar.gz}" "${SCORES:=cifar10-jpeg-cscore.npy}" "${OUT:=runs/cifar10-starts}" "${SELMATCH:=selmatch}"
 data="--device cpu --data.dataset imagefolder:$IMAGES --data.per-class 1000 --start.ipc 50"
 evaluation="--evaluation.model ConvNetW32 --evaluation.networks 3 --evaluation.training.epochs 100
-  --evaluation.training.batch 64 --evaluation.training.lr 0.05 --evaluation.training.schedule cosine"
+  --evaluation.training.batch 64 --evaluation.training.lr 0.05 --evaluation.training.schedule cosine
+  --evaluation.selected-strategy simple"
 experts="--experts.model ConvNetW32 --experts.count 3 --experts.training.epochs 15"
 matching="--iterations 200 --inner-steps 20 --expert-epochs 1 --max-start-epoch 12 --batch-syn 50 --lr-init 0.02
   --lr-images 1000 --keep activations"
