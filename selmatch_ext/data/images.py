@@ -183,6 +183,8 @@ class ImageData:
         indices = torch.cat(kept).sort().values
         name = f"{self.name} ({per_class} a class)"
         full = Full(self.name, self.train.labels, indices)
+        if self.full is not None:
+            full = replace(self.full, kept=self.full.kept[indices])
         return ImageData(name, self.train.take(indices), self.test, self.class_names, full=full)
 
 

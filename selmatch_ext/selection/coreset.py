@@ -16,7 +16,6 @@ from selmatch_ext.selection.window import check_classes
 BY_FEATURES = ("herding", "k-center")
 BY_SCORE = {"forgetting": "forgetting", "el2n": "el2n", "c-score": "cscore"}
 """Hardest first: method -> kind of score (see selection/scores.py)."""
-METHODS = ("random", *BY_FEATURES, *BY_SCORE)
 
 
 def random(labels: Tensor, ipc: int, generator: torch.Generator) -> Tensor:
