@@ -14,9 +14,9 @@ from selmatch_ext.data.distilled import DistilledSet, Schedule, real_subset, tra
 from selmatch_ext.evaluation import Accuracy, evaluate
 from selmatch_ext.models import flat
 from selmatch_ext.settings import Continual, Search, Training
+from selmatch_ext.studies.architectures import search
 from selmatch_ext.studies.continual import continual, restrict, restrict_set
 from selmatch_ext.studies.cross import cross
-from selmatch_ext.studies.search import search
 
 EVALUATION = replace(tiny_run().evaluation, networks=1, training=Training(epochs=1, lr=0.02, batch=32))
 
@@ -172,7 +172,7 @@ def test_search_ranks_and_correlates(digits, saved, tmp_path, monkeypatch):
         width = int(settings.model.split("W")[1][:2].rstrip("I"))
         return {"test": Accuracy([made_up[width][len(subset) > 200]])}
 
-    monkeypatch.setattr("selmatch_ext.studies.search.evaluate", fake)
+    monkeypatch.setattr("selmatch_ext.studies.architectures.evaluate", fake)
     grid = Search(depths=(1, 4), widths=(8, 16, 32, 64), norms=("IN",), activations=("AR",), poolings=("AP",))
     correlation, points = search(saved[0], Context(digits), grid, EVALUATION, tmp_path / "out")
     # ranks on the set 1 3 2 4, on all images 2 1 4 3: 1 - 6 * (1 + 4 + 4 + 1) / (4 * 15)

@@ -10,11 +10,11 @@ from selmatch_ext import cli
 from selmatch_ext.context import Context
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.evaluation import correct
+from selmatch_ext.learned_steps import follow_schedule
 from selmatch_ext.methods import METHODS
 from selmatch_ext.methods.dd import DDSettings
 from selmatch_ext.methods.distribution import DMSettings
 from selmatch_ext.runner import Run
-from selmatch_ext.schedules import follow_schedule
 from selmatch_ext.settings import Data, Start
 from selmatch_ext.studies import comparison
 

@@ -21,10 +21,11 @@ FLOORS = """
     fused
     unroll
     training
-    schedules
+    learned_steps
     evaluation
     selection selection.scores selection.window selection.coreset selection.features selection.difficulty
     experts
+    selection.window_search
     selection.start
     methods
     preflight report

@@ -12,6 +12,7 @@ from selmatch_ext.context import Context
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.evaluation import evaluate
 from selmatch_ext.experts import expert_logits, train_experts
+from selmatch_ext.learned_steps import follow_schedule
 from selmatch_ext.methods import DATM, DC, DD, DM, DSA, METHODS, MTT, Task
 from selmatch_ext.methods.datm import DATMSettings
 from selmatch_ext.methods.dd import DDSettings
@@ -23,7 +24,6 @@ from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.models.initial import xavier
 from selmatch_ext.ops.sampling import sample_augmentation
 from selmatch_ext.runner import Run, distill
-from selmatch_ext.schedules import follow_schedule
 from selmatch_ext.seeds import generator
 from selmatch_ext.selection.start import Chosen, choose
 from selmatch_ext.settings import Start

@@ -13,7 +13,7 @@ from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.methods import Method, SelMatch, Task
 from selmatch_ext.methods.mtt import chunks
 from selmatch_ext.seeds import generator
-from selmatch_ext.selection.start import window_set
+from selmatch_ext.selection.window_search import window_set
 from selmatch_ext.settings import Start, Window
 
 

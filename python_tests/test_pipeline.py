@@ -27,7 +27,7 @@ from selmatch_ext.data.trajectories import ExpertStore
 from selmatch_ext.evaluation import Accuracy
 from selmatch_ext.provenance import to_dict
 from selmatch_ext.runner import distill, run
-from selmatch_ext.selection import start
+from selmatch_ext.selection import start, window_search
 from selmatch_ext.selection.difficulty import training_difficulty
 from selmatch_ext.selection.features import trained_networks
 from selmatch_ext.selection.start import Chosen
@@ -77,10 +77,12 @@ def test_the_window_is_chosen_without_test_images(digits, monkeypatch, tmp_path)
         beta = float(str(rest[2]).rpartition("_")[2][:6])
         return {"train": Accuracy([90.0 if beta == 0.5 else 80.0]), "test": Accuracy([50.0 if beta == 0.5 else 95.0])}
 
-    monkeypatch.setattr(start, "evaluate", fake)
+    monkeypatch.setattr(window_search, "evaluate", fake)
     settings = tiny_run()
     difficulty = torch.rand(len(digits.train.labels), generator=torch.Generator().manual_seed(0))
-    beta, tried = start.search_window(Context(digits), difficulty, settings.start, settings.evaluation, tmp_path)
+    beta, tried = window_search.search_window(
+        Context(digits), difficulty, settings.start, settings.evaluation, tmp_path
+    )
     assert beta == 0.5 and len(tried) == 3
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from selmatch_ext.data.images import ImageData, ImageSplit
 from selmatch_ext.selection.scores import difficulty, el2n, forgetting_events, load_scores
-from selmatch_ext.selection.window import beta_grid, split, whole, window
+from selmatch_ext.selection.window import beta_grid, learned_mask, whole, window
 
 
 def small_data(labels=(0, 1, 0, 1, 2, 2)):
@@ -108,7 +108,7 @@ def test_whole_numbers_survive_floating_point():
 
 @given(st.integers(1, 100), st.integers(1, 5), st.floats(0, 1))
 def test_split_keeps_the_hardest(ipc, classes, alpha):
-    mask = split(torch.arange(classes * ipc), ipc, alpha).view(classes, ipc)
+    mask = learned_mask(torch.arange(classes * ipc), ipc, alpha).view(classes, ipc)
     selected = ipc - whole(alpha, ipc)
     assert mask.dtype == torch.bool
     assert not mask[:, :selected].any() and mask[:, selected:].all()
@@ -141,9 +141,9 @@ def test_window_errors():
     with pytest.raises(ValueError, match=r"labels has shape \(5, 1\)"):
         window(difficulty, labels[:, None], 1, 0)
     with pytest.raises(ValueError, match="alpha is 1.1"):
-        split(torch.arange(4), 2, 1.1)
+        learned_mask(torch.arange(4), 2, 1.1)
     with pytest.raises(ValueError, match=r"\(5,\); it must be \(classes \* ipc,\) with ipc 2"):
-        split(torch.arange(5), 2, 0.5)
+        learned_mask(torch.arange(5), 2, 0.5)
     with pytest.raises(ValueError, match="ipc is 11; allowed is 1 to 10"):
         beta_grid(10, 11)
     with pytest.raises(ValueError, match="step is 0"):

@@ -16,12 +16,12 @@ from selmatch_ext.evaluation import evaluate as evaluate_set
 from selmatch_ext.output import say
 from selmatch_ext.preflight import check_choices
 from selmatch_ext.settings import Continual, Coverage, Data, Evaluation, Features, Search
+from selmatch_ext.studies.architectures import search as search_networks
 from selmatch_ext.studies.comparison import compare
 from selmatch_ext.studies.continual import continual as learn_continually
 from selmatch_ext.studies.coverage import coverage as measure_coverage
 from selmatch_ext.studies.coverage import snapshots
 from selmatch_ext.studies.cross import cross as cross_table
-from selmatch_ext.studies.search import search as search_networks
 from selmatch_ext.surroundings import device_of
 
 

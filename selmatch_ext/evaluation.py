@@ -14,8 +14,8 @@ from selmatch_ext import ranks
 from selmatch_ext.context import Context
 from selmatch_ext.data.distilled import DistilledSet, seen_as
 from selmatch_ext.files import check_writable, read_json, write_json
+from selmatch_ext.learned_steps import check_schedule, follow_schedule
 from selmatch_ext.provenance import check_same, known_name, to_dict
-from selmatch_ext.schedules import check_schedule, follow_schedule
 from selmatch_ext.settings import Evaluation
 from selmatch_ext.stages import stage
 from selmatch_ext.strict_json import numbers, shown

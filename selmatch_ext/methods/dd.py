@@ -11,13 +11,13 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from selmatch_ext.data.distilled import DistilledSet, Schedule
+from selmatch_ext.learned_steps import follow_schedule
 from selmatch_ext.methods.base import CONVNET, Defaults, Method, MethodSettings, Task, check_engine
 from selmatch_ext.models import flat
 from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.models.initial import xavier
 from selmatch_ext.provenance import changes
 from selmatch_ext.ranges import Count, Number, Positive, Rate
-from selmatch_ext.schedules import follow_schedule
 from selmatch_ext.settings import Experts, Start, Training
 from selmatch_ext.strict_json import shown
 from selmatch_ext.training import predict

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selmatch_ext.ops.functorch import differences, dot, plain_trajectory_distance, transformed
 from selmatch_ext.ops.lists import Tensors, as_lists
-from selmatch_ext.ops.transforms import differences, dot, plain_trajectory_distance, transformed
 
 ALLOWED = "a tensor, a list or another iterable of tensors, or a dict of them"
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from selmatch_ext.ops.transforms import CONSTANT_TABLE, FORWARD, LINEAR, TRANSPOSE, Dsa, transformed  # noqa: F401
+from selmatch_ext.ops.functorch import CONSTANT_TABLE, FORWARD, LINEAR, TRANSPOSE, Dsa, transformed  # noqa: F401
 
 NONE, COLOR, SHIFT, BOX, FLIP, AFFINE = range(6)  # operation codes, as in csrc/dsa/dsa.h
 

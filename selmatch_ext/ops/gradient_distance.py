@@ -6,8 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from selmatch_ext.ops.functorch import plain_gradient_distance, transformed
 from selmatch_ext.ops.lists import as_lists
-from selmatch_ext.ops.transforms import plain_gradient_distance, transformed
 
 Gradients = Iterable[Tensor | None] | Mapping[str, Tensor | None]
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from selmatch_ext.context import Context
-from selmatch_ext.data.distilled import DistilledSet, as_selected, real_subset, seen_as
+from selmatch_ext.data.distilled import DistilledSet, real_subset, seen_as
 from selmatch_ext.data.trajectories import ExpertStore
-from selmatch_ext.evaluation import Accuracy, evaluate
+from selmatch_ext.evaluation import Accuracy
 from selmatch_ext.experts import expert_logits
-from selmatch_ext.seeds import derive
 from selmatch_ext.selection import coreset
 from selmatch_ext.selection.difficulty import COMPUTED, training_difficulty
 from selmatch_ext.selection.features import split_features, trained_networks
-from selmatch_ext.selection.window import beta_grid, check_classes, split, window
+from selmatch_ext.selection.window import beta_grid, check_classes, window
+from selmatch_ext.selection.window_search import marked, search_window, window_set
 from selmatch_ext.settings import DRAWN, SELECTIONS, Evaluation, Start
 
 CHOICES = (*SELECTIONS, *DRAWN)
@@ -64,7 +64,7 @@ def choose(
         indices = _correct(context, ipc, experts)
     else:
         indices = coreset.random(labels, ipc, context.generator("random"))
-    chosen = _marked(real_subset(context.data, indices, settings.select), settings)
+    chosen = marked(real_subset(context.data, indices, settings.select), settings)
     if settings.select == "noise":
         noise = torch.randn(chosen.images.shape, generator=context.generator("noise"))
         learned = chosen.distilled
@@ -110,7 +110,7 @@ def prototype(settings: Start, context: Context) -> DistilledSet:
         else:
             window(difficulty, context.data.train.labels, settings.ipc, place.beta, place.beta_unit)
     indices = torch.cat([members[: settings.ipc] for members in context.data.members])
-    return _marked(real_subset(context.data, indices, settings.select), settings)
+    return marked(real_subset(context.data, indices, settings.select), settings)
 
 
 def random_like(start: DistilledSet, context: Context) -> DistilledSet:
@@ -126,10 +126,6 @@ def random_like(start: DistilledSet, context: Context) -> DistilledSet:
     return real_subset(data, indices, "random")
 
 
-def _marked(chosen: DistilledSet, settings: Start) -> DistilledSet:
-    return replace(chosen, distilled=split(chosen.indices, settings.ipc, settings.alpha))
-
-
 def _by_difficulty(settings: Start, context: Context, evaluation: Evaluation, folder: Path) -> Chosen:
     tried: dict[float, Accuracy] = {}
     if settings.select != "window":
@@ -141,33 +137,6 @@ def _by_difficulty(settings: Start, context: Context, evaluation: Evaluation, fo
     if beta is None:
         beta, tried = search_window(context, difficulty, settings, evaluation, folder / "window")
     return Chosen(window_set(context, difficulty, settings, beta), beta, tried)
-
-
-def window_set(context: Context, difficulty: Tensor, settings: Start, beta: float) -> DistilledSet:
-    """The window at `beta`, with its easier part, the share alpha, marked as learned."""
-    data = context.data
-    indices = window(difficulty, data.train.labels, settings.ipc, beta, settings.window.beta_unit)
-    return _marked(real_subset(data, indices, settings.select), settings)
-
-
-def search_window(
-    context: Context, difficulty: Tensor, settings: Start, evaluation: Evaluation, folder: Path
-) -> tuple[float, dict[float, Accuracy]]:
-    """The β of the best window of a grid, and the test accuracy of each β tried (SelMatch, section 3.1).
-
-    The best window has the highest accuracy on the whole training split, so that no test image takes part in the
-    choice. All windows have the same size, so every network has trained on the same share of that split."""
-    smallest = int(torch.bincount(context.data.train.labels).min())
-    grid = beta_grid(smallest, settings.ipc, settings.window.step, settings.window.beta_unit)
-    searching = replace(context, seed=derive(context.seed, "search"))
-    how = replace(evaluation, networks=settings.window.networks)
-    on_train, on_test = {}, {}
-    for beta in grid:
-        images = as_selected(window_set(context, difficulty, settings, beta))
-        record, label = folder / f"beta_{beta:.4f}.json", f"window β = {beta:.2f}"
-        result = evaluate(images, searching, how, record, label, ("train", "test"))
-        on_train[beta], on_test[beta] = result["train"].mean, result["test"]
-    return max(on_train, key=on_train.__getitem__), on_test
 
 
 def score_source(select: str, source: str) -> str:

@@ -43,7 +43,7 @@ def window(
     return torch.cat(chosen)
 
 
-def split(indices: Tensor, ipc: int, alpha: float) -> Tensor:
+def learned_mask(indices: Tensor, ipc: int, alpha: float) -> Tensor:
     """Marks what a window's images become: in each class the easier int(alpha * ipc) are distilled (section 3.3).
 
     indices: (classes * ipc,) as `window` returns them. alpha: 0 to 1.

@@ -30,7 +30,7 @@ from selmatch_ext.unroll.arguments import (
     learning_rates,
 )
 from selmatch_ext.unroll.autograd import AutogradStepper
-from selmatch_ext.unroll.fused import FusedStepper
+from selmatch_ext.unroll.fused_stepper import FusedStepper
 from selmatch_ext.unroll.graphs import CudaRecorder, GraphedStepper
 
 
