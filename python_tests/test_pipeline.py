@@ -201,11 +201,11 @@ def run_until(folder, victim, write, half):
 
 MOMENTS = {  # which file, and the how many-th time that a run writes it
     "settings.json": 1,
-    "experts/expert_0000.safetensors": 1,
-    "experts/expert_0001.safetensors": 1,
     "scores.npz": 1,
     "window/beta_0.0000.json": 1,
     "window/beta_0.5000.json": 1,
+    "experts/expert_0000.safetensors": 1,
+    "experts/expert_0001.safetensors": 1,
     "start.safetensors": 1,
     "checkpoint.safetensors": 2,
     "distilled.safetensors": 1,
