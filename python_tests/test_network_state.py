@@ -251,7 +251,7 @@ class DefaultOfAMethod(Stateful):
         DefaultOfAMethod.count.__defaults__[0].clear()
         DefaultOfAMethod.count.calls = 0
 
-    def count(self, h, seen=[]):  # noqa: B006
+    def count(self, h, seen=[]):  # noqa: B006  (a default that keeps state is the case)
         seen.append(0)
         DefaultOfAMethod.count.calls += 1
         return len(seen) + DefaultOfAMethod.count.calls

@@ -126,7 +126,7 @@ class _Decoding:
         self.gray, self.frames = [True] * len(self.paths), [False] * len(self.paths)
 
     def run(self) -> tuple[Tensor, list[str]]:
-        """The images, and what is to be said about them."""
+        """Decodes all images: (n, C, H, W) uint8, and notes for the log, such as how 16-bit files were scaled."""
         starts = range(0, len(self.paths), CHUNK)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             decoded = pool.map(self._work, starts)
