@@ -103,8 +103,9 @@ class Arrays:
 
 
 def _check_directory(file: IO[bytes], archive: zipfile.ZipFile) -> None:
-    """Raises ValueError or BadZipFile for a damaged directory, in which an array would seem to be missing: it lists fewer
-    members than its end record says, or a member under another name than the member itself has."""
+    """Raises ValueError or BadZipFile for a damaged directory, in which an array would seem to be missing.
+
+    Such a directory lists fewer members than its end record says, or one under another name than the member has."""
     file.seek(-min(2**16 + 22, file.seek(0, os.SEEK_END)), os.SEEK_END)
     end = file.read().rpartition(b"PK\x05\x06")[2]
     count = int.from_bytes(end[6:8], "little")
