@@ -36,19 +36,17 @@ class Passes:
             x = torch.randn(batch, CHANNELS, side, side, generator=generator).to(device, dtype)
             return x.contiguous(memory_format=torch.channels_last)
 
-        self.z, zt, zt_more = (images(size) for _ in range(3))
-        g, gt, gt_more = (images(size // 2) for _ in range(3))
+        dual_z, dual_g = (block.DualTensor(*(images(side) for _ in range(3))) for side in (size, size // 2))
+        self.z, g = dual_z.value, dual_g.value
         gamma, beta, gamma_t, beta_t = (torch.randn(CHANNELS, generator=generator).to(device) for _ in range(4))
         stats = block.block_forward(self.z, gamma, beta, KIND)[1]
-        tangents = (gamma, beta, gamma_t, beta_t, KIND)
-        dual_stats = block.block_dual_forward(self.z, zt, zt_more, *tangents)[1]
+        affine = ((gamma, beta), (gamma_t, beta_t), KIND)
+        dual_stats = block.block_dual_forward(dual_z, *affine)[1]
         self.calls = {
             "forward": partial(block.block_forward, self.z, gamma, beta, KIND),
             "backward": partial(block.block_backward, g, self.z, stats, gamma, beta, KIND),
-            "dual forward": partial(block.block_dual_forward, self.z, zt, zt_more, *tangents),
-            "dual backward": partial(
-                block.block_dual_backward, g, gt, gt_more, self.z, zt, zt_more, dual_stats, *tangents
-            ),
+            "dual forward": partial(block.block_dual_forward, dual_z, *affine),
+            "dual backward": partial(block.block_dual_backward, dual_g, dual_z, dual_stats, *affine),
         }
         full, pooled = self.z.nbytes, g.nbytes
         self.bytes = {

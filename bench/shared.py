@@ -63,7 +63,7 @@ def iterations() -> float:
     from selmatch_ext.data.load import load
     from selmatch_ext.experts import train_experts
     from selmatch_ext.methods import MTT, Task
-    from selmatch_ext.methods.loop import run as run_method
+    from selmatch_ext.methods.loop import run_method
     from selmatch_ext.methods.mtt import MTTSettings
     from selmatch_ext.selection.start import choose
     from selmatch_ext.settings import Evaluation, Experts, Start, Training

@@ -11,7 +11,7 @@ from selmatch_ext.data.distilled import as_selected
 from selmatch_ext.data.load import load
 from selmatch_ext.experts import train_experts
 from selmatch_ext.methods import MethodSettings
-from selmatch_ext.methods.loop import run
+from selmatch_ext.methods.loop import run_method
 from selmatch_ext.methods.selmatch import SelMatchSettings
 from selmatch_ext.runner import Run
 from selmatch_ext.selection.start import choose
@@ -66,7 +66,7 @@ def run_for(method, iterations, folder, made_from=None, seed=0, **settings):
     if not hasattr(method, "task"):
         method.task, method.settings = SimpleNamespace(context=Context(None, seed)), MethodSettings(**settings)
     with mock.patch.object(type(method), "iterations", iterations, create=True):
-        return run(method, folder, made_from or {})
+        return run_method(method, folder, made_from or {})
 
 
 @pytest.fixture(scope="session")

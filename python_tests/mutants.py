@@ -33,7 +33,7 @@ from selmatch_ext.data.whitening import fit_whitening
 from selmatch_ext.methods.checkpoint import Checkpoint
 from selmatch_ext.runner import Run
 from selmatch_ext.selection import features
-from selmatch_ext.selection.scores import describe, load_scores
+from selmatch_ext.selection.scores import describe_scores, load_scores
 from selmatch_ext.settings import Features, Training
 
 DOCUMENTED = (ValueError, TypeError, OSError)
@@ -162,7 +162,7 @@ class ScoresNpz(Kind):
         np.savez(self.path, scores=noise(12).numpy(), labels=DATA.train.labels.numpy(), how=how)
 
     def read(self):
-        return describe(self.path), load_scores(self.path, DATA.train.labels, DATA.name).tolist()
+        return describe_scores(self.path), load_scores(self.path, DATA.train.labels, DATA.name).tolist()
 
 
 class CompressedScores(ScoresNpz):

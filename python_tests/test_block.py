@@ -58,6 +58,14 @@ class Case:
         pooled = reference.block(self.z.double(), *(p.double() for p in self.parameters), self.kind).shape
         self.g, self.gt, self.gt_more = (normal(pooled) for _ in range(3))
 
+    @property
+    def dual_z(self):
+        return ops.DualTensor(self.z, self.zt, self.zt_more)
+
+    @property
+    def dual_g(self):
+        return ops.DualTensor(self.g, self.gt, self.gt_more)
+
     def given(self, parameters):
         return parameters if self.affine else (None, None)
 
@@ -83,12 +91,11 @@ class Case:
         found = ops.block_backward(self.g, self.z, stats, *self.given(self.parameters), self.kind)
         for a, b in list(zip(found, gradients, strict=True))[: 3 if self.affine else 1]:
             self.check(a, b)
-        inside = (self.z, self.zt, self.zt_more)
-        affine = (*self.given(self.parameters), *self.given(self.parameters_t), self.kind)
-        both, stats = ops.block_dual_forward(*inside, *affine)
+        affine = (self.given(self.parameters), self.given(self.parameters_t), self.kind)
+        both, stats = ops.block_dual_forward(self.dual_z, *affine)
         self.check(both[:batch], y)
         self.check(both[batch:], yt)
-        both, *found = ops.block_dual_backward(self.g, self.gt, self.gt_more, *inside, stats, *affine)
+        both, *found = ops.block_dual_backward(self.dual_g, self.dual_z, stats, *affine)
         self.check(both[batch:], gradients[0])
         self.check(both[:batch], tangents[0])
         for a, b in list(zip(found, tangents[1:], strict=True))[: 2 if self.affine else 0]:
@@ -125,9 +132,9 @@ for norm in test_block.NORMS:
 
 def test_one_part_of_a_tangent_and_any_strides():
     case = Case("group", "swish", "average", (4, 6, 8, 8), torch.float64)
-    affine = (*case.parameters, *case.parameters_t, case.kind)
-    expected = ops.block_dual_forward(case.z, case.zt + case.zt_more, None, *affine)[0]
-    assert torch.allclose(ops.block_dual_forward(case.z, case.zt, case.zt_more, *affine)[0], expected, atol=1e-13)
+    affine = (case.parameters, case.parameters_t, case.kind)
+    expected = ops.block_dual_forward(ops.DualTensor(case.z, case.zt + case.zt_more), *affine)[0]
+    assert torch.allclose(ops.block_dual_forward(case.dual_z, *affine)[0], expected, atol=1e-13)
     strided = case.z.repeat_interleave(2, 3)[..., ::2].transpose(0, 1).contiguous().transpose(0, 1)
     assert torch.equal(
         ops.block_forward(strided, *case.parameters, case.kind)[0],
@@ -137,13 +144,12 @@ def test_one_part_of_a_tangent_and_any_strides():
 
 def test_the_same_bits_for_any_number_of_threads():
     case = Case("batch", "relu", "average", (9, 32, 8, 8), torch.float32)
-    inside = (case.z, case.zt, case.zt_more)
-    affine = (*case.parameters, *case.parameters_t, case.kind)
+    affine = (case.parameters, case.parameters_t, case.kind)
     threads, results = torch.get_num_threads(), []
     for count in (1, 2):
         torch.set_num_threads(count)
-        both, stats = ops.block_dual_forward(*inside, *affine)
-        results.append((both, *ops.block_dual_backward(case.g, case.gt, case.gt_more, *inside, stats, *affine)))
+        both, stats = ops.block_dual_forward(case.dual_z, *affine)
+        results.append((both, *ops.block_dual_backward(case.dual_g, case.dual_z, stats, *affine)))
     torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -171,7 +177,6 @@ def test_differentiable(norm):
 
 def test_operators_are_registered_completely():
     case = Case("layer", "relu", "max", (2, 4, 5, 4), torch.float32)
-    inside = (case.z, case.zt, case.zt_more)
     affine = (*case.parameters, *case.parameters_t, *case.kind)
     checks = torch.library.opcheck
     checks(torch.ops.selmatch_ext.block_forward.default, (case.z.requires_grad_(), *case.parameters, *case.kind))
@@ -179,9 +184,9 @@ def test_operators_are_registered_completely():
     _, stats = ops.block_forward(case.z, *case.parameters, case.kind)
     arguments = (case.g, case.z, stats, *case.parameters, *case.kind)
     checks(torch.ops.selmatch_ext.block_backward.default, arguments)
-    _, stats = ops.block_dual_forward(*inside, *case.parameters, *case.parameters_t, case.kind)
-    checks(torch.ops.selmatch_ext.block_dual_forward.default, (*inside, *affine))
-    arguments = (case.g, case.gt, case.gt_more, *inside, stats, *affine)
+    _, stats = ops.block_dual_forward(case.dual_z, case.parameters, case.parameters_t, case.kind)
+    checks(torch.ops.selmatch_ext.block_dual_forward.default, (*case.dual_z, *affine))
+    arguments = (*case.dual_g, *case.dual_z, stats, *affine)
     checks(torch.ops.selmatch_ext.block_dual_backward.default, arguments)
 
 
@@ -197,9 +202,10 @@ def test_empty_tensors(norm, size, device):
     assert y.shape == (*size[:2], size[2] // by, size[3] // by) and (stats == 0).all()
     gz, *gradients = ops.block_backward(y, z, stats, *affine, kind)
     assert gz.shape == z.shape and all((g == 0).all() for g in gradients)
-    both, stats = ops.block_dual_forward(z, z, None, *affine, *affine, kind)
+    dual_z, dual_y = ops.DualTensor(z, z), ops.DualTensor(y, y)
+    both, stats = ops.block_dual_forward(dual_z, affine, affine, kind)
     assert both.shape == (2 * len(y), *y.shape[1:]) and (stats == 0).all()
-    both, *gradients = ops.block_dual_backward(y, y, None, z, z, None, stats, *affine, *affine, kind)
+    both, *gradients = ops.block_dual_backward(dual_y, dual_z, stats, affine, affine, kind)
     assert both.shape == (2 * len(z), *size[1:]) and all((g == 0).all() for g in gradients)
 
 
@@ -207,16 +213,17 @@ def test_empty_tensors(norm, size, device):
 @pytest.mark.parametrize("sides", [(1, 2), (2, 1), (0, 4), (4, 0)], ids=str)
 def test_maps_too_small_to_pool_are_refused(sides, pool, device):
     """By torch as well; in the same words on tensors without memory."""
-    kind, sizes = BlockKind(pool=pool), (2, 3, *sides)
+    kind, sizes, none = BlockKind(pool=pool), (2, 3, *sides), (None, None)
     with pytest.raises(RuntimeError):
         (F.avg_pool2d if pool == ops.AVERAGE_POOL else F.max_pool2d)(torch.zeros(sizes, device=device), 2)
     for z in (torch.zeros(sizes, device=device), torch.zeros(sizes, device="meta")):
-        g, stats = z[..., : sides[0] // 2, : sides[1] // 2], z.new_zeros(1, 2, 3)
+        g, stats, dual_z = z[..., : sides[0] // 2, : sides[1] // 2], z.new_zeros(1, 2, 3), ops.DualTensor(z, z)
+        dual_g = ops.DualTensor(g, g)
         for call in (
             lambda z=z: ops.block_forward(z, None, None, kind),
             lambda z=z, g=g, stats=stats: ops.block_backward(g, z, stats, None, None, kind),
-            lambda z=z: ops.block_dual_forward(z, z, None, None, None, None, None, kind),
-            lambda z=z, g=g, s=stats: ops.block_dual_backward(g, g, None, z, z, None, s, None, None, None, None, kind),
+            lambda z=dual_z: ops.block_dual_forward(z, none, none, kind),
+            lambda z=dual_z, g=dual_g, s=stats: ops.block_dual_backward(g, z, s, none, none, kind),
         ):
             with pytest.raises(ValueError, match=f"^block: pooling needs maps of at least 2 x 2, z has {sides[0]} x"):
                 call()
@@ -261,4 +268,4 @@ def test_bad_input():
         with pytest.raises(ValueError, match="gamma and beta need a norm"):
             ops.block_forward(case.z, *parameters, plain)
         with pytest.raises(ValueError, match="gamma_t and beta_t need a norm"):
-            ops.block_dual_forward(case.z, case.zt, None, None, None, *parameters, plain)
+            ops.block_dual_forward(ops.DualTensor(case.z, case.zt), (None, None), parameters, plain)

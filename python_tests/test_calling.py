@@ -266,18 +266,8 @@ def test_compiled_operations(compiled, case):
 
 
 def test_draw_operator():
-    arguments = (
-        -1,
-        3,
-        ALL,
-        "all",
-        4,
-        8,
-        9,
-        torch.device("cpu"),
-        torch.float64,
-        [0.5, 1.2, 15.0, 0.125, 0.5, 1, 2, 0.5],
-    )
+    strengths = [0.5, 1.2, 15.0, 0.125, 0.5, 1, 2, 0.5]
+    arguments = ([-1, 3], ALL, "all", [4, 8, 9], torch.device("cpu"), torch.float64, strengths)
     torch.library.opcheck(torch.ops.selmatch_ext.draw_augmentation.default, arguments)
 
 

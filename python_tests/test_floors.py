@@ -15,6 +15,7 @@ FLOORS = """
     settings
     provenance
     modules
+    threads
     models
     data
     context
@@ -24,6 +25,7 @@ FLOORS = """
     learned_steps
     evaluation
     selection selection.scores selection.window selection.coreset selection.features selection.difficulty
+    selection.partial_update
     experts
     selection.window_search
     selection.start
@@ -32,7 +34,7 @@ FLOORS = """
     runner
     studies
     recipes
-    surroundings
+    cli_process
     cli_settings
     cli_studies
     cli
@@ -100,3 +102,12 @@ def test_there_are_no_circles():
 
     for name in graph:
         visit(name)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_functions_take_at_most_seven_arguments(name):
+    allowed = {"unrolled_sgd", "sample_augmentation"}
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name not in allowed:
+            given = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            assert len(set(given) - {"self", "cls"}) <= 7, f"{node.name} takes {len(given)} arguments"

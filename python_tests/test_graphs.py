@@ -9,8 +9,9 @@ from torch import nn
 
 from selmatch_ext.ops.sampling import sample_augmentation
 from selmatch_ext.unroll import sgd, unrolled_sgd
-from selmatch_ext.unroll.adjoint import Plan, Wanted
+from selmatch_ext.unroll.adjoint import UnrollPlan
 from selmatch_ext.unroll.graphs import GraphedStepper, _map, _tensors
+from selmatch_ext.unroll.tesla import Wanted
 
 BATCHES = [[0, 1, 2, 3], [3, 4, 4, 5], [9, 0], [5, 6, 7, 8], [8, 9, 10, 11], [11, 1]]
 
@@ -139,7 +140,7 @@ def test_results_are_the_callers(parameters, images, labels):
     """Every result of steps that take turns in what is wanted and kept, once all are done; the layout of what was."""
     problem = problem_of(network("ConvNetD2W8"))
     turns = (Wanted(parameters, images, labels), True), (Wanted(not parameters, not images, not labels), False)
-    plan = Plan([], None, None, "activations", "exact", "float32")
+    plan = UnrollPlan([], None, None, "activations", "exact", "float32")
     plain, choice = sgd._choose(problem.model, problem.start, problem.images, plan, "fused")
     inputs = [t.detach() for t in (problem.start, problem.images, problem.labels)]
     x, y = inputs[1].split(3), inputs[2].split(3)

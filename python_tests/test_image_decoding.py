@@ -6,7 +6,7 @@ import torch
 from image_files import encoded, pattern, plain, png_header, png_of_16_bits, tiff_of_16_bits, write_set
 from PIL import Image
 
-from selmatch_ext.data.decoding import Levels, Picture, decode, extensions, formats
+from selmatch_ext.data.decoding import DecodedImage, Levels, decode, extensions, formats
 from selmatch_ext.data.load import load
 from selmatch_ext.settings import Data, color
 
@@ -97,10 +97,10 @@ def test_range_of_levels():
     assert Levels.of(0, 0) == Levels(0, 1) and Levels.of(7, 7) == Levels(0, 7)
     assert Levels.of(32768, 33000) == Levels(32768, 33000)  # an offset would leave next to nothing
     shown = Levels(32768, 33000).eight_bits(
-        Picture(np.array([[[0, 32768, 32884, 33000, 65535]]], np.uint16)), (0, 0, 0)
+        DecodedImage(np.array([[[0, 32768, 32884, 33000, 65535]]], np.uint16)), (0, 0, 0)
     )
     assert shown.tolist() == [[[0, 0, 128, 255, 255]]]
-    mask = Levels.of(0, 1).eight_bits(Picture(np.array([[[0, 1]]], np.uint16)), (0, 0, 0))
+    mask = Levels.of(0, 1).eight_bits(DecodedImage(np.array([[[0, 1]]], np.uint16)), (0, 0, 0))
     assert mask.tolist() == [[[0, 255]]]
 
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from selmatch_ext.ops import block
 
 KIND = block.BlockKind(block.NO_NORM, activation=block.PIECEWISE, slope=0.5, pool=block.MAX_POOL)
+NONE = (None, None)
 CHANNELS = 37  # two vectors and a part of one
 
 
@@ -25,7 +26,7 @@ def test_value_that_is_not_finite(value, pixel):
     expected = F.max_pool2d(F.leaky_relu(z, 0.5), 2)
     result = block.block_forward(z, None, None, KIND)[0]
     torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
-    dual = block.block_dual_forward(z, torch.ones_like(z), None, None, None, None, None, KIND)[0]
+    dual = block.block_dual_forward(block.DualTensor(z, torch.ones_like(z)), NONE, NONE, KIND)[0]
     torch.testing.assert_close(dual[:2], expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -38,9 +39,10 @@ def test_an_infinite_loser_leaves_the_gradients_of_its_cell_alone(pixel):
     results = []
     for x in (z, low):
         stats = block.block_forward(x, None, None, KIND)[1]
-        dual_y, dual_stats = block.block_dual_forward(x, ones, None, None, None, None, None, KIND)
+        dual_x, dual_g = block.DualTensor(x, ones), block.DualTensor(g, g)
+        dual_y, dual_stats = block.block_dual_forward(dual_x, NONE, NONE, KIND)
         gz = block.block_backward(g, x, stats, None, None, KIND)[0]
-        both = block.block_dual_backward(g, g, None, x, ones, None, dual_stats, None, None, None, None, KIND)[0]
+        both = block.block_dual_backward(dual_g, dual_x, dual_stats, NONE, NONE, KIND)[0]
         cells = [t[:, :, :2, :2].flatten(2)[..., others] for t in (gz, both)]
         results.append([dual_y, *cells])
     assert all(t.isfinite().all() for t in results[0])

@@ -246,7 +246,7 @@ def test_expert_logits(digits, request, store):
     store = request.getfixturevalue(store)
     t = task(digits, experts=store)
     net = t.network(store.model, "student")
-    flat.load(net, store.row(0, 3))
+    flat.load_parameters(net, store.row(0, 3))
     g = generator(t.context.seed, "statistics")
     net = reference.frozen_batchnorm(net, real(t, torch.cat([pick(t, c, 16, g) for c in CLASSES]))).eval()
     torch.testing.assert_close(

@@ -173,7 +173,7 @@ def test_flat_parameters():
     assert all(torch.equal(parts[name], p) for name, p in model.named_parameters())
     assert parts["features.0.weight"].data_ptr() == vector.data_ptr()
     other = models.build("ConvNetD1W4BN", 3, 5, 8, generator=seeded(1)).double()
-    flat.load(other, vector)
+    flat.load_parameters(other, vector)
     assert torch.equal(flat.flatten(other.parameters()), vector.double()) and other.classifier.weight.requires_grad
     for wrong in (vector[:-1], vector[None]):
         with pytest.raises(ValueError, match="vector must have shape"):

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import selmatch_ext as sm
-from selmatch_ext.models.statistics import refuses_one_image
+from selmatch_ext.models.batchnorm import refuses_one_image
 from selmatch_ext.unroll import unrolled_sgd
 
 

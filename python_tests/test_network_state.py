@@ -17,7 +17,7 @@ from torch import nn
 import selmatch_ext as sm
 from selmatch_ext.modules.objects import LIMIT
 from selmatch_ext.modules.private import PrivateModel
-from selmatch_ext.modules.state import State
+from selmatch_ext.modules.state import ModuleState
 from selmatch_ext.unroll import unrolled_sgd
 
 CPU = torch.device("cpu")
@@ -286,14 +286,14 @@ def test_repeated_steps_have_the_state_that_they_had(make):
 def test_nested_changes_are_seen_and_undone(make):
     module = seeded(make)
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    before = State(module, CPU)
+    before = ModuleState(module, CPU)
     first = module(x)
-    change = before.change(State(module, CPU))
+    change = before.change(ModuleState(module, CPU))
     assert change is not None and "changes" in change or make is SubmoduleAtFirst
     second = module(x)
     assert not torch.equal(first, second)
     before.restore()
-    assert before.change(State(module, CPU)) is None
+    assert before.change(ModuleState(module, CPU)) is None
     assert torch.equal(module(x), first) and torch.equal(module(x), second)
 
 
@@ -334,12 +334,12 @@ def test_a_state_looks_at_a_limited_number_of_objects():
     module.many = [[k] for k in range(3 * LIMIT)]
     module.deep = {"near": [0], "far": [[[k]] for k in range(LIMIT)], "array": [np.zeros(10**7)]}
     module.big = np.zeros(10**6)
-    state = State(module, CPU)
+    state = ModuleState(module, CPU)
     assert len(state.records) < 2 * LIMIT
     module.many.pop()
     module.deep["near"][0] = module.big[5] = 1
     module.deep["array"][0][0] = 1  # too large for what is not an attribute itself
-    assert state.change(State(module, CPU)) == "changes its attribute many"
+    assert state.change(ModuleState(module, CPU)) == "changes its attribute many"
     state.restore()
     assert len(module.many) == 3 * LIMIT and module.deep["near"] == [0] and not module.big.any()
     assert module.deep["array"][0][0] == 1
@@ -348,8 +348,8 @@ def test_a_state_looks_at_a_limited_number_of_objects():
 def test_an_unchanged_tensor_is_kept_once():
     module = seeded(NestedTensors)
     module.large = {"a": [torch.zeros(1000)]}
-    first = State(module, CPU)
-    second = State(module, CPU, first)
+    first = ModuleState(module, CPU)
+    second = ModuleState(module, CPU, first)
     pictures = [state.records[id(module.large["a"])].items[0].values for state in (first, second)]
     assert pictures[0] is pictures[1]
 

@@ -145,7 +145,9 @@ def test_running_mean_against_a_plain_loop():
 def test_tables():
     rows = [["set", "accuracy"], ["random", "46.2 ± 0.3"], ["a|b", 5]]
     assert report.table(rows) == ("set       accuracy\n------  ----------\nrandom  46.2 ± 0.3\na|b              5")
-    assert report.markdown(rows) == ("| set | accuracy |\n| --- | ---: |\n| random | 46.2 ± 0.3 |\n| a\\|b | 5 |")
+    assert report.markdown(rows) == (
+        "| set    |   accuracy |\n|:-------|-----------:|\n| random | 46.2 ± 0.3 |\n| a\\|b   |          5 |"
+    )
     for wrong in ([], [["a", "b"], ["c"]]):
         with pytest.raises(ValueError, match="all must have as many as the header"):
             report.table(wrong)

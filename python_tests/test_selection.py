@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selmatch_ext.data.images import ImageData, ImageSplit
+from selmatch_ext.selection.partial_update import learned_mask
 from selmatch_ext.selection.scores import difficulty, el2n, forgetting_events, load_scores
-from selmatch_ext.selection.window import beta_grid, learned_mask, whole, window
+from selmatch_ext.selection.window import beta_grid, whole, window
 
 
 def small_data(labels=(0, 1, 0, 1, 2, 2)):

@@ -27,7 +27,7 @@ from selmatch_ext.data.whitening import Whitening
 from selmatch_ext.methods import METHODS, Task
 from selmatch_ext.methods.checkpoint import Checkpoint
 from selmatch_ext.models import from_file
-from selmatch_ext.selection.scores import describe, load_scores
+from selmatch_ext.selection.scores import describe_scores, load_scores
 from selmatch_ext.selection.start import choose
 from selmatch_ext.settings import Evaluation, Start, Training
 
@@ -188,7 +188,7 @@ def test_npz_members_are_not_unpacked_beyond_what_is_needed(digits, tmp_path):
         archive.writestr("scores.npy", header(f"({n},)") + b"\0" * 10**7)
     with pytest.raises(ValueError, match="scores declares 9608 bytes, 10000000 are there"):
         load_scores(path, digits.train.labels, digits.name)
-    assert describe(path) == (n, {})
+    assert describe_scores(path) == (n, {})
 
 
 def test_a_directory_that_hides_a_member(digits, tmp_path):

@@ -12,20 +12,20 @@ from typing import Annotated, Any
 
 import tyro
 
-from selmatch_ext import cli_studies, models, preflight, recipes, report, runner, surroundings
-from selmatch_ext.cli_settings import Here, Place, WithExperts, check_networks, given_run, take
+from selmatch_ext import cli_process, cli_studies, models, preflight, recipes, report, runner
+from selmatch_ext.cli_process import device_of
+from selmatch_ext.cli_settings import Here, Place, WithExperts, check_named_networks, given_run, take
 from selmatch_ext.context import Context
 from selmatch_ext.data.load import load_data
 from selmatch_ext.data.trajectories import import_replay_buffer
 from selmatch_ext.experts import train_experts
-from selmatch_ext.methods import METHODS, MethodSettings, find_method
+from selmatch_ext.methods import METHODS, LoopSettings, find_method
 from selmatch_ext.output import say
 from selmatch_ext.provenance import set_aside, to_dict
 from selmatch_ext.ranges import Seed, check_number
 from selmatch_ext.runner import Run
 from selmatch_ext.selection.difficulty import COMPUTED, training_difficulty
 from selmatch_ext.settings import Data, Evaluation, Experts, Scores, Start
-from selmatch_ext.surroundings import device_of
 
 ABOUT = """Dataset distillation, from data set to evaluated distilled set. `selmatch VERB --help` lists the settings of
 a verb, `selmatch run METHOD --help` those of a method."""
@@ -38,7 +38,7 @@ def run_by(method: str) -> Callable[..., None]:
     run, kind = Run.of(method), find_method(method).settings_type
 
     def verb(
-        settings: MethodSettings = run.settings,
+        settings: LoopSettings = run.settings,
         data: Data = run.data,
         start: Start = run.start,
         experts: Experts = run.experts,
@@ -57,7 +57,7 @@ def distill_by(method: str) -> Callable[..., None]:
     run, kind = Run.of(method), find_method(method).settings_type
 
     def verb(
-        settings: MethodSettings = run.settings,
+        settings: LoopSettings = run.settings,
         data: Data = run.data,
         start: Start = run.start,
         evaluation: Evaluation = run.evaluation,
@@ -89,7 +89,7 @@ def _with_settings(verb: Callable[..., None], kind: type) -> None:
 
 
 def demo(
-    settings: MethodSettings = DEMO.settings,
+    settings: LoopSettings = DEMO.settings,
     data: Data = DEMO.data,
     start: Start = DEMO.start,
     experts: Experts = DEMO.experts,
@@ -259,10 +259,10 @@ def command(arguments: list[str]) -> None:
     else:
         verbs = {name: _method_verb(by) for name, by in METHOD_VERBS.items()} | verbs
     if defaults is not None and len(words) > 0 and words[0] in verbs:
-        check_networks(defaults, inspect.signature(verbs[words[0]]).parameters, words)
+        check_named_networks(defaults, inspect.signature(verbs[words[0]]).parameters, words)
     later = {name: _later(verb, defaults) for name, verb in verbs.items()}
-    about = ABOUT + surroundings.OPTIONS
-    call = surroundings.parsed(
+    about = ABOUT + cli_process.OPTIONS
+    call = cli_process.parsed(
         lambda: tyro.extras.subcommand_cli_from_dict(later, prog=prog, args=words, description=about), words
     )
     call()
@@ -273,4 +273,4 @@ def main(arguments: list[str] | None = None) -> int:
     current folder can be named, as in experts.model my_networks:build."""
     if "" not in sys.path:
         sys.path.append("")
-    return surroundings.guarded(command, sys.argv[1:] if arguments is None else arguments)
+    return cli_process.guarded(command, sys.argv[1:] if arguments is None else arguments)

@@ -80,7 +80,7 @@ def _find(given: str, method: str | None, whole: bool) -> Run:
     return replace(run, data=replace(run.data, download=False, cache=None))  # a file does not choose these
 
 
-def check_networks(run: Run, parts: Collection[str], words: list[str]) -> None:
+def check_named_networks(run: Run, parts: Collection[str], words: list[str]) -> None:
     """Raises ValueError for a network in one of the parts that the verb has (`take`) that is a function of a module of
     Python, unless the command names it too: a data file does not choose which code runs."""
     trusted = {value for word in words for value in (word, word.partition("=")[2])}

@@ -8,6 +8,7 @@ import torch
 from tyro.conf import Positional
 
 from selmatch_ext import report
+from selmatch_ext.cli_process import device_of
 from selmatch_ext.cli_settings import OF_THE_SET, Here, data_of
 from selmatch_ext.context import Context
 from selmatch_ext.data.distilled import DistilledSet, training_set
@@ -22,7 +23,6 @@ from selmatch_ext.studies.continual import continual as learn_continually
 from selmatch_ext.studies.coverage import coverage as measure_coverage
 from selmatch_ext.studies.coverage import snapshots
 from selmatch_ext.studies.cross import cross as cross_table
-from selmatch_ext.surroundings import device_of
 
 
 def _context(data: Data, path: Path, seed: int, device: torch.device) -> Context:

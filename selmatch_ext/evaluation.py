@@ -38,7 +38,7 @@ class Accuracy:
         return torch.tensor(self.values, dtype=torch.float64).std().item() if len(self.values) > 1 else 0.0
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f} ± {self.std:.1f} %"
+        return f"{self.mean:.1f} ± {self.std:.1f} %" if len(self.values) > 1 else f"{self.mean:.1f} %"
 
 
 def evaluate(

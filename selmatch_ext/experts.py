@@ -12,7 +12,7 @@ from selmatch_ext.context import Context
 from selmatch_ext.data.trajectories import ExpertSource, ExpertStore
 from selmatch_ext.files import check_writable
 from selmatch_ext.models import flat
-from selmatch_ext.models.statistics import freeze_statistics
+from selmatch_ext.models.batchnorm import freeze_statistics
 from selmatch_ext.precision import precision_scope
 from selmatch_ext.provenance import known_name, of_images, to_dict
 from selmatch_ext.settings import Experts
@@ -72,7 +72,7 @@ def expert_logits(store: ExpertSource, context: Context, images: Tensor) -> Tens
     """(n, K) logits that expert 0 at its last epoch gives normalized images (n, C, H, W); no gradient. BatchNorm, of
     which trajectories hold no statistics, takes them from 16 real images per class."""
     model, data = expert_network(store, context).to(images.dtype), context.data
-    flat.load(model, store.row(0, store.epochs))
+    flat.load_parameters(model, store.row(0, store.epochs))
     model.eval()  # first: no dropout in the statistics either
     seen = data.train.images[data.sample_each(16, context.generator("statistics"))]
     with torch.no_grad(), precision_scope("float32", context.device):

@@ -10,8 +10,8 @@ from selmatch_ext.context import Context
 from selmatch_ext.data.distilled import DistilledSet, Schedule
 from selmatch_ext.data.images import ImageData
 from selmatch_ext.models import flat, from_file
+from selmatch_ext.models.batchnorm import freeze_statistics
 from selmatch_ext.models.initial import xavier
-from selmatch_ext.models.statistics import freeze_statistics
 from selmatch_ext.precision import precision_scope
 from selmatch_ext.unroll.sgd import unrolled_sgd
 
@@ -35,7 +35,7 @@ def follow_schedule(
     else:
         start = schedule.starts[k % len(schedule.starts)]
     images, labels, rates = (t.to(device) for t in (subset.images, subset.labels, schedule.rates))
-    flat.load(model, unrolled_sgd(model, start.to(device), images, labels, list(schedule.batches), rates))
+    flat.load_parameters(model, unrolled_sgd(model, start.to(device), images, labels, list(schedule.batches), rates))
     seen = [(data.train.labels == c).nonzero().squeeze(1)[:16] for c in range(data.classes)]
     with precision_scope("float32", device):
         freeze_statistics(model, data.normalize(data.train.images[torch.cat(seen)], device))

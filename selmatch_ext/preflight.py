@@ -19,8 +19,8 @@ from selmatch_ext.data.images import ImageData
 from selmatch_ext.data.trajectories import ExpertSource
 from selmatch_ext.methods import Method, Task, find_method
 from selmatch_ext.methods.loop import check_draws
+from selmatch_ext.models.batchnorm import refuses_one_image
 from selmatch_ext.models.flat import parameter_count
-from selmatch_ext.models.statistics import refuses_one_image
 from selmatch_ext.ops.sampling import sample_augmentation
 from selmatch_ext.precision import check_precision
 from selmatch_ext.seeds import generator

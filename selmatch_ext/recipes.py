@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from selmatch_ext.methods.base import CONVNET, MethodSettings
+from selmatch_ext.methods.base import CONVNET, LoopSettings
 from selmatch_ext.methods.dd import DDSettings
 from selmatch_ext.methods.distribution import DMSettings
 from selmatch_ext.methods.gradient import DCSettings
@@ -205,7 +205,7 @@ def reduced(settings: Run) -> Run:
     """The same at the scale described above."""
     kind = settings.data.dataset.partition(":")[0]
     if kind not in _CLASS_SIZE:
-        raise ValueError(f"the recipe on {kind} has no reduced scale: it is small already")
+        raise ValueError(f"--reduced goes with the data sets {', '.join(_CLASS_SIZE)}; the settings have {kind}")
     per_class = _CLASS_SIZE[kind] // (5 if kind in _MANY_CLASSES else 10)
     training = Training(epochs=15, lr=0.02, momentum=0.9, batch=128)
     start, scores = settings.start, settings.start.scores
@@ -213,13 +213,14 @@ def reduced(settings: Run) -> Run:
         scores = Scores("forgetting", narrow(scores.model), runs=1, training=training)
         ipc = max(2, round(start.ipc / _CLASS_SIZE[kind] * per_class))
         start = replace(start, scores=scores, ipc=ipc)
+    brief = _BRIEF.get(settings.method)
     experts = replace(settings.experts, model=narrow(settings.experts.model), count=3, training=training)
     return replace(
         settings,
         data=replace(settings.data, per_class=per_class),
         start=start,
         experts=experts,
-        settings=_BRIEF[settings.method](settings.settings, start.ipc),
+        settings=settings.settings if brief is None else brief(settings.settings, start.ipc),
         evaluation=_brief(settings.evaluation),
     )
 
@@ -253,7 +254,7 @@ def _brief_unrolled(settings: DDSettings, ipc: int) -> DDSettings:
     return replace(settings, passes=40, halve_every=10, networks=1)
 
 
-_BRIEF: dict[str, Callable[[Any, int], MethodSettings]] = {
+_BRIEF: dict[str, Callable[[Any, int], LoopSettings]] = {
     **dict.fromkeys(("mtt", "datm", "selmatch"), _brief_matching),
     **dict.fromkeys(("dc", "dsa"), _brief_gradients),
     "dm": _brief_features,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from tabulate import tabulate
 from torch import Tensor
 
 from selmatch_ext.data.distilled import folder_names
@@ -222,30 +223,23 @@ def plot_ranking(points: Mapping[str, tuple[float, float]], path: str | os.PathL
 
 
 def table(rows: Sequence[Sequence[Any]]) -> str:
-    """Plain text for the terminal: the first row is the header; the first column is left-aligned, others right."""
-    cells, widths = _cells(rows)
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(line.rstrip() for line in lines)
+    """Plain text for the terminal: the first row is the header; the first column is left-aligned, others right.
+
+    Raises ValueError where a row has more or fewer cells than the header."""
+    return _tabulated(rows, "simple")
 
 
 def markdown(rows: Sequence[Sequence[Any]]) -> str:
     """The same table in Markdown."""
-    cells, widths = _cells([[str(cell).replace("|", "\\|") for cell in row] for row in rows])
-    rule = ["---"] + ["---:"] * (len(widths) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [cells[0], rule, *cells[1:]])
+    return _tabulated([[str(cell).replace("|", "\\|") for cell in row] for row in rows], "pipe")
 
 
-def _cells(rows: Sequence[Sequence[Any]]) -> tuple[list[list[str]], list[int]]:
+def _tabulated(rows: Sequence[Sequence[Any]], style: str) -> str:
     if not rows or any(len(row) != len(rows[0]) for row in rows):
         raise ValueError(f"rows have {sorted({len(row) for row in rows})} cells; all must have as many as the header")
     cells = [[readable(str(cell)) for cell in row] for row in rows]  # so that every cell can be printed and encoded
-    return cells, [max(len(row[i]) for row in cells) for i in range(len(rows[0]))]
+    columns = ("left", *["right"] * (len(rows[0]) - 1))
+    return tabulate(cells, headers="firstrow", tablefmt=style, disable_numparse=True, colalign=columns)
 
 
 def _pixels(images: Tensor) -> np.ndarray:

@@ -18,8 +18,8 @@ from selmatch_ext.data.trajectories import ExpertStore
 from selmatch_ext.evaluation import Accuracy, evaluate
 from selmatch_ext.experts import train_experts
 from selmatch_ext.files import check_writable, read_json, write_json, write_text
-from selmatch_ext.methods import Method, MethodSettings, SelMatch, Task, find_method
-from selmatch_ext.methods.loop import run as run_method
+from selmatch_ext.methods import LoopSettings, Method, SelMatch, Task, find_method
+from selmatch_ext.methods.loop import run_method
 from selmatch_ext.output import attempt, say
 from selmatch_ext.provenance import claim, from_dict, of_images, recognize, to_dict
 from selmatch_ext.ranges import Checked, Seed
@@ -34,7 +34,7 @@ class Run(Checked):
 
     method: str = SelMatch.name
     """A name of methods.METHODS, or package.module:Class."""
-    settings: MethodSettings = SelMatch.settings_type()
+    settings: LoopSettings = SelMatch.settings_type()
     """The method's own settings."""
     data: Data = Data()
     start: Start = SelMatch.defaults.start

@@ -21,7 +21,7 @@ def stage(name: str, memory: str, **sizes: Any) -> Iterator[None]:
         raise
 
 
-def describe(error: RuntimeError | MemoryError) -> str:
+def describe_error(error: RuntimeError | MemoryError) -> str:
     """One line: the stage, what happened, the sizes, and what to try."""
     what = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     name, sizes, memory = getattr(error, "selmatch_stage", ("", "", "smaller batches"))

@@ -12,13 +12,14 @@ from torch.nn import functional as F
 
 from selmatch_ext.context import Context
 from selmatch_ext.fused.training import fast
-from selmatch_ext.models.statistics import refuses_one_image
+from selmatch_ext.models.batchnorm import refuses_one_image
 from selmatch_ext.ops.dsa import Augmentation, augment, mix_augmentations
 from selmatch_ext.ops.sampling import sample_augmentation
 from selmatch_ext.precision import precision_scope
 from selmatch_ext.seeds import global_stream
 from selmatch_ext.settings import Training
 from selmatch_ext.stages import stage
+from selmatch_ext.threads import threads_for, using
 
 Take = Callable[[Tensor], Tensor]  # indices (b,) -> images (b, C, H, W), normalized
 Augmenter = Callable[[Tensor, torch.Generator], Augmentation]  # indices (b,), generator -> what to do with each image
@@ -66,6 +67,7 @@ def train(
     device = labels.device
     batches = _batches(model, take, labels, settings)
     backward = "tf32" if settings.precision == "tf32" else "float32"  # bfloat16 follows the forward pass
+    threads = threads_for(model, take(torch.zeros(1, dtype=torch.int64, device=device)), settings.batch)
     network = None
     optimizer = torch.optim.SGD(
         model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
@@ -74,7 +76,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, epoch)
         model.train()
-        with global_stream(generator, device):
+        with global_stream(generator, device), using(threads):
             for indices in torch.randperm(len(labels), generator=generator).split(settings.batch)[:batches]:
                 p = augmenter(indices, generator).to(device)
                 indices = indices.to(device)

@@ -37,7 +37,7 @@ Color = tuple[int, int, int]
 
 
 @dataclass
-class Picture:
+class DecodedImage:
     """A decoded image. pixels: (C, H, W) uint8, or uint16 of a file of 16 bits a channel; C is 1 for gray or 3.
 
     alpha: (H, W) uint8 where a 16-bit file has transparent pixels; `pixels` are then multiplied by alpha / 255.
@@ -63,7 +63,7 @@ class Levels:
         top = (1 << max(1, high.bit_length())) - 1
         return cls(low, high) if 0 < high - low < top / 4 else cls(0, top)
 
-    def eight_bits(self, picture: Picture, background: Color) -> np.ndarray:
+    def eight_bits(self, picture: DecodedImage, background: Color) -> np.ndarray:
         """(C, H, W) uint8 of a 16-bit picture, on `background` where it is transparent. Levels outside are clamped."""
         bits = self.high.bit_length()
         if self.low == 0 and bits >= 8 and self.high == (1 << bits) - 1:
@@ -96,7 +96,7 @@ def decode(
     resize: int | None = None,
     background: Color = (255, 255, 255),
     same_as: tuple[str, tuple[int, int]] | None = None,
-) -> Picture:
+) -> DecodedImage:
     """The first frame of an encoded image, turned as its EXIF orientation says, on `background` where transparent.
 
     resize: scale to fill this many pixels a side and cut the center out. same_as: the name and the (width, height) of
@@ -132,7 +132,7 @@ class _Unequal(ValueError):
         )
 
 
-def _decoded(image: ImageFile.ImageFile, content: bytes, resize: int | None, background: Color) -> Picture:
+def _decoded(image: ImageFile.ImageFile, content: bytes, resize: int | None, background: Color) -> DecodedImage:
     frames = image.format != "MPO" and _quietly(lambda: getattr(image, "is_animated", False)) is True
     if deep := _is_deep(image):
         pixels, alpha = _deep_planes(image, content)
@@ -142,12 +142,12 @@ def _decoded(image: ImageFile.ImageFile, content: bytes, resize: int | None, bac
     turn = TURNS.get(_quietly(lambda: image.getexif().get(ORIENTATION)))
     if not deep:
         pixels = np.array(_shaped(_eight_bits(image, background), turn, resize))
-        return Picture(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), None, frames)
+        return DecodedImage(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), None, frames)
     weight = 1 if alpha is None else alpha / np.float32(255)
     planes = [_shaped_plane(plane * weight, turn, resize, 65535).astype(np.uint16) for plane in pixels]
     if alpha is not None:
         alpha = _shaped_plane(alpha, turn, resize, 255).astype(np.uint8)
-    return Picture(np.stack(planes), alpha, frames)
+    return DecodedImage(np.stack(planes), alpha, frames)
 
 
 def _quietly(read: Any) -> Any:

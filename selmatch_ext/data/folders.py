@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from selmatch_ext import strict_json
 from selmatch_ext.data.archives import ARCHIVES, read_archive
-from selmatch_ext.data.decoding import Levels, Picture, decode, extensions
+from selmatch_ext.data.decoding import DecodedImage, Levels, decode, extensions
 from selmatch_ext.data.images import ImageData, ImageSplit
 from selmatch_ext.data.memory import available_memory, size_text
 from selmatch_ext.data.names import readable, shortened, unique_names
-from selmatch_ext.data.splits import ANNOTATIONS, Options, Plan, bytes_of, plan_splits
+from selmatch_ext.data.splits import ANNOTATIONS, FolderOptions, SplitPlan, bytes_of, plan_splits
 from selmatch_ext.data.tree import ArchiveTree, Content, FolderTree, extension, skipped_text
 from selmatch_ext.files import json_field, load_tensors, save_tensors
 from selmatch_ext.settings import color
@@ -32,7 +32,7 @@ CHUNK = 256  # images a thread decodes at a time
 logger = logging.getLogger(__name__)
 
 
-def load_folder(path: Path, options: Options, cache: str | os.PathLike | None) -> ImageData:
+def load_folder(path: Path, options: FolderOptions, cache: str | os.PathLike | None) -> ImageData:
     """Loads a folder or an archive; see `selmatch_ext.data.load.load`.
 
     Says in one line of the log what was skipped, and how 16-bit files were scaled. Raises ValueError, also for a data
@@ -90,7 +90,7 @@ def _archive_tree(path: Path) -> ArchiveTree:
     return tree
 
 
-def _decode_all(name: str, plan: Plan, options: Options) -> tuple[ImageData, list[str]]:
+def _decode_all(name: str, plan: SplitPlan, options: FolderOptions) -> tuple[ImageData, list[str]]:
     """Decodes both splits, and what is to be said about it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `decode` refuses such files
@@ -112,7 +112,7 @@ def _decode_all(name: str, plan: Plan, options: Options) -> tuple[ImageData, lis
 class _Decoding:
     """Decodes all images of a plan with threads into one uint8 tensor (n, C, H, W); C is 1 when all are gray, or 3."""
 
-    def __init__(self, name: str, plan: Plan, options: Options) -> None:
+    def __init__(self, name: str, plan: SplitPlan, options: FolderOptions) -> None:
         self.name, self.options, self.contents = name, options, plan.contents
         self.paths, self.training = plan.train.paths + plan.test.paths, len(plan.train.paths)
         self.color = color(options.background)
@@ -122,7 +122,7 @@ class _Decoding:
         self.same_as = readable(self.paths[0]), (width, height)
         self._check_memory(first)
         self.images = torch.empty((len(self.paths), 3, height, width), dtype=torch.uint8)
-        self.deep: dict[int, Picture] = {}
+        self.deep: dict[int, DecodedImage] = {}
         self.gray, self.frames = [True] * len(self.paths), [False] * len(self.paths)
 
     def run(self) -> tuple[Tensor, list[str]]:
@@ -139,12 +139,12 @@ class _Decoding:
             )
         return self.images[:, :1].contiguous() if all(self.gray) else self.images, notes
 
-    def _decode(self, index: int) -> Picture:
+    def _decode(self, index: int) -> DecodedImage:
         path = self.paths[index]
         content = bytes_of(self.contents[path])
         return decode(content, readable(path), self.options.resize, self.color, self.same_as)
 
-    def _check_memory(self, first: Picture) -> None:
+    def _check_memory(self, first: DecodedImage) -> None:
         free, (channels, height, width) = available_memory(), first.pixels.shape
         each = height * width * (3 + (2 * channels if first.pixels.dtype != "uint8" else 0))
         if free is not None and each * len(self.paths) > free:
@@ -186,7 +186,7 @@ class _Decoding:
         ]
 
 
-def _cache_key(path: Path, plan: Plan | None, options: Options) -> str:
+def _cache_key(path: Path, plan: SplitPlan | None, options: FolderOptions) -> str:
     if plan is None:
         listed: dict[str, Content] = {path.name: path}
     else:

@@ -49,9 +49,9 @@ def _load(settings: Data, seed: int) -> ImageData:
     spec, root = settings.dataset, settings.root
     kind, _, path = spec.partition(":")
     if kind in ("imagefolder", "tinyimagenet") and path:
-        from selmatch_ext.data.folders import Options, load_folder
+        from selmatch_ext.data.folders import FolderOptions, load_folder
 
-        options = Options(kind == "tinyimagenet", settings.resize, settings.background, settings.test_share, seed)
+        options = FolderOptions(kind == "tinyimagenet", settings.resize, settings.background, settings.test_share, seed)
         return load_folder(Path(path).expanduser(), options, settings.cache)
     if spec != "digits" and spec not in TORCHVISION:
         raise ValueError(
@@ -78,6 +78,7 @@ def _refuse_unused(settings: Data) -> None:
     for name, given, unused in (
         ("test_share", settings.test_share, None),
         ("background", settings.background, "white"),
+        ("cache", settings.cache, None),
     ):
         if given != unused:
             raise ValueError(

@@ -45,7 +45,7 @@ def read_replay_buffer(path: Path) -> tuple[list, int]:
             f"{path} is truncated or is no replay buffer that can be read safely: {one_line(error)}"
         ) from error
     if not is_list(experts):
-        raise ValueError(f"{path} holds {describe(experts)}; a replay buffer is a list of experts")
+        raise ValueError(f"{path} holds {describe_value(experts)}; a replay buffer is a list of experts")
     return experts, tensors
 
 
@@ -105,7 +105,7 @@ def is_list(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) > 0
 
 
-def describe(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """The type of `value`, and its length where it has one."""
     size = f" of {len(value)}" if isinstance(value, list | tuple | dict) else ""
     return f"a {type(value).__name__}{size}"

@@ -19,7 +19,7 @@ DECODER = 2  # part of the cache's key; to be raised when the same files become 
 
 
 @dataclass(frozen=True)
-class Options:
+class FolderOptions:
     """How a folder or archive is read; the arguments of `selmatch_ext.data.load.load` of the same names. tiny: Tiny
     ImageNet, tested on `val`."""
 
@@ -47,7 +47,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SplitPlan:
     """What is to be decoded. class_folders: their names, sorted; contents: of every path; skipped: what is left out."""
 
     train: Split
@@ -57,7 +57,7 @@ class Plan:
     skipped: Counter = field(default_factory=Counter)
 
 
-def plan_splits(root: Path, tree: Tree, options: Options) -> Plan:
+def plan_splits(root: Path, tree: Tree, options: FolderOptions) -> SplitPlan:
     """The images of both splits. Raises ValueError where a split or a class has none, and for a single class."""
     plan = _Planner(readable(str(root)), tree, options).plan()
     if len(plan.class_folders) < 2:
@@ -70,13 +70,13 @@ def plan_splits(root: Path, tree: Tree, options: Options) -> Plan:
 class _Planner:
     """Collects the contents of a data set and what is skipped. where: its path, for messages."""
 
-    def __init__(self, where: str, tree: Tree, options: Options) -> None:
+    def __init__(self, where: str, tree: Tree, options: FolderOptions) -> None:
         self.where, self.tree, self.options = where, tree, options
         self.contents: dict[str, Content] = {}
         self.skipped = Counter(tree.skipped)
         self.known = extensions()
 
-    def plan(self) -> Plan:
+    def plan(self) -> SplitPlan:
         folders = [name for name in ("train", "test", "val") if self._folder(name) is not None]
         below = "" if not folders and self.options.test_share is not None else "train"
         train, class_names = _split(self.where, self._list(below), below)
@@ -90,7 +90,7 @@ class _Planner:
             raise ValueError(
                 f"{self.where} has neither a test nor a val folder; test_share would split the train folder"
             )
-        return Plan(train, test, class_names, self.contents, self.skipped)
+        return SplitPlan(train, test, class_names, self.contents, self.skipped)
 
     def _folder(self, name: str) -> Entry | None:
         entry = self.tree.top(name)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from selmatch_ext import strict_json
-from selmatch_ext.data.replay import describe, is_list, read_replay_buffer
+from selmatch_ext.data.replay import describe_value, is_list, read_replay_buffer
 from selmatch_ext.files import TensorFile, json_field, open_tensors, save_tensors
 from selmatch_ext.models import from_file
 from selmatch_ext.provenance import check_same
@@ -237,7 +237,7 @@ def _check_buffer(experts: Sequence[Any], shapes: Sequence[tuple], tensors: int,
     for i, expert in enumerate(experts):
         where = f"{path}: expert {i}"
         if not is_list(expert) or len(expert) < 2:
-            raise ValueError(f"{where} is {describe(expert)}; it must be a list of at least two epochs")
+            raise ValueError(f"{where} is {describe_value(expert)}; it must be a list of at least two epochs")
         if len(expert) != len(experts[0]):
             raise ValueError(f"{where} has {len(expert)} epochs, but expert 0 has {len(experts[0])}")
         if len(experts) * len(expert) > tensors:
@@ -264,12 +264,12 @@ def _check_epoch(epoch: Any, shapes: Sequence[tuple], where: str) -> None:
     if is_list(epoch) and len(epoch) > 10 * len(shapes) + 100:
         raise ValueError(f"{where} does not fit the model: it has {len(epoch)} tensors, the model {len(shapes)}")
     if not is_list(epoch) or not all(isinstance(p, Tensor) for p in epoch):
-        raise ValueError(f"{where} is {describe(epoch)}; it must be a list of float tensors")
+        raise ValueError(f"{where} is {describe_value(epoch)}; it must be a list of float tensors")
     for number, p in enumerate(epoch):
         if not p.is_floating_point() or p.layout != torch.strided or p.is_meta or p.is_nested or p.is_quantized:
             raise ValueError(
-                f"{where} is {describe(epoch)}; it must be a list of float tensors, dense and with values: number "
-                f"{number} is {p.dtype}, {p.layout}, on {p.device}"
+                f"{where} is {describe_value(epoch)}; it must be a list of float tensors, dense and with values: "
+                f"number {number} is {p.dtype}, {p.layout}, on {p.device}"
             )
     found = [tuple(p.shape) for p in epoch]
     if found != shapes:

@@ -18,7 +18,9 @@ from torch.nn import functional as F
 
 from selmatch_ext.ops.block import (
     BATCH_NORM,
+    Affine,
     BlockKind,
+    DualTensor,
     block_backward,
     block_dual_backward,
     block_dual_forward,
@@ -70,9 +72,9 @@ class Dual:
             self.tangent, self.more, self._both = self.tangent + self.more, None, {}
         return self.tangent
 
-    def parts(self) -> tuple[Tensor, Tensor | None]:
-        """The tangent, and what is yet to be added to it."""
-        return self.whole_tangent() if self.tangent is None else self.tangent, self.more
+    def parts(self) -> DualTensor:
+        """As the block operators take it: with the part of the tangent that is yet to be added."""
+        return DualTensor(self.value, self.whole_tangent() if self.tangent is None else self.tangent, self.more)
 
     def both(self, value_first: bool) -> Tensor:
         tangent = self.whole_tangent()
@@ -113,6 +115,14 @@ class Rule(Protocol):
         """(gradients of the inputs and their tangents, tangents of the parameters' gradients)."""
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """x (B, C, H, W) in channels-last memory. With one channel both layouts are the same memory, and torch takes the
+    strides for the other one: then a convolution's result would have to be copied for the block that follows."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    _, channels, height, width = x.shape
+    return x.as_strided(x.shape, (height * width, 1, width, 1)) if channels == 1 else x
+
+
 @dataclass(frozen=True)
 class Conv:
     """Convolution.
@@ -131,7 +141,7 @@ class Conv:
 
     def forward(self, p: Parameters, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         (x,) = inputs
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         return self._convolve(x, p[self.weight], self._bias(p, x)), x
 
     def backward(self, p: Parameters, x: Tensor, g: Tensor, need_x: bool) -> tuple[Gradients, Parameters]:
@@ -144,7 +154,7 @@ class Conv:
         """kept: the convolution of x.value, where it is known."""
         (x,) = inputs
         if x.tangent is None:
-            x = Dual(x.value.contiguous(memory_format=torch.channels_last), None)
+            x = Dual(channels_last(x.value), None)
         value = self._convolve(x.value, p[self.weight], self._bias(p, x.value)) if kept is None else kept
         moved = self._convolve(x.value, t[self.weight], self._bias(t, x.value))
         if x.tangent is None:
@@ -240,22 +250,18 @@ class Block:
 
     def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Tensor | None) -> tuple[Dual, tuple]:
         (x,) = inputs
-        tangent, more = x.parts()
-        z, zt, more = _four(x.value), _four(tangent), None if more is None else _four(more)
-        both, stats = block_dual_forward(z, zt, more, *self._pick(p), *self._pick(t), self.kind)
-        return Dual.forward(both.flatten(1) if x.value.dim() == 2 else both), (z, zt, more, stats)
+        z = _four_each(x.parts())
+        both, stats = block_dual_forward(z, self._pick(p), self._pick(t), self.kind)
+        return Dual.forward(both.flatten(1) if x.value.dim() == 2 else both), (z, stats)
 
     def dual_backward(
         self, p: Parameters, t: Parameters, saved: tuple, g: Dual, need_x: bool, need_p: bool
     ) -> tuple[DualGradients, Parameters]:
-        (tangent, more), (z, zt, zt_more, stats) = g.parts(), saved
-        gt, gt_more = _four(tangent), None if more is None else _four(more)
-        both, *gradients = block_dual_backward(
-            _four(g.value), gt, gt_more, z, zt, zt_more, stats, *self._pick(p), *self._pick(t), self.kind
-        )
+        z, stats = saved
+        both, *gradients = block_dual_backward(_four_each(g.parts()), z, stats, self._pick(p), self._pick(t), self.kind)
         return (Dual.backward(both.flatten(1) if g.value.dim() == 2 else both),), self._named(gradients)
 
-    def _pick(self, p: Parameters) -> tuple[Tensor | None, Tensor | None]:
+    def _pick(self, p: Parameters) -> Affine:
         return (None if self.weight is None else p[self.weight]), (None if self.bias is None else p[self.bias])
 
     def _named(self, gradients: list[Tensor]) -> Parameters:
@@ -265,6 +271,10 @@ class Block:
 
 def _four(x: Tensor) -> Tensor:
     return x[:, :, None, None] if x.dim() == 2 else x
+
+
+def _four_each(x: DualTensor) -> DualTensor:
+    return DualTensor(_four(x.value), _four(x.tangent), None if x.more is None else _four(x.more))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import importlib
 import re
 from dataclasses import fields
 
-from selmatch_ext.methods.base import Defaults, Method, MethodSettings, Task
+from selmatch_ext.methods.base import Defaults, LoopSettings, Method, MethodSettings, Task
 from selmatch_ext.methods.datm import DATM
 from selmatch_ext.methods.dd import DD
 from selmatch_ext.methods.distribution import DM
@@ -56,6 +56,7 @@ __all__ = [
     "DM",
     "DSA",
     "Defaults",
+    "LoopSettings",
     "METHODS",
     "MTT",
     "Method",

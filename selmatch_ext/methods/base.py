@@ -22,15 +22,26 @@ from selmatch_ext.unroll import explain_engine
 
 
 @dataclass(frozen=True)
-class MethodSettings(Checked):
-    """What every method can be told. A method's own settings are a subclass."""
+class LoopSettings(Checked):
+    """What every method can be told."""
 
-    iterations: Count = 1000
-    """Updates of the images."""
     checkpoint_seconds: Seconds = 30.0
     """Seconds between two saves of the checkpoint."""
     snapshot_every: Number = 0
     """Also keep the set as it is after every so many updates, in snapshots/, for `selmatch coverage`; 0 = never."""
+
+
+@dataclass(frozen=True)
+class MethodSettings(LoopSettings):
+    """What most methods can be told. A method's own settings are a subclass of this or, where the number of updates
+    follows from something else, of `LoopSettings`.
+
+    A field called `model` is the name of a network: it is built before the first stage to see whether it takes the
+    images, and a settings file alone may not name a function of yours there. A field called `strategy`, or that ends in
+    `_strategy`, is an augmentation, and `precision` and `cuda_graphs` are checked against the device."""
+
+    iterations: Count = 1000
+    """Updates of the images."""
 
 
 CONVNET = Evaluation(
@@ -166,6 +177,11 @@ class Method:
 
     def check_network(self) -> None:
         """Raises ValueError for an error that would only appear later; preflight calls it before the first stage."""
+
+    def largest_batch(self) -> tuple[torch.nn.Module, int] | None:
+        """The network, and how many images pass it at once: the loop uses one thread where that is little work. None,
+        where that is not known: all threads."""
+        return None
 
     def combined(self) -> Tensor:
         """(n, C, H, W): the whole set, learned images as they are now; differentiable in them."""

@@ -30,7 +30,7 @@ class Snapshots:
         replace(method.distilled(), settings=self.settings).save(path)
 
 
-class State:
+class LoopState:
     """A copy of what is learned, of the method's state and of the optimizer's."""
 
     def __init__(self, method: Method, optimizer: torch.optim.Optimizer):

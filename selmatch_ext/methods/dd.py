@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from selmatch_ext.data.distilled import DistilledSet, Schedule
 from selmatch_ext.learned_steps import follow_schedule
-from selmatch_ext.methods.base import CONVNET, Defaults, Method, MethodSettings, Task, check_engine
+from selmatch_ext.methods.base import CONVNET, Defaults, LoopSettings, Method, Task, check_engine
 from selmatch_ext.models import flat
 from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.models.initial import xavier
@@ -25,7 +25,7 @@ from selmatch_ext.unroll.sgd import unrolled_sgd
 
 
 @dataclass(frozen=True)
-class DDSettings(MethodSettings):
+class DDSettings(LoopSettings):
     """Dataset distillation: unrolled training is the objective (arXiv 1811.10959)."""
 
     model: str = "LeNet"
@@ -160,6 +160,9 @@ class DD(Method):
 
     def check_network(self) -> None:
         check_engine(self, self.model, self.settings.engine)
+
+    def largest_batch(self) -> tuple[torch.nn.Module, int]:
+        return self.model, self.settings.batch_real
 
     def optimizer(self) -> torch.optim.Optimizer:
         groups = [{"params": [self.images], "lr": self.settings.lr}, {"params": [self.raw], "lr": self.lr_rates}]

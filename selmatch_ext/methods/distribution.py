@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selmatch_ext.methods.base import Method, MethodSettings, Task
 from selmatch_ext.models import embed
-from selmatch_ext.models.statistics import batchnorms
+from selmatch_ext.models.batchnorm import batchnorms
 from selmatch_ext.ops.dsa import augment
 from selmatch_ext.ranges import Count, Momentum, Positive
 from selmatch_ext.settings import DSA
@@ -48,6 +48,10 @@ class DM(Method):
         super().__init__(task, settings)
         rows = [self.of_class(c) for c in range(task.data.classes)]
         self.classes = {c: row for c, row in enumerate(rows) if len(row)}
+
+    def largest_batch(self) -> tuple[torch.nn.Module, int]:
+        model = self.task.network(self.settings.model, "network", 0)
+        return model, self.settings.batch_real * (len(self.classes) if batchnorms(model) else 1)
 
     def optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([self.images], lr=self.settings.lr_images, momentum=self.settings.momentum)

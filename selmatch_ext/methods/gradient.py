@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from selmatch_ext.methods.base import CONVNET, Defaults, Method, MethodSettings, Task
 from selmatch_ext.models import flat
-from selmatch_ext.models.statistics import batchnorms, freeze_statistics
+from selmatch_ext.models.batchnorm import batchnorms, freeze_statistics
 from selmatch_ext.ops.dsa import augment
 from selmatch_ext.ops.gradient_distance import gradient_distance
 from selmatch_ext.ranges import Count, Momentum, Positive, Weight
@@ -102,6 +102,9 @@ class DC(Method):
     def iterations(self) -> int:
         return self.settings.iterations * self.outer
 
+    def largest_batch(self) -> tuple[torch.nn.Module, int]:
+        return self.model, max(self.settings.batch_real, self.settings.batch_train)
+
     def optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([self.images], lr=self.settings.lr_images, momentum=self.settings.momentum)
 
@@ -120,9 +123,9 @@ class DC(Method):
         number, turn = divmod(iteration, self.outer)
         if turn == 0:
             fresh = self.task.network(self.settings.model, "network", number)
-            flat.load(self.model, flat.flatten(fresh.parameters()))
+            flat.load_parameters(self.model, flat.flatten(fresh.parameters()))
         else:
-            flat.load(self.model, self.state["network"])
+            flat.load_parameters(self.model, self.state["network"])
             images = self.combined().detach()
             augmenter = batch_augmenter(self.settings.strategy, self.task.data.image_size)
             train(self.model, images.__getitem__, self.labels, self.training, augmenter, generator)

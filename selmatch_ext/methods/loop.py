@@ -16,13 +16,14 @@ from torch import Tensor
 
 from selmatch_ext import ranks
 from selmatch_ext.methods.base import Method
-from selmatch_ext.methods.checkpoint import Checkpoint, Snapshots, State
+from selmatch_ext.methods.checkpoint import Checkpoint, LoopState, Snapshots
 from selmatch_ext.precision import precision_scope
 from selmatch_ext.second_order import twice_differentiable
 from selmatch_ext.seeds import global_stream
+from selmatch_ext.threads import threads_for, using
 
 
-def run(
+def run_method(
     method: Method, folder: str | Path, made_from: dict[str, Any], identity: dict[str, Any] | None = None
 ) -> list[float]:
     """Runs `method` up to its `iterations` and returns the losses of all of them.
@@ -53,7 +54,8 @@ def run(
     saved_at = time.monotonic()
     good = None
     done = min(len(losses), iterations)
-    with ranks.progress(total=iterations, initial=done, desc=method.name, unit="iteration") as progress:
+    bar = ranks.progress(total=iterations, initial=done, desc=method.name, unit="iteration")
+    with using(_threads(method)), bar as progress:
         while len(losses) < iterations:
             iteration = len(losses)
             good, problem = _iterate(method, optimizer, rates, losses, good)
@@ -71,6 +73,11 @@ def run(
     return losses
 
 
+def _threads(method: Method) -> int:
+    batch = method.largest_batch()
+    return torch.get_num_threads() if batch is None else threads_for(batch[0], method.combined().detach(), batch[1])
+
+
 def _stopped(
     method: Method, iteration: int, losses: list[float], checkpoint: Checkpoint, problem: str
 ) -> FloatingPointError:
@@ -85,13 +92,13 @@ def _iterate(
     optimizer: torch.optim.Optimizer,
     rates: list[float],
     losses: list[float],
-    good: State | None,
-) -> tuple[State, str | None]:
+    good: LoopState | None,
+) -> tuple[LoopState, str | None]:
     """One update of `method`, whose loss is added to `losses`. good: the state before the last update.
 
     Returns the state before this update, and None; or, with `method` and `losses` put back to the last good state, what
     is wrong with the loss, the gradient or what the update made."""
-    iteration, before = len(losses), State(method, optimizer)
+    iteration, before = len(losses), LoopState(method, optimizer)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate * method.decay(iteration)
     optimizer.zero_grad()

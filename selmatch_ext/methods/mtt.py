@@ -12,8 +12,8 @@ from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.trajectories import ExpertSource
 from selmatch_ext.experts import expert_logits
 from selmatch_ext.methods.base import Method, MethodSettings, Task, check_engine
+from selmatch_ext.models.batchnorm import refuses_one_image
 from selmatch_ext.models.flat import parameter_count
-from selmatch_ext.models.statistics import refuses_one_image
 from selmatch_ext.ops.distance import trajectory_distance
 from selmatch_ext.ranges import Count, Momentum, Number, Positive, Rate
 from selmatch_ext.settings import DSA, Precision
@@ -89,7 +89,7 @@ class MTT(Method):
             )
         self.max_loss, self.draws = settings.max_loss, settings.experts_per_iteration
         self.model = task.expert_network()
-        check_experts(task.experts, self.model, settings)
+        check_trajectories(task.experts, self.model, settings)
         self._check_batches()
         self.lr = torch.tensor(settings.lr_init, device=task.device, dtype=task.dtype, requires_grad=True)
         self.learned["lr"] = self.lr
@@ -118,6 +118,9 @@ class MTT(Method):
 
     def check_network(self) -> None:
         check_engine(self, self.model, self.settings.engine, self.settings.cuda_graphs)
+
+    def largest_batch(self) -> tuple[torch.nn.Module, int]:
+        return self.model, min(self.settings.batch_syn, len(self.task.start))
 
     def optimizer(self) -> torch.optim.Optimizer:
         s = self.settings
@@ -195,7 +198,7 @@ def start_epochs(settings: MTTSettings, iteration: int) -> tuple[int, int]:
     return settings.min_start_epoch, min(end, settings.max_start_epoch)
 
 
-def check_experts(store: ExpertSource, model: torch.nn.Module, settings: MTTSettings) -> None:
+def check_trajectories(store: ExpertSource, model: torch.nn.Module, settings: MTTSettings) -> None:
     """ValueError when there are no trajectories, they are not of `model`, or too short for the start epochs and M."""
     if store.count == 0:
         raise ValueError(f"no expert trajectories in {store.folder}; train some with `selmatch experts`")

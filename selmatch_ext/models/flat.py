@@ -33,7 +33,7 @@ def unflatten(vector: Tensor, model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load(model: nn.Module, vector: Tensor) -> None:
+def load_parameters(model: nn.Module, vector: Tensor) -> None:
     """Copies `vector` (P,) into the parameters of `model`, in place (dtype and device of the model are kept)."""
     for parameter, part in zip(model.parameters(), unflatten(vector, model).values(), strict=True):
         parameter.copy_(part)

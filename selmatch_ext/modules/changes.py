@@ -18,8 +18,8 @@ from selmatch_ext.modules.records import (
     GENERATORS,
     STAND_INS,
     OfModule,
-    Picture,
     Record,
+    TensorRecord,
     TupleOf,
     Whole,
     contents,
@@ -77,7 +77,7 @@ def _pairs(a: Any, b: Any) -> list[tuple[Any, Any]] | None:
     """What has to be alike for `a` and `b`, parts of records, to be alike; None where they differ."""
     if type(a) is not type(b):
         return None
-    if isinstance(a, Picture):
+    if isinstance(a, TensorRecord):
         return [] if a.values is None or b.values is None or same(a.values, b.values) else None
     if isinstance(a, TupleOf):
         return _pairs(a.parts, b.parts) if a.kind is b.kind else None
@@ -172,7 +172,7 @@ class PutBack:
         if isinstance(part, TupleOf):
             parts = self._wanted(part.parts, now if type(now) is part.kind else ())
             return part.kind._make(parts) if hasattr(part.kind, "_make") else part.kind(parts)
-        if not isinstance(part, Picture):
+        if not isinstance(part, TensorRecord):
             return part
         if part.values is None:
             return now

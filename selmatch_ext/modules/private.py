@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from selmatch_ext.modules.copying import copied
 from selmatch_ext.modules.objects import parts_of, parts_of_function, places_in, walk
-from selmatch_ext.modules.state import State
+from selmatch_ext.modules.state import ModuleState
 
 
 class PrivateModel:
@@ -89,11 +89,11 @@ class PrivateModel:
             result.append(gradient)
         return tuple(result)
 
-    def state(self, previous: State | None = None) -> State:
-        return State(self.module, self.device, previous)
+    def state(self, previous: ModuleState | None = None) -> ModuleState:
+        return ModuleState(self.module, self.device, previous)
 
     @contextlib.contextmanager
-    def as_it_was(self, state: State) -> Iterator[None]:
+    def as_it_was(self, state: ModuleState) -> Iterator[None]:
         """Within, the module and the global random generators are as in `state`; afterwards they are as before."""
         now = self.state(state)
         state.restore()

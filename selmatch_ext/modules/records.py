@@ -30,7 +30,7 @@ GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.G
 _BYTES = 1024  # of a tensor or array count as much as one object
 
 
-class Picture(NamedTuple):
+class TensorRecord(NamedTuple):
     """Stands for a tensor. The tensor itself is not kept: it may hold the graph of a whole step."""
 
     values: Tensor | None  # None: not looked at
@@ -57,19 +57,19 @@ class Whole(NamedTuple):
     parts: Any
 
 
-STAND_INS = frozenset({Picture, TupleOf})
+STAND_INS = frozenset({TensorRecord, TupleOf})
 
 
 class Record(NamedTuple):
-    """An object that can be changed in place, and what it held. Among the parts of a container a `Picture` stands for
-    a tensor; another object that can change stands for itself, and has a record of its own."""
+    """An object that can be changed in place, and what it held. Among the parts of a container a `TensorRecord` stands
+    for a tensor; another object that can change stands for itself, and has a record of its own."""
 
     value: Any
     items: Any  # of a container a dictionary, list or set; else a state
     attributes: dict | None
 
 
-class Recorder:
+class StateRecorder:
     """Makes the records of a module's state. before: those of an earlier one."""
 
     def __init__(self, before: dict[int, Record]):
@@ -156,10 +156,10 @@ class Recorder:
             return value
         if isinstance(value, Tensor):
             if id(value) in self.parameters or hasattr(value, "is_placeholder"):
-                return Picture(None, id(value))
+                return TensorRecord(None, id(value))
             if isinstance(value, nn.Parameter):
                 return value
-            return self._picture(value, old.values if isinstance(old, Picture) else None)
+            return self._picture(value, old.values if isinstance(old, TensorRecord) else None)
         if isinstance(value, tuple):
             if CONSTANTS.issuperset(map(type, value)):
                 return value
@@ -170,14 +170,14 @@ class Recorder:
         self.waiting.append(value)
         return value
 
-    def _picture(self, value: Tensor, old: Tensor | None) -> Picture:
+    def _picture(self, value: Tensor, old: Tensor | None) -> TensorRecord:
         if not self.near:
             self.left -= value.nbytes // _BYTES
             if self.left < 0:
-                return Picture(None, id(value))
+                return TensorRecord(None, id(value))
         # BatchNorm changes its statistics without telling the tensor's version counter: only the values say so.
         unchanged = old is not None and old.device.type == "cpu" and same(old, value)
-        return Picture(old if unchanged else value.detach().clone(), id(value))
+        return TensorRecord(old if unchanged else value.detach().clone(), id(value))
 
 
 def contents(value: Any, old: Any) -> Any:

@@ -1,5 +1,5 @@
 """What a call of a module can change besides its result: random generators, buffers, Python attributes and what they
-hold, and attributes of classes. A `State` is a picture of it, so that a step can be repeated exactly as it was."""
+hold, and attributes of classes. A `ModuleState` records it, so that a step can be repeated exactly as it was."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from selmatch_ext.modules.changes import Comparison, PutBack
-from selmatch_ext.modules.records import Record, Recorder
+from selmatch_ext.modules.records import Record, StateRecorder
 from selmatch_ext.seeds import RandomState
 
 _OF_WHAT = "an attribute of a class", "what a function keeps"
 
 
-class State:
+class ModuleState:
     """The state of a module and of the global generators at one moment.
 
     Looked at are the module's attributes and buffers, those of the classes of its modules, and what can be reached from
@@ -26,13 +26,13 @@ class State:
 
     previous: an earlier state of the same module. Tensors that have not changed since share its memory."""
 
-    def __init__(self, module: nn.Module, device: torch.device, previous: State | None = None):
+    def __init__(self, module: nn.Module, device: torch.device, previous: ModuleState | None = None):
         self.random = RandomState(device)
         self.modules = {id(m): m for m in module.modules()}
-        recorder = Recorder(previous.records if previous is not None else {})
+        recorder = StateRecorder(previous.records if previous is not None else {})
         self.records: dict[int, Record] = recorder.records_of(self.modules.values())
 
-    def change(self, later: State) -> str | None:
+    def change(self, later: ModuleState) -> str | None:
         """What has happened since, in words: "draws random numbers" or "changes ...". The running statistics of norms
         do not count."""
         if self.random != later.random:

@@ -27,6 +27,18 @@ class BlockKind(NamedTuple):
     pool: int = NO_POOL
 
 
+Affine = tuple[Tensor | None, Tensor | None]
+"""gamma and beta, the scale and shift after a norm; see `block_forward`."""
+
+
+class DualTensor(NamedTuple):
+    """A tensor and its tangent; the tangent is `tangent` + `more`, which the kernel adds while it reads (None: 0)."""
+
+    value: Tensor
+    tangent: Tensor
+    more: Tensor | None = None
+
+
 def block_forward(z: Tensor, gamma: Tensor | None, beta: Tensor | None, kind: BlockKind) -> tuple[Tensor, Tensor]:
     """y = pool(act(norm(z))) and the statistics that the backward pass takes.
 
@@ -45,40 +57,18 @@ def block_backward(
     return torch.ops.selmatch_ext.block_backward(g, z, stats, gamma, beta, *kind)
 
 
-def block_dual_forward(
-    z: Tensor,
-    zt: Tensor,
-    zt_more: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    gamma_t: Tensor | None,
-    beta_t: Tensor | None,
-    kind: BlockKind,
-) -> tuple[Tensor, Tensor]:
-    """y and its tangent in one batch, (2B, ...), y first, and statistics (B or 1, 4, C). The tangent of z is zt +
-    zt_more (None: zt alone); gamma_t and beta_t are those of gamma and beta."""
-    return torch.ops.selmatch_ext.block_dual_forward(z, zt, zt_more, gamma, beta, gamma_t, beta_t, *kind)
+def block_dual_forward(z: DualTensor, affine: Affine, affine_t: Affine, kind: BlockKind) -> tuple[Tensor, Tensor]:
+    """y and its tangent in one batch, (2B, ...), y first, and statistics (B or 1, 4, C). affine_t: the tangents of
+    gamma and beta."""
+    return torch.ops.selmatch_ext.block_dual_forward(*z, *affine, *affine_t, *kind)
 
 
 def block_dual_backward(
-    g: Tensor,
-    gt: Tensor,
-    gt_more: Tensor | None,
-    z: Tensor,
-    zt: Tensor,
-    zt_more: Tensor | None,
-    stats: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    gamma_t: Tensor | None,
-    beta_t: Tensor | None,
-    kind: BlockKind,
+    g: DualTensor, z: DualTensor, stats: Tensor, affine: Affine, affine_t: Affine, kind: BlockKind
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The tangent of the gradient of z and that gradient in one batch, (2B, ...), the tangent first; and the tangents
-    of the gradients of gamma and beta. The tangent of g is gt + gt_more; stats are those of `block_dual_forward`."""
-    return torch.ops.selmatch_ext.block_dual_backward(
-        g, gt, gt_more, z, zt, zt_more, stats, gamma, beta, gamma_t, beta_t, *kind
-    )
+    of the gradients of gamma and beta. stats: those of `block_dual_forward`."""
+    return torch.ops.selmatch_ext.block_dual_backward(*g, *z, stats, *affine, *affine_t, *kind)
 
 
 def block(z: Tensor, gamma: Tensor | None, beta: Tensor | None, kind: BlockKind) -> Tensor:

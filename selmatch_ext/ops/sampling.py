@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -94,7 +94,7 @@ def _column(code: int | Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
     return codes, params
 
 
-def _color(draw: _Stream, size: tuple[int, int], param: ParamDiffAug) -> tuple[Tensor, Tensor]:
+def _color(draw: _Stream, size: Sequence[int], param: ParamDiffAug) -> tuple[Tensor, Tensor]:
     brightness = (draw.uniform(draw.device, draw.dtype) - 0.5) * param.brightness
     saturation = draw.uniform(draw.device, draw.dtype) * param.saturation
     contrast = draw.uniform(draw.device, draw.dtype) + param.contrast
@@ -105,11 +105,11 @@ def _shift(draw: _Stream, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     return _column(SHIFT, draw.integers(-rows, rows), draw.integers(-columns, columns))
 
 
-def _crop(draw: _Stream, size: tuple[int, int], param: ParamDiffAug) -> tuple[Tensor, Tensor]:
+def _crop(draw: _Stream, size: Sequence[int], param: ParamDiffAug) -> tuple[Tensor, Tensor]:
     return _shift(draw, *(int(side * param.ratio_crop_pad + 0.5) for side in size))
 
 
-def _cutout(draw: _Stream, size: tuple[int, int], param: ParamDiffAug) -> tuple[Tensor, Tensor]:
+def _cutout(draw: _Stream, size: Sequence[int], param: ParamDiffAug) -> tuple[Tensor, Tensor]:
     bounds = []
     for side in size:
         box = int(side * param.ratio_cutout + 0.5)
@@ -119,12 +119,12 @@ def _cutout(draw: _Stream, size: tuple[int, int], param: ParamDiffAug) -> tuple[
     return _column(BOX, *bounds)
 
 
-def _flip(draw: _Stream, size: tuple[int, int], param: ParamDiffAug) -> tuple[Tensor, Tensor]:
+def _flip(draw: _Stream, size: Sequence[int], param: ParamDiffAug) -> tuple[Tensor, Tensor]:
     flipped = (draw.uniform(draw.device) < param.prob_flip).to(torch.uint8)
     return _column(flipped * FLIP, flipped)
 
 
-def _scale(draw: _Stream, size: tuple[int, int], param: ParamDiffAug) -> tuple[Tensor, Tensor]:
+def _scale(draw: _Stream, size: Sequence[int], param: ParamDiffAug) -> tuple[Tensor, Tensor]:
     low = 1.0 / param.ratio_scale
     width = draw.uniform(draw.affine_device) * (param.ratio_scale - low) + low
     height = draw.uniform(draw.affine_device) * (param.ratio_scale - low) + low
@@ -132,7 +132,7 @@ def _scale(draw: _Stream, size: tuple[int, int], param: ParamDiffAug) -> tuple[T
     return _column(AFFINE, width, none, none, height)
 
 
-def _rotate(draw: _Stream, size: tuple[int, int], param: ParamDiffAug) -> tuple[Tensor, Tensor]:
+def _rotate(draw: _Stream, size: Sequence[int], param: ParamDiffAug) -> tuple[Tensor, Tensor]:
     angle = (draw.uniform(draw.affine_device) - 0.5) * 2 * param.ratio_rotate / 180 * math.pi
     return _column(AFFINE, angle.cos(), (-angle).sin(), angle.sin(), angle.cos())
 
@@ -166,20 +166,20 @@ class _Request(NamedTuple):
     """What is drawn, in constants and sizes, which torch.compile can hand to an operator.
 
     names: joined by "_", or "simple". choice: "all" names in order, "one" of them drawn for all rows, or "each" row
-    draws its own. dtype: of color's draws; the table has float64 params where it is float64, else float32.
+    draws its own. size: rows, height and width. dtype: of color's draws; the table has float64 params where it is
+    float64, else float32.
     """
 
     names: str
     choice: str
-    rows: int
-    height: int
-    width: int
+    size: Sequence[int]
     device: torch.device
     dtype: torch.dtype
 
 
 def _draw_table(draw: _Stream, request: _Request, param: ParamDiffAug) -> Augmentation:
-    size, names = (request.height, request.width), request.names.split("_")
+    _, *size = request.size
+    names = request.names.split("_")
     if names == ["simple"]:
         columns = [_shift(draw, SIMPLE_PADDING, SIMPLE_PADDING), _flip(draw, size, param)]
     elif request.choice == "each":
@@ -200,7 +200,7 @@ def _draw_table(draw: _Stream, request: _Request, param: ParamDiffAug) -> Augmen
 
 
 def _chosen(
-    choice: Tensor, names: list[str], draw: _Stream, size: tuple[int, int], param: ParamDiffAug
+    choice: Tensor, names: list[str], draw: _Stream, size: Sequence[int], param: ParamDiffAug
 ) -> tuple[Tensor, Tensor]:
     """One column in which every row has the name that its element of `choice` says."""
     columns = [_COLUMNS[name](draw, size, param) for name in names]
@@ -217,15 +217,15 @@ def _identity(device: torch.device) -> Augmentation:
 
 def _public_stream(request: _Request, seed: int) -> _Stream:
     if seed == -1:
-        return _OneGenerator(None, request.rows, request.device, request.dtype, CPU)
-    return _Reseeded(seed, request.rows, request.device, request.dtype, CPU)
+        return _OneGenerator(None, request.size[0], request.device, request.dtype, CPU)
+    return _Reseeded(seed, request.size[0], request.device, request.dtype, CPU)
 
 
 def _own_stream(request: _Request, generator: torch.Generator | None) -> _Stream:
     if generator is None:
         generator = torch.Generator(CPU)
         generator.seed()
-    return _OneGenerator(generator, request.rows, generator.device, request.dtype, generator.device)
+    return _OneGenerator(generator, request.size[0], generator.device, request.dtype, generator.device)
 
 
 # --- draws in compiled code -------------------------------------------------------------------------------------------
@@ -258,39 +258,37 @@ def _place(generator: torch.Generator) -> int:
 
 @torch.library.custom_op("selmatch_ext::draw_augmentation", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _draw_operator(
-    source: int,
-    seed: int,
+    source: Sequence[int],
     names: str,
     choice: str,
-    rows: int,
-    height: int,
-    width: int,
+    size: Sequence[int],
     device: torch.device,
     dtype: torch.dtype,
-    strengths: list[float],
+    strengths: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    request = _Request(names, choice, rows, height, width, device, dtype)
-    if source == PUBLIC:
-        draw = _public_stream(request, seed)
+    """source: PUBLIC and a seed, FRESH, or a place in `_generators`."""
+    request = _Request(names, choice, size, device, dtype)
+    if source[0] == PUBLIC:
+        draw = _public_stream(request, source[1])
     else:
-        draw = _own_stream(request, None if source == FRESH else _generators[source])
+        draw = _own_stream(request, None if source[0] == FRESH else _generators[source[0]])
     given: dict[str, Any] = dict(zip(STRENGTHS, strengths, strict=True))
     ops, params = _draw_table(draw, request, ParamDiffAug(**given))
     return ops, params
 
 
 @_draw_operator.register_fake
-def _(source: int, seed: int, names: str, choice: str, rows: int, *rest: Any) -> tuple[Tensor, Tensor]:
-    _, _, device, dtype, _ = rest
+def _(source: Sequence[int], names: str, choice: str, size: Sequence[int], *rest: Any) -> tuple[Tensor, Tensor]:
+    device, dtype, _ = rest
     length = 2 if names == "simple" else len(names.split("_")) if choice == "all" else 1
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    ops = torch.empty(rows, length, dtype=torch.uint8, device=device)
-    return ops, torch.empty(rows, length, 4, dtype=wide, device=device)
+    ops = torch.empty(size[0], length, dtype=torch.uint8, device=device)
+    return ops, torch.empty(size[0], length, 4, dtype=wide, device=device)
 
 
-def _compiled_draw(source: int, seed: int, request: _Request, param: ParamDiffAug) -> Augmentation:
+def _compiled_draw(source: list[int], request: _Request, param: ParamDiffAug) -> Augmentation:
     strengths = [float(getattr(param, name)) for name in STRENGTHS]
-    return Augmentation(*_draw_operator(source, seed, *request, strengths))
+    return Augmentation(*_draw_operator(source, *request, strengths))
 
 
 # --- public -----------------------------------------------------------------------------------------------------------
@@ -346,10 +344,10 @@ def sample_augmentation(
     if strategy != "simple" and not _names(strategy):
         return _identity(device)
     choice = "all" if mode == "multi" else "each" if per_sample else "one"
-    request = _Request(strategy, choice, 1 if siamese else batch, height, width, device, torch.float32)
+    request = _Request(strategy, choice, [1 if siamese else batch, height, width], device, torch.float32)
     param = param or ParamDiffAug()
     if torch.compiler.is_compiling():
-        return _compiled_draw(FRESH if generator is None else _place(generator), -1, request, param)
+        return _compiled_draw([FRESH if generator is None else _place(generator)], request, param)
     return _draw_table(_own_stream(request, generator), request, param)
 
 
@@ -378,9 +376,9 @@ def DiffAugment(x: Tensor, strategy: str = "", seed: int = -1, param: ParamDiffA
         seed = _integer(seed)
     batch, _, height, width = x.shape
     choice = "one" if param.aug_mode == "S" else "all"
-    request = _Request(strategy, choice, batch if seed == -1 else 1, height, width, x.device, x.dtype)
+    request = _Request(strategy, choice, [batch if seed == -1 else 1, height, width], x.device, x.dtype)
     if torch.compiler.is_compiling():
-        table = _compiled_draw(PUBLIC, seed, request, param)
+        table = _compiled_draw([PUBLIC, seed], request, param)
     elif seed != -1 and torch._C._are_functorch_transforms_active():
         with temporarily_clear_interpreter_stack():  # a seed's numbers are constants, for vmap too
             table = _draw_table(_public_stream(request, seed), request, param)

@@ -16,7 +16,7 @@ from selmatch_ext.context import Context
 from selmatch_ext.data.images import ImageData
 from selmatch_ext.files import atomic_write, check_writable
 from selmatch_ext.provenance import check_same, known_name, of_images, to_dict
-from selmatch_ext.selection.scores import describe, difficulty, el2n, forgetting_events, load_scores
+from selmatch_ext.selection.scores import describe_scores, difficulty, el2n, forgetting_events, load_scores
 from selmatch_ext.settings import Scores
 from selmatch_ext.training import predict, train_on_real
 
@@ -36,7 +36,7 @@ def training_difficulty(context: Context, settings: Scores, path: Path) -> Tenso
                 with atomic_write(path) as temporary, open(temporary, "wb") as file:
                     np.savez(file, scores=scores.numpy(), labels=data.train.labels.numpy(), how=json.dumps(made_from))
             ranks.barrier()
-        known_name(check_same(path, describe(path)[1], made_from), data.name, path)
+        known_name(check_same(path, describe_scores(path)[1], made_from), data.name, path)
         return difficulty(load_scores(path, data.train.labels, data.name), settings.source)
     kind, _, source = settings.source.rpartition(":")
     kind, full = kind or "cscore", data.full
@@ -47,7 +47,7 @@ def training_difficulty(context: Context, settings: Scores, path: Path) -> Tenso
 
 def _is_of_subset(source: str, data: ImageData) -> bool:
     """Whether a score file has as many scores as the subset `data`. ValueError when it says it is of another."""
-    count, how = describe(source)
+    count, how = describe_scores(source)
     digest = data.train.digest()
     if count == len(data.train) and how.get("images", digest) != digest:
         raise ValueError(f"{source} holds scores of other images than those of {data.name}: another subset or seed")

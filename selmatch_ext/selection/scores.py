@@ -51,7 +51,7 @@ def load_scores(path: str | os.PathLike, labels: Tensor, name: str = "the data s
     return values
 
 
-def describe(path: str | os.PathLike) -> tuple[int, dict]:
+def describe_scores(path: str | os.PathLike) -> tuple[int, dict]:
     """The number of scores in a file, and how they were made where they were computed here (else {}). Raises as
     `load_scores` does for a file of another kind."""
     with open_arrays(path, WHAT) as arrays:

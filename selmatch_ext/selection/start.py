@@ -16,8 +16,9 @@ from selmatch_ext.experts import expert_logits
 from selmatch_ext.selection import coreset
 from selmatch_ext.selection.difficulty import COMPUTED, training_difficulty
 from selmatch_ext.selection.features import split_features, trained_networks
+from selmatch_ext.selection.partial_update import marked
 from selmatch_ext.selection.window import beta_grid, check_classes, window
-from selmatch_ext.selection.window_search import marked, search_window, window_set
+from selmatch_ext.selection.window_search import search_window, window_set
 from selmatch_ext.settings import DRAWN, SELECTIONS, Evaluation, Start
 
 CHOICES = (*SELECTIONS, *DRAWN)
@@ -64,7 +65,7 @@ def choose(
         indices = _correct(context, ipc, experts)
     else:
         indices = coreset.random(labels, ipc, context.generator("random"))
-    chosen = marked(real_subset(context.data, indices, settings.select), settings)
+    chosen = marked(real_subset(context.data, indices, settings.select), settings.ipc, settings.alpha)
     if settings.select == "noise":
         noise = torch.randn(chosen.images.shape, generator=context.generator("noise"))
         learned = chosen.distilled
@@ -110,7 +111,7 @@ def prototype(settings: Start, context: Context) -> DistilledSet:
         else:
             window(difficulty, context.data.train.labels, settings.ipc, place.beta, place.beta_unit)
     indices = torch.cat([members[: settings.ipc] for members in context.data.members])
-    return marked(real_subset(context.data, indices, settings.select), settings)
+    return marked(real_subset(context.data, indices, settings.select), settings.ipc, settings.alpha)
 
 
 def random_like(start: DistilledSet, context: Context) -> DistilledSet:

@@ -1,4 +1,4 @@
-"""SelMatch's sliding window over difficulty, and its split into selected and distilled images (arXiv 2406.18561)."""
+"""SelMatch's sliding window over difficulty (arXiv 2406.18561, section 3.2)."""
 
 from __future__ import annotations
 
@@ -41,20 +41,6 @@ def window(
         order = difficulty[members].sort(descending=True, stable=True).indices
         chosen.append(members[order[skip : skip + ipc]])
     return torch.cat(chosen)
-
-
-def learned_mask(indices: Tensor, ipc: int, alpha: float) -> Tensor:
-    """Marks what a window's images become: in each class the easier int(alpha * ipc) are distilled (section 3.3).
-
-    indices: (classes * ipc,) as `window` returns them. alpha: 0 to 1.
-    Returns (classes * ipc,) bool: True = distilled, False = selected, which stays as it is.
-    """
-    if ipc < 1 or indices.ndim != 1 or len(indices) % ipc:
-        raise ValueError(f"indices has shape {tuple(indices.shape)}; it must be (classes * ipc,) with ipc {ipc}")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is {alpha}; allowed is 0 to 1")
-    distilled = torch.arange(ipc) >= ipc - whole(alpha, ipc)
-    return distilled.repeat(len(indices) // ipc)
 
 
 def beta_grid(

@@ -12,20 +12,16 @@ from selmatch_ext.context import Context
 from selmatch_ext.data.distilled import DistilledSet, as_selected, real_subset
 from selmatch_ext.evaluation import Accuracy, evaluate
 from selmatch_ext.seeds import derive
-from selmatch_ext.selection.window import beta_grid, learned_mask, window
+from selmatch_ext.selection.partial_update import marked
+from selmatch_ext.selection.window import beta_grid, window
 from selmatch_ext.settings import Evaluation, Start
-
-
-def marked(chosen: DistilledSet, settings: Start) -> DistilledSet:
-    """The set with the share alpha of each class, those that were chosen last, marked as learned."""
-    return replace(chosen, distilled=learned_mask(chosen.indices, settings.ipc, settings.alpha))
 
 
 def window_set(context: Context, difficulty: Tensor, settings: Start, beta: float) -> DistilledSet:
     """The window at `beta`, with its easier part, the share alpha, marked as learned."""
     data = context.data
     indices = window(difficulty, data.train.labels, settings.ipc, beta, settings.window.beta_unit)
-    return marked(real_subset(data, indices, settings.select), settings)
+    return marked(real_subset(data, indices, settings.select), settings.ipc, settings.alpha)
 
 
 def search_window(

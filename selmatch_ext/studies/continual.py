@@ -15,7 +15,7 @@ from selmatch_ext.evaluation import Accuracy, evaluate
 from selmatch_ext.output import attempt
 from selmatch_ext.provenance import to_dict
 from selmatch_ext.settings import Continual, Evaluation
-from selmatch_ext.studies.sets import load_sets, plain, write
+from selmatch_ext.studies.sets import as_means, load_sets, write
 
 
 def continual(
@@ -56,7 +56,7 @@ def continual(
         rows += [[label, *map(str, r.values())] for label, r in results.items()]
         curves = {label: {k: (a.mean, a.std) for k, a in r.items()} for label, r in results.items()}
         how = {"continual": to_dict(settings), "evaluation": to_dict(evaluation), "seed": context.seed}
-        made = {"accuracy": plain(results), "order": [data.class_names[c] for c in order.tolist()], "settings": how}
+        made = {"accuracy": as_means(results), "order": [data.class_names[c] for c in order.tolist()], "settings": how}
         write(folder, "continual", rows, made)
         axes = "classes seen so far", "test accuracy on them (%)"
         attempt(report.plot_curves, curves, folder / "continual.png", *axes)

@@ -12,7 +12,7 @@ from selmatch_ext.evaluation import Accuracy, evaluate
 from selmatch_ext.output import attempt
 from selmatch_ext.provenance import to_dict
 from selmatch_ext.settings import Evaluation
-from selmatch_ext.studies.sets import load_sets, plain, without_schedule, write
+from selmatch_ext.studies.sets import as_means, load_sets, without_schedule, write
 
 
 def cross(
@@ -47,7 +47,9 @@ def cross(
     if ranks.first():
         rows = [["training set", *networks], *([label, *map(str, r.values())] for label, r in results.items())]
         bars = {label: {name: (a.mean, a.std) for name, a in r.items()} for label, r in results.items()}
-        write(folder, "cross", rows, {"accuracy": plain(results), "settings": to_dict(settings), "seed": context.seed})
+        write(
+            folder, "cross", rows, {"accuracy": as_means(results), "settings": to_dict(settings), "seed": context.seed}
+        )
         attempt(report.plot_bars, bars, folder / "cross.png", "test accuracy (%)")
     return results
 

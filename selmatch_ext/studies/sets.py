@@ -41,7 +41,7 @@ def without_schedule(path: Path) -> DistilledSet:
     return replace(training_set(path), schedule=None)
 
 
-def plain(results: dict) -> dict:
+def as_means(results: dict) -> dict:
     """Accuracies as they are written in JSON."""
     return {label: {str(k): {"mean": a.mean, "std": a.std} for k, a in r.items()} for label, r in results.items()}
 

@@ -4,23 +4,24 @@ With lambda_N = dL/dtheta_N, and for i = N-1 ... 0 with g_i = grad_theta CE(thet
     dL/dlr_i = -<g_i, lambda_{i+1}>
     (h, u)   = gradient of <g_i, lambda_{i+1}> with respect to (theta_i, A_i x_i)
     dL/dx_i  = -lr_i A_i^T u,   lambda_i = lambda_{i+1} - lr_i h
-TESLA's estimate leaves h out, so that lambda stays what it was. An engine is a `Stepper`: it knows g_i, h and u.
+tesla.py has the estimate that leaves h out. An engine is a `Stepper`: it knows g_i, h and u.
 """
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from selmatch_ext.ops.dsa import augment, augment_transposed
 from selmatch_ext.precision import precision_scope
+from selmatch_ext.unroll.tesla import Wanted, wanted_of_step
 
 
 @dataclass(frozen=True)
-class Plan:
+class UnrollPlan:
     """What an engine is told beside its tensors."""
 
     batches: list  # N int64 tensors on the images' device
@@ -29,15 +30,6 @@ class Plan:
     keep: str
     gradient: str
     precision: str
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Of which inputs of a step a derivative is wanted."""
-
-    parameters: bool
-    images: bool
-    labels: bool
 
 
 @dataclass
@@ -78,41 +70,56 @@ class _Tape:
         self.samples: list[_Tape] = []  # under vmap: one for each sample
 
 
-def unroll(stepper: Stepper, start: Tensor, images: Tensor, labels: Tensor, lr: Tensor, plan: Plan) -> Tensor:
-    """(P,) parameters after the steps of `plan`; see `unrolled_sgd`. lr: (N,)."""
-    tensors = [start, images, labels, lr]
+class Inputs(NamedTuple):
+    """What `unrolled_sgd` is differentiable in. start: (P,); images: (n, C, H, W); labels: (n,) or (n, K); lr: (N,)."""
+
+    start: Tensor
+    images: Tensor
+    labels: Tensor
+    lr: Tensor
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One call of `unrolled_sgd`, or one sample of it under vmap. (No tuple: torch.func would take that apart.)"""
+
+    stepper: Stepper
+    plan: UnrollPlan
+    tape: _Tape
+
+
+def unroll(stepper: Stepper, inputs: Inputs, plan: UnrollPlan) -> Tensor:
+    """(P,) parameters after the steps of `plan`; see `unrolled_sgd`."""
     if not torch.is_grad_enabled():  # a Function cannot tell, and would keep what nothing will use
-        tensors = [t.detach() for t in tensors]
-    return _Unroll.apply(*tensors, stepper, plan, _Tape(tuple(t.requires_grad for t in tensors)))
+        inputs = Inputs(*(t.detach() for t in inputs))
+    return _Unroll.apply(*inputs, _Job(stepper, plan, _Tape(tuple(t.requires_grad for t in inputs))))
 
 
 class _Unroll(torch.autograd.Function):
     @staticmethod
-    def forward(
-        start: Tensor, images: Tensor, labels: Tensor, lr: Tensor, stepper: Stepper, plan: Plan, tape: _Tape
-    ) -> Tensor:
-        with _arithmetic(plan.precision, start.device):
-            return _forward(tape, start, images, labels, lr, stepper, plan)
+    def forward(start: Tensor, images: Tensor, labels: Tensor, lr: Tensor, job: _Job) -> Tensor:
+        with _arithmetic(job.plan.precision, start.device):
+            return _forward(job, Inputs(start, images, labels, lr))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.save_for_backward(*inputs[:4])
-        ctx.rest = inputs[4:]
+        *tensors, ctx.job = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         # torch.func builds the graph of a gradient always, and says so only when that is differentiated.
-        if torch.is_grad_enabled() and not ctx.rest[2].in_torch_func:
+        if torch.is_grad_enabled() and not ctx.job.tape.in_torch_func:
             raise RuntimeError(_ONCE + "; call it without create_graph=True")
-        found = iter(_Gradient.apply(*cotangents, *ctx.saved_tensors, *ctx.rest))
-        return *(next(found) if needed else None for needed in ctx.rest[2].needs), None, None, None
+        found = iter(_Gradient.apply(*cotangents, *ctx.saved_tensors, ctx.job))
+        return *(next(found) if needed else None for needed in ctx.job.tape.needs), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple[Tensor, int]:
-        *tensors, stepper, plan, tape = inputs
-        tape.samples = [_Tape(tape.needs) for _ in range(info.batch_size)]
-        rows = _samples(info, in_dims, tensors)
-        results = [_Unroll.apply(*row, stepper, plan, t) for row, t in zip(rows, tape.samples, strict=True)]
+        *tensors, job = inputs
+        job.tape.samples = [_Tape(job.tape.needs) for _ in range(info.batch_size)]
+        rows = zip(_samples(info, in_dims, tensors), job.tape.samples, strict=True)
+        results = [_Unroll.apply(*row, replace(job, tape=tape)) for row, tape in rows]
         return torch.stack(results), 0
 
     @staticmethod
@@ -128,9 +135,9 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(adjoint: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-        start, images, labels, lr, stepper, plan, tape = inputs
-        with _arithmetic(plan.precision, adjoint.device):
-            found = _backward(tape, adjoint.contiguous(), start, images, labels, lr, stepper, plan)
+        *tensors, job = inputs
+        with _arithmetic(job.plan.precision, adjoint.device):
+            found = _backward(job, Inputs(*tensors), adjoint.contiguous())
         return tuple(t for t in found if t is not None)
 
     @staticmethod
@@ -143,12 +150,12 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        *tensors, stepper, plan, tape = inputs
-        rows = _samples(info, in_dims, tensors)
+        *tensors, job = inputs
         same_forward = all(d is None for d in in_dims[1:5])  # as in jacrev, which takes many adjoints of one result
-        tapes = [tape] * info.batch_size if same_forward else tape.samples
-        found = [_Gradient.apply(*row, stepper, plan, t) for row, t in zip(rows, tapes, strict=True)]
-        return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * sum(tape.needs)
+        tapes = [job.tape] * info.batch_size if same_forward else job.tape.samples
+        rows = zip(_samples(info, in_dims, tensors), tapes, strict=True)
+        found = [_Gradient.apply(*row, replace(job, tape=tape)) for row, tape in rows]
+        return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * sum(job.tape.needs)
 
 
 def _samples(info: Any, in_dims: tuple, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -168,7 +175,7 @@ def _arithmetic(precision: str, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _batch(plan: Plan, i: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _batch(plan: UnrollPlan, i: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Step i's augmented images and its labels."""
     batch = plan.batches[i]
     x, y = images.index_select(0, batch), labels.index_select(0, batch)
@@ -177,21 +184,18 @@ def _batch(plan: Plan, i: int, images: Tensor, labels: Tensor) -> tuple[Tensor, 
     return x, y if y.is_floating_point() else y.long()
 
 
-def _wanted(tape: _Tape, plan: Plan, i: int) -> Wanted:
-    start, images, labels, _ = tape.needs
-    return Wanted(plan.gradient == "exact" and (i > 0 or start), images, labels)
-
-
-def _forward(
-    tape: _Tape, start: Tensor, images: Tensor, labels: Tensor, lr: Tensor, stepper: Stepper, plan: Plan
-) -> Tensor:
+def _forward(job: _Job, inputs: Inputs) -> Tensor:
     """theta_N; puts on the tape what the backward pass needs: theta_i, and what the engine wants kept."""
+    stepper, plan, tape = job.stepper, job.plan, job.tape
+    start, images, labels, lr = inputs
     needed = any(tape.needs)
     theta = start.detach()
     for i in range(len(plan.batches)):
         x, y = _batch(plan, i, images.detach(), labels.detach())
         keep = needed and plan.keep == "activations"
-        gradient, kept = stepper.gradient(theta, x, y, _wanted(tape, plan, i) if needed else None, keep)
+        gradient, kept = stepper.gradient(
+            theta, x, y, wanted_of_step(plan.gradient, i, tape.needs) if needed else None, keep
+        )
         if needed:
             tape.thetas.append(theta)
             tape.kept.append(kept)
@@ -199,25 +203,19 @@ def _forward(
     return theta
 
 
-def _backward(
-    tape: _Tape,
-    adjoint: Tensor,
-    start: Tensor,
-    images: Tensor,
-    labels: Tensor,
-    lr: Tensor,
-    stepper: Stepper,
-    plan: Plan,
-) -> tuple[Tensor | None, ...]:
+def _backward(job: _Job, inputs: Inputs, adjoint: Tensor) -> tuple[Tensor | None, ...]:
     """dL/d(start, images, labels, lr) from the adjoint dL/dtheta_N; None for what is not needed."""
-    needs_start, needs_images, needs_labels, needs_lr = tape.needs
-    images_gradient = torch.zeros_like(images) if needs_images else None
-    labels_gradient = torch.zeros_like(labels) if needs_labels else None
-    lr_gradient = torch.zeros_like(lr) if needs_lr else None
+    stepper, plan, tape = job.stepper, job.plan, job.tape
+    _, images, labels, lr = inputs
+    needs_start, *needs = tape.needs
+    images_gradient, labels_gradient, lr_gradient = (
+        torch.zeros_like(tensor) if needed else None for tensor, needed in zip(inputs[1:], needs, strict=True)
+    )
     for i in reversed(range(len(tape.thetas))):
         x, y = _batch(plan, i, images, labels)
-        wanted = _wanted(tape, plan, i)
-        step = stepper.derivative(tape.thetas[i], x, y, tape.kept[i], adjoint, wanted)
+        step = stepper.derivative(
+            tape.thetas[i], x, y, tape.kept[i], adjoint, wanted_of_step(plan.gradient, i, tape.needs)
+        )
         tape.kept[i] = stepper.freed(tape.kept[i])
         if lr_gradient is not None:
             lr_gradient[i] = -step.product

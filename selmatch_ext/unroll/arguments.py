@@ -10,19 +10,19 @@ from torch import Tensor, nn
 
 from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.ops.dsa import Augmentation
+from selmatch_ext.unroll.tesla import GRADIENTS
 
 ENGINES = ("auto", "fused", "autograd")
 KEEP = ("nothing", "activations")
-GRADIENT = ("exact", "tesla")
 PRECISION = ("float32", "tf32", "bfloat16")
 
 
-def check_choices(engine: str, keep: str, gradient: str, precision: str) -> None:
+def check_options(engine: str, keep: str, gradient: str, precision: str) -> None:
     """ValueError for an option that is none of the allowed words."""
     choices = (
         ("engine", engine, ENGINES),
         ("keep", keep, KEEP),
-        ("gradient", gradient, GRADIENT),
+        ("gradient", gradient, GRADIENTS),
         ("precision", precision, PRECISION),
     )
     for name, value, allowed in choices:
@@ -71,7 +71,7 @@ def check_tensors(model: nn.Module, start: Tensor, images: Tensor) -> None:
             raise ValueError(f"parameter {name} of the model is on {parameter.device}, start is on {start.device}")
 
 
-def check_labels(labels: Tensor, start: Tensor, images: Tensor) -> tuple[int, int] | None:
+def check_label_tensor(labels: Tensor, start: Tensor, images: Tensor) -> tuple[int, int] | None:
     """(smallest, largest) of integer labels, None for probabilities. Their upper end is checked once K is known."""
     _check_ordinary("labels", labels)
     if labels.device != start.device:

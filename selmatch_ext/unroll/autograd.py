@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from selmatch_ext.models.flat import flatten
 from selmatch_ext.modules.private import PrivateModel
-from selmatch_ext.modules.state import State
+from selmatch_ext.modules.state import ModuleState
 from selmatch_ext.second_order import check_differentiable_again, twice_differentiable
-from selmatch_ext.unroll.adjoint import Derivative, Plan, Wanted, check_logits
+from selmatch_ext.unroll.adjoint import Derivative, UnrollPlan, check_logits
+from selmatch_ext.unroll.tesla import Wanted
 
 
 @dataclass
@@ -29,7 +30,7 @@ class _Step:
     """What a step's derivative needs: the state in which the model was called, a fingerprint of the gradient that came
     out, and the graph where it is kept."""
 
-    state: State
+    state: ModuleState
     fingerprint: torch.Tensor
     graph: _Graph | None
 
@@ -38,9 +39,9 @@ class AutogradStepper:
     """A `Stepper` for any module. A step is repeated for its derivative, with the random numbers, buffers and Python
     attributes that it had, unless its graph is kept."""
 
-    def __init__(self, model: PrivateModel, plan: Plan):
+    def __init__(self, model: PrivateModel, plan: UnrollPlan):
         self.model, self.plan = model, plan
-        self.last_state: State | None = None
+        self.last_state: ModuleState | None = None
         self.checked = False
         self.fingerprint = _Fingerprint()
 

@@ -13,14 +13,15 @@ from selmatch_ext.fused.operations import Operation
 from selmatch_ext.fused.rules import Conv, Dual, Parameters
 from selmatch_ext.modules.private import PrivateModel
 from selmatch_ext.ops.conv3x3 import FEW
-from selmatch_ext.unroll.adjoint import Derivative, Plan, Wanted, check_logits
+from selmatch_ext.unroll.adjoint import Derivative, UnrollPlan, check_logits
+from selmatch_ext.unroll.tesla import Wanted
 
 
 class FusedStepper:
     """A `Stepper` for a network that fused/reader.py has read. model: the copy that it was read from. What is kept of a
     step are the results of its convolutions."""
 
-    def __init__(self, model: PrivateModel, operations: list[Operation], plan: Plan):
+    def __init__(self, model: PrivateModel, operations: list[Operation], plan: UnrollPlan):
         self.model, self.operations, self.plan = model, operations, plan
         self.shapes = dict(zip(model.names, model.shapes, strict=True))
         self.convolutions = [operation.rule for operation in operations if isinstance(operation.rule, Conv)]

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from selmatch_ext.unroll.adjoint import Derivative, Stepper, Wanted
+from selmatch_ext.unroll.adjoint import Derivative, Stepper
+from selmatch_ext.unroll.tesla import Wanted
 
 
-class Recorder(Protocol):
+class GraphRecorder(Protocol):
     """What captures a function of tensors; inputs and results are nested tuples, lists and `Derivative`s of them."""
 
     def warm_up(self, function: Callable, inputs: tuple) -> Any:
@@ -27,7 +28,7 @@ class Recorder(Protocol):
 class GraphedStepper:
     """A `Stepper` that replays another one's steps. Results are the caller's: no later step writes to them."""
 
-    def __init__(self, stepper: Stepper, recorder: Recorder):
+    def __init__(self, stepper: Stepper, recorder: GraphRecorder):
         self.stepper, self.recorder = stepper, recorder
         self.graphs: dict[tuple, tuple | None] = {}  # (replay, results, inputs) of a key; None: warmed up
 

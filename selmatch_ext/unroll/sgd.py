@@ -18,12 +18,12 @@ from selmatch_ext.modules.private import PrivateModel
 from selmatch_ext.modules.unwrap import unwrapped
 from selmatch_ext.ops.dsa import Augmentation
 from selmatch_ext.precision import warn_if_slow
-from selmatch_ext.unroll.adjoint import Plan, Stepper, unroll
+from selmatch_ext.unroll.adjoint import Inputs, Stepper, UnrollPlan, unroll
 from selmatch_ext.unroll.arguments import (
     check_augmentations,
     check_batches,
-    check_choices,
-    check_labels,
+    check_label_tensor,
+    check_options,
     check_tensors,
     check_types,
     check_values,
@@ -103,10 +103,10 @@ def unrolled_sgd(
         RuntimeError: in the backward pass, with create_graph=True, or where a repeated step of `model` computes
             something else than it did.
     """
-    check_choices(engine, keep, gradient, precision)
+    check_options(engine, keep, gradient, precision)
     model = unwrapped(model)
     check_tensors(model, start, images)
-    label_range = check_labels(labels, start, images)
+    label_range = check_label_tensor(labels, start, images)
     steps = check_batches(batches, images)
     augmentations = check_augmentations(augmentations, steps)
     rates = learning_rates(lr, len(steps), start)
@@ -114,12 +114,12 @@ def unrolled_sgd(
         raise ValueError(f'precision="tf32" needs CUDA tensors, start is on {start.device}')
     if precision == "bfloat16":
         warn_if_slow(start.device)
-    plan = Plan(steps, augmentations, label_range, keep, gradient, precision)
+    plan = UnrollPlan(steps, augmentations, label_range, keep, gradient, precision)
     stepper, choice = _choose(model, start, images, plan, engine)
     if cuda_graphs:
         stepper = _graphed(stepper, choice, start.device)
     with _classes_kept(stepper):
-        return unroll(stepper, start, images, labels, rates, plan)
+        return unroll(stepper, Inputs(start, images, labels, rates), plan)
 
 
 @contextlib.contextmanager
@@ -179,7 +179,7 @@ def _read(model: nn.Module, images: Tensor) -> tuple[list[Operation] | None, Eng
     )
 
 
-def _choose(model: nn.Module, start: Tensor, images: Tensor, plan: Plan, engine: str) -> tuple[Stepper, Engine]:
+def _choose(model: nn.Module, start: Tensor, images: Tensor, plan: UnrollPlan, engine: str) -> tuple[Stepper, Engine]:
     steps, choice = None, Engine("autograd", "it was asked for")
     if engine != "autograd":
         steps, choice = _read(model, images)

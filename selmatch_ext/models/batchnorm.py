@@ -1,4 +1,11 @@
-"""BatchNorm's statistics, taken from given images."""
+"""Which statistics BatchNorm uses: in each use of a network the one that its paper has.
+
+- Students, whose training is unrolled: those of each batch. `unrolled_sgd` runs them in train mode, in both engines.
+- Networks of gradient matching (DC, DSA): those of some real images, frozen (`freeze_statistics`).
+- Networks with parameters of a trajectory, or trained as a schedule says: those of some real images, since neither has
+  running statistics.
+- Networks that are trained and then tested: torch's running ones.
+"""
 
 import torch
 from torch import Tensor, nn

@@ -15,16 +15,16 @@ import torch
 from conftest import CPU, tiny_run
 from PIL import Image
 
-from selmatch_ext import cli, models, openmp, report, runner, stages, surroundings, training
+from selmatch_ext import cli, cli_process, models, openmp, report, runner, stages, training
 from selmatch_ext.context import Context
-from selmatch_ext.models.statistics import refuses_one_image
+from selmatch_ext.models.batchnorm import refuses_one_image
 from selmatch_ext.output import SafeStream, say
 from selmatch_ext.selection.start import choose
 from selmatch_ext.settings import Start, Training
 
-RUN = "import sys; from conftest import tiny_run; from selmatch_ext import runner, surroundings; "
-RUN += "run = lambda words: runner.run(tiny_run(), words[0], surroundings.device_of('cpu')); "
-RUN += "sys.exit(surroundings.guarded(run, sys.argv[1:]))"
+RUN = "import sys; from conftest import tiny_run; from selmatch_ext import runner, cli_process; "
+RUN += "run = lambda words: runner.run(tiny_run(), words[0], cli_process.device_of('cpu')); "
+RUN += "sys.exit(cli_process.guarded(run, sys.argv[1:]))"
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
@@ -58,7 +58,7 @@ FOLDER = """
 import os, sys
 from dataclasses import replace as replaced
 from conftest import tiny_run
-from selmatch_ext import runner, surroundings
+from selmatch_ext import runner, cli_process
 from selmatch_ext.settings import Data
 real, folder, images, stop = os.replace, *sys.argv[1:]
 def replace(source, target):
@@ -67,7 +67,7 @@ def replace(source, target):
         os.kill(os.getpid(), 15)
 os.replace = replace
 settings = tiny_run(data=Data("imagefolder:" + images), settings=replaced(tiny_run().settings, lr_lr=0.0))
-sys.exit(surroundings.guarded(lambda words: runner.run(settings, folder, surroundings.device_of("cpu")), []))
+sys.exit(cli_process.guarded(lambda words: runner.run(settings, folder, cli_process.device_of("cpu")), []))
 """
 
 
@@ -146,17 +146,17 @@ def raising(error):
         (FloatingPointError("lost\n\nall"), 1, "lost"),
         (OSError("no disk\r\nat all"), 1, "no disk"),
         (NotImplementedError("no rule\nfor it"), 1, "no rule"),
-        (surroundings.UsageError("--x is 3"), 2, "--x is 3"),
-        (surroundings.UsageError("--x is 3\n(of y)"), 2, "--x is 3"),
+        (cli_process.UsageError("--x is 3"), 2, "--x is 3"),
+        (cli_process.UsageError("--x is 3\n(of y)"), 2, "--x is 3"),
         (KeyboardInterrupt(), 130, "interrupted; the same command continues"),
         (RuntimeError("mat1 and mat2\nbacktrace"), 1, "mat1 and mat2; --debug shows where"),
         (MemoryError(), 1, "out of memory: MemoryError; try smaller batches, or a device with more memory"),
     ],
 )
 def test_an_error_is_one_line_and_debug_shows_the_rest(error, status, line, capsys):
-    assert surroundings.guarded(raising(error), []) == status
+    assert cli_process.guarded(raising(error), []) == status
     assert capsys.readouterr().err == f"selmatch: {line}\n"
-    assert surroundings.guarded(raising(error), ["--debug"]) == status
+    assert cli_process.guarded(raising(error), ["--debug"]) == status
     shown = capsys.readouterr().err
     assert shown.startswith("Traceback") and shown.endswith(f"\nselmatch: {line}\n")
 
@@ -190,7 +190,7 @@ def test_errors_of_torch_say_the_stage_and_its_sizes(error, what, digits, expert
 
     start = choose(Start("random", 6), Context(digits), None, tmp_path)
     monkeypatch.setattr("selmatch_ext.methods.loop._iterate", fail)
-    assert surroundings.guarded(command, []) == 1
+    assert cli_process.guarded(command, []) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"selmatch: distillation by selmatch: {what}")
     assert "images 60 of (1, 8, 8), device cpu, batch_syn 25, inner_steps 3" in line
@@ -209,7 +209,7 @@ def test_the_innermost_stage_counts_and_the_error_stays_what_it_was():
     ):
         raise error
     assert found.value is error
-    assert stages.describe(error).startswith("inner: out of memory: CUDA out of memory (n 3); try b")
+    assert stages.describe_error(error).startswith("inner: out of memory: CUDA out of memory (n 3); try b")
 
 
 def test_sigterm_ends_a_command_as_ctrl_c_does(capsys):
@@ -218,20 +218,20 @@ def test_sigterm_ends_a_command_as_ctrl_c_does(capsys):
         pytest.fail("it went on")
 
     before = signal.getsignal(signal.SIGTERM)
-    assert surroundings.guarded(command, []) == 143
+    assert cli_process.guarded(command, []) == 143
     assert capsys.readouterr().err == "selmatch: terminated; the same command continues\n"
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 RANK = """
 import os, signal, sys, torch
-from selmatch_ext import ranks, surroundings
+from selmatch_ext import ranks, cli_process
 def command(words):
     ranks.barrier()
     if ranks.rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     ranks.gather(torch.zeros(1))
-sys.exit(surroundings.guarded(command, []))
+sys.exit(cli_process.guarded(command, []))
 """
 
 

@@ -21,7 +21,7 @@ from selmatch_ext.files import one_line
 from selmatch_ext.output import safe_streams
 from selmatch_ext.precision import insist_on_bfloat16
 from selmatch_ext.ranges import SettingError
-from selmatch_ext.stages import describe
+from selmatch_ext.stages import describe_error
 
 T = TypeVar("T")
 
@@ -40,18 +40,18 @@ class UsageError(Exception):
 
 
 @dataclass(frozen=True)
-class Options:
+class CommonOptions:
     """What goes with every verb."""
 
     debug: bool
     insist: bool
 
 
-def split_options(arguments: list[str]) -> tuple[Options, list[str]]:
+def split_options(arguments: list[str]) -> tuple[CommonOptions, list[str]]:
     """The options of every verb, wherever they stand, and the other arguments."""
     flags = {"--debug": "debug", "--insist-on-bfloat16": "insist"}
     given = {name: flag in arguments for flag, name in flags.items()}
-    return Options(**given), [a for a in arguments if a not in flags]
+    return CommonOptions(**given), [a for a in arguments if a not in flags]
 
 
 def device_of(name: str) -> torch.device:
@@ -93,12 +93,12 @@ def guarded(command: Callable[[list[str]], None], arguments: list[str]) -> int:
         except NotImplementedError as error:
             return _end(error, one_line(error), 1, options)
         except (RuntimeError, MemoryError) as error:
-            return _end(error, describe(error), 1, options)
+            return _end(error, describe_error(error), 1, options)
         except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
             return _end(error, one_line(error), 1, options)
 
 
-def _end(error: BaseException, line: str, status: int, options: Options) -> int:
+def _end(error: BaseException, line: str, status: int, options: CommonOptions) -> int:
     if options.debug:
         traceback.print_exception(error)
     print(f"selmatch: {line}", file=sys.stderr)

@@ -1,0 +1,62 @@
+"""How many threads a run computes with on the CPU: one, where a batch is so little work that several would spend their
+time waiting for each other. Beside other processes that waiting costs most of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from selmatch_ext.modules.copying import copied
+from selmatch_ext.seeds import RandomState
+
+SMALL = 2**25
+"""Multiply-adds of a batch's forward pass. Below it a second thread was seen to save a tenth of a step, or nothing."""
+CHOICES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # a number of threads that the user has set
+
+
+def threads_for(model: nn.Module, images: Tensor, batch: int) -> int:
+    """1 where a forward pass of `batch` images is less work than SMALL and the environment does not say how many
+    threads there are to be; else the number that there are now.
+
+    images: (n, C, H, W) like those of a batch; n at least 1. The result depends on the network and the sizes alone, not
+    on how fast something ran, so that a repeated run gets the same one."""
+    threads = torch.get_num_threads()
+    if images.device.type != "cpu" or threads == 1 or any(name in os.environ for name in CHOICES):
+        return threads
+    return 1 if batch * multiply_adds(model, images[:1]) < SMALL else threads
+
+
+@contextlib.contextmanager
+def using(threads: int) -> Iterator[None]:
+    """Within, torch computes with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def multiply_adds(model: nn.Module, images: Tensor) -> int:
+    """Multiply-adds of the convolutions and linear layers in a forward pass of `images` (B, C, H, W). The model and the
+    generators of torch, Python and numpy stay as they are. Raises TypeError where the module cannot be copied."""
+    counts = []
+
+    def count(layer: nn.Module, _: object, result: Tensor) -> None:
+        counts.append(result.numel() * layer.get_parameter("weight")[0].numel())
+
+    before = RandomState(images.device)
+    try:
+        copy = copied(model, lambda p: nn.Parameter(p.detach().clone(), p.requires_grad)).eval()
+        for layer in copy.modules():
+            if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
+                layer.register_forward_hook(count)
+        copy(images)
+    finally:
+        before.restore()
+    return sum(counts)
