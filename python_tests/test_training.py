@@ -2,7 +2,10 @@
 
 import copy
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,10 +204,46 @@ def test_dropout_follows_from_the_generator_and_leaves_the_global_one_alone(digi
 def test_dropout_draws_new_masks_in_each_batch_and_epoch():
     masks = []
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(64, 3))
-    model[1].register_forward_hook(lambda module, inputs, output: masks.append(tuple((output == 0).flatten().tolist())))
+
+    def note(module, inputs, output):
+        if module.training:
+            masks.append(tuple((output == 0).flatten().tolist()))
+
+    model[1].register_forward_hook(note)
     images, labels = torch.ones(10, 1, 8, 8), torch.zeros(10, dtype=torch.int64)
     train(model, images.__getitem__, labels, Training(epochs=3, batch=5), nothing, generator(0))
     assert len(set(masks)) == len(masks) == 6
+
+
+def older_tf32_flags():
+    """As code from before torch 2.9 reads them."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False):
+        pass
+    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.get_float32_matmul_precision()
+
+
+@pytest.mark.parametrize("before", ["nothing", "older", "newer"])
+def test_older_tf32_flags_can_be_read_within(before):
+    """On a GPU a model's forward may look at them. They raise where torch's older and newer switches disagree."""
+    code = f"""
+import torch
+from test_training import older_tf32_flags, precision_scope
+if {before!r} == "older":
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("high")
+if {before!r} == "newer":
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.mkldnn.matmul
+values = [s.fp32_precision for s in switches]
+for precision, expected in (("float32", (False, False, "highest")), ("tf32", (True, True, "high"))) * 2:
+    with precision_scope(precision, torch.device("cuda")):
+        assert older_tf32_flags() == expected
+    assert [s.fp32_precision for s in switches] == values
+if {before!r} != "newer":
+    assert older_tf32_flags() == ((False, True, "high") if {before!r} == "older" else (True, False, "highest"))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
 
 
 def test_precision_is_only_what_was_asked_for():

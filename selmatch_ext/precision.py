@@ -7,7 +7,7 @@ import functools
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -33,17 +33,47 @@ def precision_scope(precision: str, device: torch.device) -> Iterator[None]:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             yield
         return
-    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # torch makes this module when it runs
-    switches: tuple[Any, Any] = torch.backends.cuda.matmul, convolutions
-    before = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    with _tf32(precision == "tf32"), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        yield
+
+
+@contextlib.contextmanager
+def _tf32(on: bool) -> Iterator[None]:
+    """Within, TF32 is on or off in products and in cuDNN's convolutions and recurrent layers.
+
+    torch has an older and a newer switch for each, and reading the older one raises where the two disagree. A model may
+    read either, so both are set."""
+    cudnn: Any = torch.backends.cudnn
+    products = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    layers = [cudnn.conv, cudnn.rnn]
+    newer = [(switch, switch.fp32_precision) for switch in (*products, *layers)]
+    older_product = _older(torch.get_float32_matmul_precision, products)
+    older_layer = _older(torch._C._get_cudnn_allow_tf32, layers)
+    torch.set_float32_matmul_precision("high" if on else "highest")
+    cudnn.allow_tf32 = on
+    for switch, _ in newer:
+        switch.fp32_precision = "tf32" if on else "ieee"
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            yield
+        yield
     finally:
-        for switch, value in zip(switches, before, strict=True):
+        torch.set_float32_matmul_precision(older_product)
+        cudnn.allow_tf32 = older_layer
+        for switch, value in newer:
             switch.fp32_precision = value
+
+
+def _older(read: Callable[[], Any], newer: list[Any]) -> Any:
+    """What `read`, which raises where the newer switches disagree with the older one, returns where they agree with it.
+    Changes the newer ones."""
+    values = ("ieee", "tf32", "bf16")
+    for number, value in enumerate(values):
+        for switch in newer:
+            switch.fp32_precision = value
+        try:
+            return read()
+        except RuntimeError:
+            if number == len(values) - 1:
+                raise
 
 
 @functools.cache

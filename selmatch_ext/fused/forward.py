@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,8 @@ class Forward:
     name. dtype: of convolutions and activations; the rest is in that of the parameters."""
 
     def __init__(self, model: nn.Module, parameters: dict[str, Tensor], steps: list[Operation], dtype: torch.dtype):
-        self.model, self.parameters, self.steps, self.dtype = model, parameters, steps, dtype
+        self.model, self.parameters, self.dtype = model, parameters, dtype
+        self.steps = [_with_bias(step) for step in steps]
 
     def __call__(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -37,6 +40,12 @@ class Forward:
                 _update(norm, saved[0], saved[1].detach())
             values.append(value)
         return values
+
+
+def _with_bias(step: Operation) -> Operation:
+    """The step with its bias, although the next norm cancels it: BatchNorm's running mean contains it, and weight decay
+    changes it."""
+    return replace(step, rule=replace(step.rule, canceled=False)) if isinstance(step.rule, Conv) else step
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ is that of forward-mode differentiation of the backward pass; csrc/block/block.h
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from selmatch_ext.fused.dual import Dual
 from selmatch_ext.ops.block import (
     BATCH_NORM,
     Affine,
@@ -30,66 +30,8 @@ from selmatch_ext.ops.conv3x3 import FEW, conv3x3, conv3x3_input_gradient, conv3
 
 Parameters = dict[str, Tensor]
 Gradients = tuple[Tensor | None, ...]
-Duals = tuple["Dual", ...]
-DualGradients = tuple["Dual | None", ...]
-
-
-class Dual:
-    """A tensor and its tangent. The tangent may come in two parts that are yet to be added (`more`), so that the next
-    kernel can add them while it reads; None stands for a tangent of zero.
-
-    `both` holds the two in one batch where they were written that way: (value, tangent) on the way forward, (tangent,
-    value) on the way back, so that one correlation over both pairs value with tangent and tangent with value."""
-
-    def __init__(self, value: Tensor | None, tangent: Tensor | None, more: Tensor | None = None):
-        self._value, self.tangent, self.more = value, tangent, more
-        self._both: dict[bool, Tensor] = {}  # by whether the value comes first
-
-    @property
-    def value(self) -> Tensor:
-        """Of every dual but the gradient of the images, of which only the tangent is computed."""
-        assert self._value is not None, "the value of this dual was not computed"
-        return self._value
-
-    @classmethod
-    def forward(cls, both: Tensor) -> Dual:
-        dual = cls(*both.chunk(2))
-        dual._both[True] = both
-        return dual
-
-    @classmethod
-    def backward(cls, both: Tensor, more: Tensor | None = None) -> Dual:
-        tangent, value = both.chunk(2)
-        dual = cls(value, tangent, more)
-        if more is None:
-            dual._both[False] = both
-        return dual
-
-    def whole_tangent(self) -> Tensor:
-        if self.tangent is None:
-            self.tangent = torch.zeros_like(self.value)
-        if self.more is not None:
-            self.tangent, self.more, self._both = self.tangent + self.more, None, {}
-        return self.tangent
-
-    def parts(self) -> DualTensor:
-        """As the block operators take it: with the part of the tangent that is yet to be added."""
-        return DualTensor(self.value, self.whole_tangent() if self.tangent is None else self.tangent, self.more)
-
-    def both(self, value_first: bool) -> Tensor:
-        tangent = self.whole_tangent()
-        if value_first not in self._both:
-            self._both[value_first] = torch.cat((self.value, tangent) if value_first else (tangent, self.value))
-        return self._both[value_first]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Dual:
-        """A linear function of each image, applied to both."""
-        tangent = None if self.tangent is None else function(self.whole_tangent())
-        return Dual(None if self._value is None else function(self._value), tangent)
-
-    def __add__(self, other: Dual) -> Dual:
-        value = None if self._value is None or other._value is None else self._value + other._value
-        return Dual(value, self.whole_tangent() + other.whole_tangent())
+Duals = tuple[Dual, ...]
+DualGradients = tuple[Dual | None, ...]
 
 
 class Rule(Protocol):
@@ -129,7 +71,8 @@ class Conv:
 
     Its weights are in the dtype of the images and in the preferred memory format; `FusedStepper` converts them.
 
-    canceled: the next norm subtracts every channel's mean, so the bias has no effect and its gradient is exactly 0."""
+    canceled: the next norm subtracts every channel's mean, so the bias has no effect: it is left out, and its gradient,
+    which is exactly 0, is not returned."""
 
     weight: str
     bias: str | None
@@ -145,43 +88,41 @@ class Conv:
         return self._convolve(x, p[self.weight], self._bias(p, x)), x
 
     def backward(self, p: Parameters, x: Tensor, g: Tensor, need_x: bool) -> tuple[Gradients, Parameters]:
-        gradients = {self.weight: self._weight_gradient(p, x, g)}
-        if self.bias is not None:
-            gradients[self.bias] = self._bias_gradient(p[self.bias], g)
-        return (self._input_gradient(g, p[self.weight], x) if need_x else None,), gradients
+        back, gradient = self._gradients(g, x, p[self.weight], need_x)
+        return (back,), {self.weight: gradient, **self._bias_gradient(p, g)}
 
     def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Tensor | None) -> tuple[Dual, Dual]:
         """kept: the convolution of x.value, where it is known."""
         (x,) = inputs
         if x.tangent is None:
             x = Dual(channels_last(x.value), None)
-        value = self._convolve(x.value, p[self.weight], self._bias(p, x.value)) if kept is None else kept
+        weight, bias = p[self.weight], self._bias(p, x.value)
         moved = self._convolve(x.value, t[self.weight], self._bias(t, x.value))
+        if kept is None and bias is None and x.has_both(value_first=True):
+            value, tangent = self._convolve(x.both(value_first=True), weight, None).chunk(2)
+            return Dual(value, tangent, moved), x
+        value = self._convolve(x.value, weight, bias) if kept is None else kept
         if x.tangent is None:
             return Dual(value, moved), x
-        return Dual(value, self._convolve(x.whole_tangent(), p[self.weight], None), moved), x
+        return Dual(value, self._convolve(x.whole_tangent(), weight, None), moved), x
 
     def dual_backward(
         self, p: Parameters, t: Parameters, x: Dual, g: Dual, need_x: bool, need_p: bool
     ) -> tuple[DualGradients, Parameters]:
-        gradients = {}
-        if need_p and x.tangent is None:
-            gradients[self.weight] = self._weight_gradient(p, x.value, g.whole_tangent())
-        elif need_p:
-            gradients[self.weight] = self._weight_gradient(p, x.both(value_first=True), g.both(value_first=False))
-        if need_p and self.bias is not None:
-            gradients[self.bias] = self._bias_gradient(p[self.bias], g.whole_tangent())
+        weight = p[self.weight]
+        if x.tangent is None:  # the images: only the tangent of their gradient is asked for
+            back, gradient = self._gradients(g.whole_tangent(), x.value, weight, need_x, need_p)
+        else:
+            pair = g.both(value_first=False), x.both(value_first=True)
+            back, gradient = self._gradients(*pair, weight, need_x, need_p)
+        gradients = {self.weight: gradient, **self._bias_gradient(p, g.whole_tangent())} if need_p else {}
         if not need_x:
             return (None,), gradients
-        weight, weight_t = p[self.weight], t[self.weight]
-        if x.tangent is None:  # the images: only the tangent of their gradient is asked for
-            moved = self._input_gradient(g.whole_tangent(), weight, x.value)
-            return (Dual(None, moved, self._input_gradient(g.value, weight_t, x.value)),), gradients
-        both = self._input_gradient(g.both(value_first=False), weight, x.value)
-        return (Dual.backward(both, self._input_gradient(g.value, weight_t, x.value)),), gradients
+        more = self._gradients(g.value, x.value, t[self.weight], True, False)[0]
+        return (Dual(None, back, more) if x.tangent is None else Dual.backward(back, more),), gradients
 
     def _bias(self, p: Parameters, like: Tensor) -> Tensor | None:
-        return None if self.bias is None else p[self.bias].to(like.dtype)
+        return None if self.bias is None or self.canceled else p[self.bias].to(like.dtype)
 
     def _settings(self) -> tuple:
         """What aten.convolution_backward takes after bias_sizes: stride, padding, dilation, transposed, output_padding,
@@ -197,28 +138,37 @@ class Conv:
             return conv3x3(x, weight, bias)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
-    def _weight_gradient(self, p: Parameters, x: Tensor, g: Tensor) -> Tensor:
-        weight = p[self.weight]
-        if self.by_conv3x3(weight):
-            return conv3x3_weight_gradient(x, g)
-        mask = (False, True, False)
-        return torch.ops.aten.convolution_backward(g, x, weight, None, *self._settings(), mask)[1]
+    def _bias_gradient(self, p: Parameters, g: Tensor) -> Parameters:
+        if self.bias is None or self.canceled:
+            return {}
+        return {self.bias: g.sum((0, 2, 3), dtype=p[self.bias].dtype)}
 
-    def _bias_gradient(self, like: Tensor, g: Tensor) -> Tensor:
-        return torch.zeros_like(like) if self.canceled else g.sum((0, 2, 3), dtype=like.dtype)
-
-    def _input_gradient(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-        """The transposed convolution of g, like x (whose batch may be another)."""
-        if self.by_conv3x3(weight, input_gradient=True):
-            return conv3x3_input_gradient(g, weight)
+    def _gradients(
+        self, g: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool = True
+    ) -> tuple[Any, Any]:
+        """The gradients of x and of the weights from that of the convolution of x, g; None for what is not needed."""
         few = self.groups == 1 and x.shape[1] <= FEW and g.device.type == "cpu" and g.dtype != torch.bfloat16
-        if few:  # torch's own is several times slower where so few channels come out
+        if not few and not self.by_conv3x3(weight) and not self.by_conv3x3(weight, input_gradient=True):
+            return self._torch_gradients(g, x, weight, need_x, need_weight)
+        of_x = of_weight = None
+        if need_x and self.by_conv3x3(weight, input_gradient=True):
+            of_x = conv3x3_input_gradient(g, weight)
+        elif need_x and few:  # torch's own is several times slower where so few channels come out
             columns = weight.flatten(1).T @ g.flatten(2)
-            return F.fold(columns, x.shape[2:], weight.shape[2:], self.dilation, self.padding, self.stride)
-        # Only the shape of x counts.
-        x = torch.empty((len(g), *x.shape[1:]), dtype=g.dtype, device=g.device, memory_format=torch.channels_last)
-        mask = (True, False, False)
-        return torch.ops.aten.convolution_backward(g, x, weight, None, *self._settings(), mask)[0]
+            of_x = F.fold(columns, x.shape[2:], weight.shape[2:], self.dilation, self.padding, self.stride)
+        elif need_x:
+            of_x = self._torch_gradients(g, x, weight, True, False)[0]
+        if need_weight:
+            ours = self.by_conv3x3(weight)
+            of_weight = conv3x3_weight_gradient(x, g) if ours else self._torch_gradients(g, x, weight, False, True)[1]
+        return of_x, of_weight
+
+    def _torch_gradients(
+        self, g: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
+    ) -> tuple[Any, Any]:
+        mask = (need_x, need_weight, False)
+        of_x, of_weight, _ = torch.ops.aten.convolution_backward(g, x, weight, None, *self._settings(), mask)
+        return of_x, of_weight
 
 
 @dataclass(frozen=True)
@@ -300,7 +250,7 @@ class Linear:
         x = x.map(lambda v: v.to(p[self.weight].dtype))
         moved = F.linear(x.value, t[self.weight], self._bias(t))
         if x.tangent is not None:
-            moved += x.tangent @ p[self.weight].T
+            moved = torch.addmm(moved, x.tangent, p[self.weight].T)
         return Dual(F.linear(x.value, p[self.weight], self._bias(p)), moved), x
 
     def dual_backward(
@@ -311,13 +261,13 @@ class Linear:
         if need_p:
             gradients[self.weight] = gt.T @ x.value
             if x.tangent is not None:
-                gradients[self.weight] += g.value.T @ x.tangent
+                gradients[self.weight] = torch.addmm(gradients[self.weight], g.value.T, x.tangent)
             if self.bias is not None:
                 gradients[self.bias] = gt.sum(0)
         if not need_x:
             return (None,), gradients
         value = None if x.tangent is None else g.value @ p[self.weight]
-        return (Dual(value, gt @ p[self.weight] + g.value @ t[self.weight]),), gradients
+        return (Dual(value, torch.addmm(gt @ p[self.weight], g.value, t[self.weight])),), gradients
 
     def _bias(self, p: Parameters) -> Tensor | None:
         return None if self.bias is None else p[self.bias]

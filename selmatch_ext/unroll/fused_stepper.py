@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selmatch_ext.fused.dual import Dual
 from selmatch_ext.fused.operations import Operation
-from selmatch_ext.fused.rules import Conv, Dual, Parameters
+from selmatch_ext.fused.rules import Conv, Parameters
 from selmatch_ext.modules.private import PrivateModel
 from selmatch_ext.ops.conv3x3 import FEW
 from selmatch_ext.unroll.adjoint import Derivative, UnrollPlan, check_logits
@@ -24,6 +25,7 @@ class FusedStepper:
     def __init__(self, model: PrivateModel, operations: list[Operation], plan: UnrollPlan):
         self.model, self.operations, self.plan = model, operations, plan
         self.shapes = dict(zip(model.names, model.shapes, strict=True))
+        self.one_hot: Tensor | None = None  # (K, K), of the first step
         self.convolutions = [operation.rule for operation in operations if isinstance(operation.rule, Conv)]
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor, wanted: Wanted | None, keep: bool) -> tuple[Tensor, Any]:
@@ -31,7 +33,7 @@ class FusedStepper:
         values, saved = self._run(p, self._images(x))
         logits = values[-1].to(theta.dtype)
         check_logits(logits, x, y, self.plan.label_range)
-        gradients = self._run_back(p, saved, _logits_gradient(logits, y))
+        gradients = self._run_back(p, saved, self._shares_and_gradient(logits, y)[1])
         kept = [v if self._is_kept(operation) else None for operation, v in zip(self.operations, values, strict=True)]
         return self._flat(gradients, theta), kept if keep else None
 
@@ -41,12 +43,10 @@ class FusedStepper:
         p, t = self._named(theta), self._named(direction)
         logits, saved = self._run_dual(p, t, self._images(x), kept or [None] * len(self.operations))
         logits = logits.map(lambda v: v.to(theta.dtype))
-        g = _logits_gradient(logits.value, y)
-        shares = logits.value.softmax(1)
+        shares, g = self._shares_and_gradient(logits.value, y)
         moved = logits.whole_tangent()
-        centered = moved - (shares * moved).sum(1, keepdim=True)
-        of_labels = -centered / len(x)
-        gt = shares * centered * (_weights(y) / len(x))
+        scale = y.sum(1, keepdim=True) / len(x) if y.is_floating_point() else 1 / len(x)
+        gt = _softmax_tangent(shares, moved) * scale
         gradients: Parameters = {}
         u: Dual | None = None
         if wanted.parameters or wanted.images:
@@ -55,7 +55,7 @@ class FusedStepper:
             (g * moved).sum(),
             self._flat(gradients, theta) if wanted.parameters else None,
             None if u is None else u.whole_tangent().to(theta.dtype),
-            of_labels if wanted.labels else None,
+            ((shares * moved).sum(1, keepdim=True) - moved) / len(x) if wanted.labels else None,
         )
 
     def freed(self, kept: Any) -> None:
@@ -75,10 +75,21 @@ class FusedStepper:
             named[rule.weight] = weight
         return named
 
+    def _shares_and_gradient(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """softmax(logits), and the gradient of the mean cross-entropy with respect to the logits, both (B, K). y: (B,)
+        classes or (B, K) probabilities."""
+        shares = logits.softmax(1)
+        if y.is_floating_point():
+            return shares, (shares * y.sum(1, keepdim=True) - y) / len(y)
+        if self.one_hot is None:
+            self.one_hot = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
+        return shares, (shares - self.one_hot.index_select(0, y)) / len(y)
+
     def _flat(self, gradients: Parameters, like: Tensor) -> Tensor:
         """(P,); zeros where the loss does not reach a parameter."""
+        zero = like.new_zeros(1)
         shaped = zip(self.model.names, self.model.shapes, strict=True)
-        parts = [gradients[n].reshape(-1) if n in gradients else like.new_zeros(s.numel()) for n, s in shaped]
+        parts = [gradients[n].reshape(-1) if n in gradients else zero.expand(s.numel()) for n, s in shaped]
         return torch.cat([part.to(like.dtype) for part in parts])
 
     def _images(self, x: Tensor) -> Tensor:
@@ -146,17 +157,7 @@ def _accumulate(total: Parameters, found: Parameters) -> None:
         total[name] = total[name] + gradient if name in total else gradient
 
 
-def _weights(y: Tensor) -> Tensor | float:
-    """The sum of each image's labels: 1, or (B, 1) where they are given as probabilities."""
-    return y.sum(1, keepdim=True) if y.is_floating_point() else 1.0
-
-
-def _logits_gradient(logits: Tensor, y: Tensor) -> Tensor:
-    """(B, K) gradient of the mean cross-entropy with respect to the logits (B, K). y: (B,) classes or (B, K)
-    probabilities."""
-    g = logits.softmax(1) * _weights(y)
-    if y.is_floating_point():
-        g = g - y
-    else:
-        g[torch.arange(len(y), device=y.device), y] -= 1
-    return g / len(y)
+def _softmax_tangent(shares: Tensor, moved: Tensor) -> Tensor:
+    """How softmax's result `shares` (B, K) moves with its argument: shares * (moved - sum(shares * moved)), the same as
+    its backward pass, since its Jacobian is symmetric."""
+    return torch.ops.aten._softmax_backward_data(moved, shares, 1, shares.dtype)
