@@ -12,6 +12,7 @@ FLOORS = """
     arrays
     second_order
     ops
+    transfers
     settings
     provenance
     modules

@@ -1,6 +1,8 @@
 """The fused engine's steps replayed from graphs: the same bits as without, through a recorder that stands for CUDA's
 and destroys what a real one may overwrite; and CUDA's own where there is a GPU."""
 
+from unittest import mock
+
 import pytest
 import torch
 from test_fused import Functional
@@ -8,7 +10,7 @@ from test_unroll import CLASSES, Problem, assert_near, network, one_thread  # no
 from torch import nn
 
 from selmatch_ext.ops.sampling import sample_augmentation
-from selmatch_ext.unroll import sgd, unrolled_sgd
+from selmatch_ext.unroll import UnrolledSGD, sgd, unrolled_sgd
 from selmatch_ext.unroll.adjoint import UnrollPlan
 from selmatch_ext.unroll.graphs import GraphedStepper, _map, _tensors
 from selmatch_ext.unroll.tesla import Wanted
@@ -210,3 +212,16 @@ def test_on_a_gpu(name, options, monkeypatch):
     for _ in range(2):
         found = problem.gradients(unrolled_sgd, cuda_graphs=True, **options)
         assert_near(found, expected, 1e-2 if "precision" in options else 1e-6)
+
+
+def test_a_second_call_captures_nothing(recorder):
+    """`UnrolledSGD` keeps what it read, its copy of the network and the graphs."""
+    problem = problem_of(network("ConvNetD2W8"))
+    expected = problem.gradients(unrolled_sgd)
+    fake = recorder()
+    unrolled = UnrolledSGD(problem.model)
+    assert_same_bits(problem.gradients(lambda model, *rest, **options: unrolled(*rest, **options)), expected)
+    before = fake.warm, len(fake.recorded), fake.replays
+    with mock.patch.object(sgd, "_choose", side_effect=AssertionError("read again")):
+        assert_same_bits(problem.gradients(lambda model, *rest, **options: unrolled(*rest, **options)), expected)
+    assert (fake.warm, len(fake.recorded)) == before[:2] and fake.replays > before[2]

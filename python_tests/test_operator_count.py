@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from selmatch_ext import models
 from selmatch_ext.fused.comparing import operations_of
 from selmatch_ext.modules.private import PrivateModel
-from selmatch_ext.unroll.adjoint import UnrollPlan
 from selmatch_ext.unroll.fused_stepper import FusedStepper
 from selmatch_ext.unroll.tesla import Wanted
 
@@ -36,8 +35,7 @@ def step(name, precision="float32", tesla=False):
     """Operators of a step of the network: its gradient, and that gradient's derivative."""
     model = models.build(name, 3, 10, (32, 32), generator=torch.Generator().manual_seed(0))
     operations = operations_of(model, torch.zeros(2, 3, 32, 32), training=False)
-    plan = UnrollPlan([], None, (0, 9), "nothing", "exact", precision)
-    stepper = FusedStepper(PrivateModel(model, torch.empty(())), operations, plan)
+    stepper = FusedStepper(PrivateModel(model, torch.empty(())), operations, precision)
     size = sum(p.numel() for p in model.parameters())
     wanted = Wanted(not tesla, True, False)
     with FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:

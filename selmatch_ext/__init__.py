@@ -23,7 +23,7 @@ from selmatch_ext.ops.distance import trajectory_distance
 from selmatch_ext.ops.dsa import Augmentation, augment, mix_augmentations
 from selmatch_ext.ops.gradient_distance import gradient_distance
 from selmatch_ext.ops.sampling import DiffAugment, ParamDiffAug, sample_augmentation
-from selmatch_ext.unroll import explain_engine, unrolled_sgd
+from selmatch_ext.unroll import UnrolledSGD, explain_engine, unrolled_sgd
 
 if TYPE_CHECKING:
     from selmatch_ext import ranges
@@ -72,6 +72,7 @@ __all__ = [
     "Run",
     "Start",
     "Task",
+    "UnrolledSGD",
     "augment",
     "build_info",
     "explain_engine",

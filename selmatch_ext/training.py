@@ -20,6 +20,7 @@ from selmatch_ext.seeds import global_stream
 from selmatch_ext.settings import Training
 from selmatch_ext.stages import stage
 from selmatch_ext.threads import threads_for, using
+from selmatch_ext.transfers import steps_to_device
 
 Take = Callable[[Tensor], Tensor]  # indices (b,) -> images (b, C, H, W), normalized
 Augmenter = Callable[[Tensor, torch.Generator], Augmentation]  # indices (b,), generator -> what to do with each image
@@ -77,9 +78,9 @@ def train(
             group["lr"] = learning_rate(settings, epoch)
         model.train()
         with global_stream(generator, device), using(threads):
-            for indices in torch.randperm(len(labels), generator=generator).split(settings.batch)[:batches]:
-                p = augmenter(indices, generator).to(device)
-                indices = indices.to(device)
+            order = torch.randperm(len(labels), generator=generator).split(settings.batch)[:batches]
+            tables = [augmenter(indices, generator) for indices in order]
+            for indices, p in zip(*steps_to_device(order, tables, device), strict=True):
                 with precision_scope(settings.precision, device):
                     x = augment(take(indices), p)
                     network = fast(model, x, settings.precision) if network is None else network

@@ -18,6 +18,7 @@ from selmatch_ext.ops.dsa import Augmentation
 from selmatch_ext.ops.sampling import sample_augmentation
 from selmatch_ext.ranges import Checked, Count, Number, Seconds
 from selmatch_ext.settings import Evaluation, Experts, Start, Training
+from selmatch_ext.transfers import steps_to_device
 from selmatch_ext.unroll import explain_engine
 
 
@@ -110,8 +111,19 @@ class Task:
             batch, *size, strategy=strategy, siamese=siamese, generator=generator, device=self.device
         )
 
+    def steps(
+        self, batches: list[Tensor], strategy: str, generator: torch.Generator
+    ) -> tuple[list[Tensor], list[Augmentation] | None]:
+        """The batches of indices (CPU) of unrolled training, and one operation of `strategy` for each, on the device;
+        None for the strategy none."""
+        if strategy == "none":
+            return steps_to_device(batches, [], self.device)[0], None
+        size = self.data.image_size
+        tables = [sample_augmentation(len(b), *size, strategy=strategy, generator=generator) for b in batches]
+        return steps_to_device(batches, tables, self.device)
 
-def check_engine(method: Method, model: torch.nn.Module, engine: str, cuda_graphs: bool = False) -> None:
+
+def check_engine(method: Method, model: torch.nn.Module, engine: str, cuda_graphs: bool | None = None) -> None:
     """ValueError where the settings ask for the fused engine, and it has no rule for an operation of the network."""
     if engine != "fused" and not cuda_graphs:
         return

@@ -21,7 +21,7 @@ from selmatch_ext.ranges import Count, Number, Positive, Rate
 from selmatch_ext.settings import Experts, Start, Training
 from selmatch_ext.strict_json import shown
 from selmatch_ext.training import predict
-from selmatch_ext.unroll.sgd import unrolled_sgd
+from selmatch_ext.unroll import UnrolledSGD
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class DD(Method):
         s = settings
         self.lr_rates = s.lr if s.lr_rates is None else s.lr_rates
         self.model = task.network(s.model, "network")
+        self.unrolled = UnrolledSGD(self.model, s.engine)
         self.batches = self._batches() * s.epochs
         rates = torch.full((len(self.batches),), s.lr_init, device=task.device, dtype=task.dtype)
         self.raw = rates.expm1().log().requires_grad_()  # the inverse of softplus
@@ -113,7 +114,7 @@ class DD(Method):
                 f"steps is {steps}: each step takes equally many images of each class, so start.ipc must be a "
                 f"multiple of it; the starting set has {', '.join(str(len(row)) for row in rows)} images of the classes"
             )
-        return [torch.cat([row[i * count : (i + 1) * count] for row in rows]) for i in range(steps)]
+        return [torch.cat([row[i * count : (i + 1) * count] for row in rows]).cpu() for i in range(steps)]
 
     def _check_experts(self) -> None:
         s, store = self.settings, self.task.experts
@@ -193,17 +194,9 @@ class DD(Method):
         real, wanted = self.task.real(indices), self.wanted(self.task.data.train.labels[indices]).to(self.task.device)
         losses = []
         for start in self.initial(iteration, generator):
-            augmentations = [self.task.draw(len(b), self.settings.strategy, generator) for b in self.batches]
-            theta = unrolled_sgd(
-                self.model,
-                start,
-                self.combined(),
-                self.labels,
-                self.batches,
-                F.softplus(self.raw),
-                augmentations=augmentations if self.settings.strategy != "none" else None,
-                engine=self.settings.engine,
-            )
+            batches, augmentations = self.task.steps(self.batches, self.settings.strategy, generator)
+            rates = F.softplus(self.raw)
+            theta = self.unrolled(start, self.combined(), self.labels, batches, rates, augmentations)
             logits = functional_call(self.model, flat.unflatten(theta, self.model), (real,))
             losses.append(F.cross_entropy(logits, wanted))
         return torch.stack(losses).mean()
@@ -227,7 +220,7 @@ class DD(Method):
                 [store.row(k, store.epochs) for k in range(store.count - s.test_networks, store.count)]
             )
         rates = F.softplus(self.raw).detach().cpu().float()
-        schedule = Schedule(rates, torch.stack(self.batches).cpu(), s.model, starts)
+        schedule = Schedule(rates, torch.stack(self.batches), s.model, starts)
         return replace(super().distilled(), schedule=schedule)
 
     def further_results(self, sets: dict[str, DistilledSet]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.ops.distance import trajectory_distance
 from selmatch_ext.ranges import Count, Momentum, Number, Positive, Rate
 from selmatch_ext.settings import DSA, Precision
-from selmatch_ext.unroll.sgd import unrolled_sgd
+from selmatch_ext.unroll import UnrolledSGD, explain_engine
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class MTTSettings(MethodSettings):
     """activations is faster, and its memory grows with inner_steps."""
     precision: Precision = "float32"
     """tf32 (GPU only): TF32 in convolutions and matrix products; bfloat16: convolutions and activations in bfloat16."""
-    cuda_graphs: bool = False
-    """Replay each student update from a CUDA graph; GPU with the fused engine only."""
+    cuda_graphs: bool | None = None
+    """Replay each student update from a CUDA graph; GPU with the fused engine only. None: where that is so."""
     max_loss: Positive = 100.0
     """A matching loss above this stops the run: 1 is the distance between the expert's start and target."""
     experts_per_iteration: Count = 1
@@ -90,6 +90,7 @@ class MTT(Method):
         self.max_loss, self.draws = settings.max_loss, settings.experts_per_iteration
         self.model = task.expert_network()
         check_trajectories(task.experts, self.model, settings)
+        self.unrolled = self._unrolled()
         self._check_batches()
         self.lr = torch.tensor(settings.lr_init, device=task.device, dtype=task.dtype, requires_grad=True)
         self.learned["lr"] = self.lr
@@ -97,6 +98,13 @@ class MTT(Method):
             self.logits = expert_logits(task.experts, task.context, task.start.images.to(task.dtype))
         if settings.labels == "learned":
             self.learned["logits"] = self.logits.requires_grad_()
+
+    def _unrolled(self) -> UnrolledSGD:
+        s, graphs = self.settings, self.settings.cuda_graphs
+        if graphs is None:
+            on_gpu = self.task.device.type == "cuda" and s.engine != "autograd"
+            graphs = on_gpu and explain_engine(self.model, self.combined()[:2].detach()).name == "fused"
+        return UnrolledSGD(self.model, s.engine, s.keep, s.gradient, s.precision, graphs)
 
     def _check_batches(self) -> None:
         """ValueError where the student would train on a batch of one image that BatchNorm refuses."""
@@ -144,23 +152,8 @@ class MTT(Method):
         start = store.row(expert, epoch).to(images)
         target = store.row(expert, epoch + s.expert_epochs).to(images)
         batches = chunks(len(images), s.batch_syn, s.inner_steps, generator)
-        augmentations = None
-        if s.strategy != "none":
-            augmentations = [self.task.draw(len(b), s.strategy, generator) for b in batches]
-        student = unrolled_sgd(
-            self.model,
-            start,
-            images,
-            self.targets(),
-            [b.to(images.device) for b in batches],
-            self.lr,
-            augmentations=augmentations,
-            engine=s.engine,
-            keep=s.keep,
-            gradient=s.gradient,
-            precision=s.precision,
-            cuda_graphs=s.cuda_graphs,
-        )
+        batches, augmentations = self.task.steps(batches, s.strategy, generator)
+        student = self.unrolled(start, images, self.targets(), batches, self.lr, augmentations)
         return trajectory_distance(student, start, target)
 
     def check(self) -> None:

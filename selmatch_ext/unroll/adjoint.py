@@ -246,16 +246,20 @@ def _described(output: Any) -> str:
     return f"{type(output).__name__}{inside}; let it return the logits alone, without auxiliary heads"
 
 
-def check_logits(logits: Any, x: Tensor, y: Tensor, label_range: tuple | None) -> None:
-    """ValueError where the model's result does not fit the images and labels."""
+def check_logits(logits: Any, x: Tensor) -> int:
+    """The number of classes. ValueError where the model's result is not (B, K) logits of the images x (B, C, H, W)."""
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[0] != x.shape[0]:
         what = tuple(logits.shape) if isinstance(logits, torch.Tensor) else _described(logits)
         raise ValueError(
             f"model must turn ({x.shape[0]}, C, H, W) images into ({x.shape[0]}, K) logits, it gave {what}"
         )
-    classes = logits.shape[1]
-    if y.is_floating_point() and y.shape[1] != classes:
-        raise ValueError(f"labels have {y.shape[1]} columns, the model has {classes} outputs")
+    return logits.shape[1]
+
+
+def check_targets(labels: Tensor, label_range: tuple | None, classes: int) -> None:
+    """ValueError where the labels do not fit a model with so many outputs."""
+    if labels.is_floating_point() and labels.shape[1] != classes:
+        raise ValueError(f"labels have {labels.shape[1]} columns, the model has {classes} outputs")
     if label_range is not None and label_range[1] >= classes:
         raise ValueError(
             f"labels must be below {classes}, the model's number of outputs; the largest is {label_range[1]}"

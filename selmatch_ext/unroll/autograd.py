@@ -11,7 +11,7 @@ from selmatch_ext.models.flat import flatten
 from selmatch_ext.modules.private import PrivateModel
 from selmatch_ext.modules.state import ModuleState
 from selmatch_ext.second_order import check_differentiable_again, twice_differentiable
-from selmatch_ext.unroll.adjoint import Derivative, UnrollPlan, check_logits
+from selmatch_ext.unroll.adjoint import Derivative, UnrollPlan, check_logits, check_targets
 from selmatch_ext.unroll.tesla import Wanted
 
 
@@ -94,7 +94,7 @@ class AutogradStepper:
             logits = self.model(parameters, x)
             if theta._version != version:
                 raise ValueError("model changes its parameters in its forward, which unrolled steps cannot repeat")
-            check_logits(logits, x, y, self.plan.label_range)
+            check_targets(y, self.plan.label_range, check_logits(logits, x))
             out_of_reach = self.model.out_of_reach
             if out_of_reach and not logits.isfinite().all():
                 raise TypeError(

@@ -14,7 +14,7 @@ from selmatch_ext.fused.operations import Operation
 from selmatch_ext.fused.rules import Conv, Parameters
 from selmatch_ext.modules.private import PrivateModel
 from selmatch_ext.ops.conv3x3 import FEW
-from selmatch_ext.unroll.adjoint import Derivative, UnrollPlan, check_logits
+from selmatch_ext.unroll.adjoint import Derivative, check_logits
 from selmatch_ext.unroll.tesla import Wanted
 
 
@@ -22,17 +22,22 @@ class FusedStepper:
     """A `Stepper` for a network that fused/reader.py has read. model: the copy that it was read from. What is kept of a
     step are the results of its convolutions."""
 
-    def __init__(self, model: PrivateModel, operations: list[Operation], plan: UnrollPlan):
-        self.model, self.operations, self.plan = model, operations, plan
+    def __init__(self, model: PrivateModel, operations: list[Operation], precision: str):
+        self.model, self.operations, self.precision = model, operations, precision
         self.shapes = dict(zip(model.names, model.shapes, strict=True))
         self.one_hot: Tensor | None = None  # (K, K), of the first step
         self.convolutions = [operation.rule for operation in operations if isinstance(operation.rule, Conv)]
+
+    def classes(self, x: Tensor) -> int:
+        """The number of outputs for images like x (B, C, H, W), which are not looked at."""
+        like = torch.empty(sum(self.model.sizes), dtype=x.dtype, device="meta")
+        images = torch.empty(x.shape, dtype=x.dtype, device="meta")
+        return check_logits(self._run(self._named(like), self._images(images))[0][-1], images)
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor, wanted: Wanted | None, keep: bool) -> tuple[Tensor, Any]:
         p = self._named(theta)
         values, saved = self._run(p, self._images(x))
         logits = values[-1].to(theta.dtype)
-        check_logits(logits, x, y, self.plan.label_range)
         gradients = self._run_back(p, saved, self._shares_and_gradient(logits, y)[1])
         kept = [v if self._is_kept(operation) else None for operation, v in zip(self.operations, values, strict=True)]
         return self._flat(gradients, theta), kept if keep else None
@@ -94,7 +99,7 @@ class FusedStepper:
 
     def _images(self, x: Tensor) -> Tensor:
         """Images or weights in the dtype of the convolutions."""
-        return x.bfloat16() if self.plan.precision == "bfloat16" else x
+        return x.bfloat16() if self.precision == "bfloat16" else x
 
     def _run(self, p: Parameters, x: Tensor) -> tuple[list[Tensor], list[Any]]:
         """The result of every operation, and what each saves for its backward pass."""

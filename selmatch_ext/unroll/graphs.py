@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from selmatch_ext.unroll.adjoint import Derivative, Stepper
+from selmatch_ext.unroll.adjoint import Derivative
+from selmatch_ext.unroll.fused_stepper import FusedStepper
 from selmatch_ext.unroll.tesla import Wanted
 
 
@@ -28,7 +29,7 @@ class GraphRecorder(Protocol):
 class GraphedStepper:
     """A `Stepper` that replays another one's steps. Results are the caller's: no later step writes to them."""
 
-    def __init__(self, stepper: Stepper, recorder: GraphRecorder):
+    def __init__(self, stepper: FusedStepper, recorder: GraphRecorder):
         self.stepper, self.recorder = stepper, recorder
         self.graphs: dict[tuple, tuple | None] = {}  # (replay, results, inputs) of a key; None: warmed up
 
@@ -41,6 +42,9 @@ class GraphedStepper:
     ) -> Derivative:
         function = functools.partial(self.stepper.derivative, wanted=wanted)
         return self._run(("derivative", wanted), function, (theta, x, y, kept, direction))
+
+    def classes(self, x: Tensor) -> int:
+        return self.stepper.classes(x)
 
     def freed(self, kept: Any) -> Any:
         return self.stepper.freed(kept)
@@ -86,9 +90,16 @@ class CudaRecorder:
 
     def record(self, function: Callable, inputs: tuple) -> tuple[Callable[[], None], Any]:
         graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do, such as NCCL's watchdog and data loaders, does not end the capture.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            results = function(*inputs)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        # Not torch.cuda.graph, which empties the allocator's cache first: the next steps would allocate anew.
+        with torch.cuda.stream(self.stream):
+            # thread_local: what other threads do, such as NCCL's watchdog and data loaders, does not end the capture.
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                results = function(*inputs)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
         return graph.replay, results
 
 

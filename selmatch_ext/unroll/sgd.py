@@ -18,7 +18,7 @@ from selmatch_ext.modules.private import PrivateModel
 from selmatch_ext.modules.unwrap import unwrapped
 from selmatch_ext.ops.dsa import Augmentation
 from selmatch_ext.precision import warn_if_slow
-from selmatch_ext.unroll.adjoint import Inputs, Stepper, UnrollPlan, unroll
+from selmatch_ext.unroll.adjoint import Inputs, Stepper, UnrollPlan, check_targets, unroll
 from selmatch_ext.unroll.arguments import (
     check_augmentations,
     check_batches,
@@ -91,7 +91,8 @@ def unrolled_sgd(
             or "bfloat16" (fused: convolutions and what lies between them in bfloat16, linear layers in the dtype of
             start; autograd: torch's autocast; both: parameters, logits, loss and updates in the dtype of start).
         cuda_graphs: replay each step from a CUDA graph: fewer launches, same numbers; GPU with the fused engine only;
-            not yet run on a GPU. Graphs are captured anew in each call, so it takes more than a few steps to pay.
+            not yet run on a GPU. Graphs are captured anew in each call, so it takes more than a few steps to pay;
+            `UnrolledSGD` keeps them.
 
     Returns:
         (P,) the parameters after N steps.
@@ -103,23 +104,74 @@ def unrolled_sgd(
         RuntimeError: in the backward pass, with create_graph=True, or where a repeated step of `model` computes
             something else than it did.
     """
-    check_options(engine, keep, gradient, precision)
-    model = unwrapped(model)
-    check_tensors(model, start, images)
-    label_range = check_label_tensor(labels, start, images)
-    steps = check_batches(batches, images)
-    augmentations = check_augmentations(augmentations, steps)
-    rates = learning_rates(lr, len(steps), start)
-    if precision == "tf32" and start.device.type != "cuda":
-        raise ValueError(f'precision="tf32" needs CUDA tensors, start is on {start.device}')
-    if precision == "bfloat16":
-        warn_if_slow(start.device)
-    plan = UnrollPlan(steps, augmentations, label_range, keep, gradient, precision)
-    stepper, choice = _choose(model, start, images, plan, engine)
-    if cuda_graphs:
-        stepper = _graphed(stepper, choice, start.device)
-    with _classes_kept(stepper):
-        return unroll(stepper, Inputs(start, images, labels, rates), plan)
+    unrolled = UnrolledSGD(model, engine, keep, gradient, precision, cuda_graphs)
+    return unrolled(start, images, labels, batches, lr, augmentations)
+
+
+class UnrolledSGD:
+    """`unrolled_sgd` for many calls with one network and the same options: what was read of the network, the private
+    copy of it and CUDA graphs stay from one call to the next, until the object is deleted.
+
+        unrolled = UnrolledSGD(model, cuda_graphs=True)
+        student = unrolled(start, images, labels, batches, lr, augmentations)
+
+    The arguments are those of `unrolled_sgd`, and so are the results and the errors. With the fused engine the network
+    is the one that was read at the first call for images of a size; make a new object after `model` was changed. (Its
+    parameters and buffers do not count.) An object belongs to one thread at a time."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: str = "auto",
+        keep: str = "nothing",
+        gradient: str = "exact",
+        precision: str = "float32",
+        cuda_graphs: bool = False,
+    ):
+        check_options(engine, keep, gradient, precision)
+        self.model, self.engine, self.keep = unwrapped(model), engine, keep
+        self.gradient, self.precision, self.cuda_graphs = gradient, precision, cuda_graphs
+        self._steppers: dict[tuple, tuple[FusedStepper | GraphedStepper, int]] = {}  # and the number of classes
+
+    @never_compiled("unrolled_sgd reads the network in Python; it runs as it is in compiled code")
+    def __call__(
+        self,
+        start: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        batches: Iterable[Tensor],
+        lr: Tensor | np.ndarray | float,
+        augmentations: Iterable[Augmentation] | None = None,
+    ) -> Tensor:
+        """(P,) parameters after N steps; see `unrolled_sgd`."""
+        check_tensors(self.model, start, images)
+        label_range = check_label_tensor(labels, start, images)
+        steps = check_batches(batches, images)
+        augmentations = check_augmentations(augmentations, steps)
+        rates = learning_rates(lr, len(steps), start)
+        if self.precision == "tf32" and start.device.type != "cuda":
+            raise ValueError(f'precision="tf32" needs CUDA tensors, start is on {start.device}')
+        if self.precision == "bfloat16":
+            warn_if_slow(start.device)
+        plan = UnrollPlan(steps, augmentations, label_range, self.keep, self.gradient, self.precision)
+        stepper = self._stepper(start, images, labels, plan)
+        with _classes_kept(stepper):
+            return unroll(stepper, Inputs(start, images, labels, rates), plan)
+
+    def _stepper(self, start: Tensor, images: Tensor, labels: Tensor, plan: UnrollPlan) -> Stepper:
+        """That of an earlier call with such tensors, where it runs on the fused engine; else a new one."""
+        key = start.dtype, start.device, images.shape[1:]
+        if key not in self._steppers:
+            chosen: FusedStepper | AutogradStepper | GraphedStepper
+            chosen, choice = _choose(self.model, start, images, plan, self.engine)
+            if self.cuda_graphs:
+                chosen = _graphed(chosen, choice, start.device)
+            if isinstance(chosen, AutogradStepper):
+                return chosen
+            self._steppers[key] = chosen, chosen.classes(images)
+        stepper, classes = self._steppers[key]
+        check_targets(labels, plan.label_range, classes)
+        return stepper
 
 
 @contextlib.contextmanager
@@ -179,7 +231,9 @@ def _read(model: nn.Module, images: Tensor) -> tuple[list[Operation] | None, Eng
     )
 
 
-def _choose(model: nn.Module, start: Tensor, images: Tensor, plan: UnrollPlan, engine: str) -> tuple[Stepper, Engine]:
+def _choose(
+    model: nn.Module, start: Tensor, images: Tensor, plan: UnrollPlan, engine: str
+) -> tuple[FusedStepper | AutogradStepper, Engine]:
     steps, choice = None, Engine("autograd", "it was asked for")
     if engine != "autograd":
         steps, choice = _read(model, images)
@@ -187,12 +241,12 @@ def _choose(model: nn.Module, start: Tensor, images: Tensor, plan: UnrollPlan, e
         raise NotImplementedError(f'engine="fused" cannot run this network: {choice.reason}; use engine="auto"')
     private = PrivateModel(model, torch.empty((), dtype=start.dtype, device=start.device))
     private.module.train()
-    return AutogradStepper(private, plan) if steps is None else FusedStepper(private, steps, plan), choice
+    return AutogradStepper(private, plan) if steps is None else FusedStepper(private, steps, plan.precision), choice
 
 
-def _graphed(stepper: Stepper, choice: Engine, device: torch.device) -> Stepper:
+def _graphed(stepper: Stepper, choice: Engine, device: torch.device) -> GraphedStepper:
     """The step functions of the fused engine as CUDA graphs. (Autograd's may draw random numbers.)"""
-    if choice.name != "fused":
+    if not isinstance(stepper, FusedStepper):
         raise ValueError(f"cuda_graphs=True needs the fused engine, this call runs on {choice}")
     if device.type != "cuda":
         raise ValueError(f"cuda_graphs=True needs CUDA tensors, start is on {device}")
