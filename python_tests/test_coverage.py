@@ -21,7 +21,7 @@ from selmatch_ext.seeds import generator
 from selmatch_ext.selection.features import trained_networks
 from selmatch_ext.settings import Coverage, Evaluation, Features, Training
 from selmatch_ext.studies import coverage as coverage_module
-from selmatch_ext.studies.coverage import easy_half, nearest, ruler, shares, snapshots
+from selmatch_ext.studies.coverage import coverage_measure, easy_half, nearest, shares, snapshots
 from selmatch_ext.studies.sets import named
 
 TINY = Features(model=MODEL, strategy="none", training=Training(epochs=1))
@@ -67,7 +67,7 @@ def few(data, train, test):
 def test_measuring_is_the_formula(digits, tmp_path):
     """Whole way, from images to percentages, in float32 features; margins to the radius are far above rounding."""
     data = few(digits, 60, 50)
-    measure = ruler(Context(data, 3), Coverage(networks=2), TINY, tmp_path)
+    measure = coverage_measure(Context(data, 3), Coverage(networks=2), TINY, tmp_path)
     subset = real_subset(data, torch.arange(10, 30), "some")
     subset = replace(subset, images=subset.images + 0.3 * torch.randn(subset.images.shape, generator=generator(0)))
     networks = [n.eval() for n in trained_networks(Context(data, 3), TINY, tmp_path, 2)]
@@ -91,7 +91,7 @@ def _images(data, split):
 
 def test_real_images_cover_themselves_and_other_normalizations_are_undone(digits, tmp_path):
     data = few(digits, 60, 50)
-    measure = ruler(Context(replace(data, test=data.train)), Coverage(networks=1), TINY, tmp_path)
+    measure = coverage_measure(Context(replace(data, test=data.train)), Coverage(networks=1), TINY, tmp_path)
     subset = real_subset(data, torch.arange(60), "all")
     assert measure.measure(subset) == {"all": 100, "easy": 100, "hard": 100}
     mean, std = torch.tensor([0.1]), torch.tensor([2.0])
@@ -101,7 +101,7 @@ def test_real_images_cover_themselves_and_other_normalizations_are_undone(digits
 
 def test_whitening_of_the_set_is_undone(digits, tmp_path):
     data = few(digits, 60, 50)
-    measure = ruler(Context(data), Coverage(networks=1), TINY, tmp_path / "plain")
+    measure = coverage_measure(Context(data), Coverage(networks=1), TINY, tmp_path / "plain")
     assert measure.measure(real_subset(data, torch.arange(20), "some")) == measure.measure(
         real_subset(data.whitened(), torch.arange(20), "some")
     )
@@ -128,7 +128,10 @@ class Growing:
     name = "growing"
     max_loss = float("inf")
     state: dict = {}
-    draws, iterations = 1, 0
+    losses_per_iteration, iterations = 1, 0
+
+    def largest_batch(self):
+        return None
 
     def decay(self, iteration):
         return 1.0
@@ -165,7 +168,7 @@ def test_snapshots_also_of_a_run_in_pieces(digits, tmp_path):
 
 
 def test_sets_that_do_not_fit_are_refused_before_any_training(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(coverage_module, "ruler", lambda *rest: pytest.fail("it trained"))
+    monkeypatch.setattr(coverage_module, "coverage_measure", lambda *rest: pytest.fail("it trained"))
     wide = real_subset(digits, torch.arange(20), "wide")
     replace(wide, images=torch.zeros(20, 1, 8, 9)).save(tmp_path / "wide")
     for name, message in (("none", "none is not a file"), ("wide", r"shape \(1, 8, 9\), digits of \(1, 8, 8\)")):

@@ -23,6 +23,9 @@ class Line:
     max_loss = float("inf")
     state: dict = {}
 
+    def largest_batch(self):
+        return None
+
     def decay(self, iteration):
         return 1.0
 
@@ -48,7 +51,7 @@ def test_alone_everything_is_ours():
 
 
 def averaged(method, iterations, folder, draws):
-    method.draws = draws
+    method.losses_per_iteration = draws
     return run_for(method, iterations, folder, seed=7)
 
 

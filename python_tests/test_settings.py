@@ -122,7 +122,7 @@ TINY = [
         ("--min-start-epoch 2", "min_start_epoch must be at least 0 and below max_start_epoch 2"),
         ("--precision tf32", "precision is tf32, which needs a CUDA device"),
         ("--experts.training.precision bfloat16", "experts.training.precision is bfloat16, which takes 12 times"),
-        ("--cuda-graphs", "cuda_graphs needs a CUDA device"),
+        ("--cuda-graphs True", "cuda_graphs needs a CUDA device"),
         ("--engine fused --experts.model timm:resnet10t", "engine is fused, but"),
         ("--experts.count 100000000", "GB are free there"),
         ("--device tpu", "there are auto, cpu"),

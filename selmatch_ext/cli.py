@@ -14,7 +14,7 @@ import tyro
 
 from selmatch_ext import cli_process, cli_studies, models, preflight, recipes, report, runner
 from selmatch_ext.cli_process import device_of
-from selmatch_ext.cli_settings import Here, Place, WithExperts, check_named_networks, given_run, take
+from selmatch_ext.cli_settings import Here, Place, WithExperts, check_named_networks, given_run, settings_by_name
 from selmatch_ext.context import Context
 from selmatch_ext.data.load import load_data
 from selmatch_ext.data.trajectories import import_replay_buffer
@@ -129,7 +129,10 @@ def scores(
         device: auto, cpu, cuda, cuda:1 …
     """
     if scores.source not in COMPUTED:
-        raise ValueError(f"start.scores.source must be {' or '.join(COMPUTED)} here, got {scores.source!r}")
+        raise ValueError(
+            f"selmatch scores computes scores: scores.source must be {' or '.join(COMPUTED)}, got {scores.source!r}; "
+            "give files of scores to select or run"
+        )
     parts, where = {"start": {"scores": scores}}, device_of(device)
     preflight.check_choices(parts, where)
     context = Context(load_data(data, seed), seed, where)
@@ -241,7 +244,7 @@ def _later(verb: Callable[..., None], defaults: Run | None) -> Callable[..., Cal
         return functools.partial(verb, *arguments, **options)
 
     if defaults is not None:
-        parts = take(defaults)
+        parts = settings_by_name(defaults)
         signature = inspect.signature(verb)
         changed = [p.replace(default=parts.get(p.name, p.default)) for p in signature.parameters.values()]
         vars(call)["__signature__"] = signature.replace(parameters=changed)

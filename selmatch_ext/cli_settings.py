@@ -81,7 +81,7 @@ def _find(given: str, method: str | None, whole: bool) -> Run:
 
 
 def check_named_networks(run: Run, parts: Collection[str], words: list[str]) -> None:
-    """Raises ValueError for a network in one of the parts that the verb has (`take`) that is a function of a module of
+    """Raises ValueError for a network in one of the verb's parts (`settings_by_name`) that is a function of a module of
     Python, unless the command names it too: a data file does not choose which code runs."""
     trusted = {value for word in words for value in (word, word.partition("=")[2])}
     for name, value in _networks(run):
@@ -102,7 +102,7 @@ def _networks(settings: Any, prefix: str = "") -> list[tuple[str, str]]:
     return found
 
 
-def take(run: Run) -> dict[str, Any]:
+def settings_by_name(run: Run) -> dict[str, Any]:
     """The parts of a run by the names that verbs have for them."""
     parts = {field.name: getattr(run, field.name) for field in fields(run) if field.name != "method"}
     return parts | {"scores": run.start.scores, "features": run.start.features}

@@ -311,7 +311,7 @@ def _verified(path: Path, texts: dict[str, str], names: Collection[str]) -> tupl
     """(metadata, checksums of the tensors). ValueError unless there is a right checksum of each string, and one of each
     tensor in the file."""
     if len(names) > MOST_TENSORS:
-        raise ValueError(f"{path} holds {len(names)} tensors; allowed are {MOST_TENSORS}")
+        raise ValueError(f"{path} holds {len(names)} tensors; allowed are {MOST_TENSORS}: it may be damaged")
     where = f"{path}: metadata field {CHECKSUMS!r}"
     found = strict_json.mapping(json_field(texts, CHECKSUMS, path), where)
     tensors, strings = (strict_json.mapping(found.get(part), f"{where}, {part}") for part in ("tensors", "metadata"))

@@ -18,7 +18,7 @@ from selmatch_ext.data.distilled import DistilledSet, seen_as
 from selmatch_ext.data.images import ImageData
 from selmatch_ext.data.trajectories import ExpertSource
 from selmatch_ext.methods import Method, Task, find_method
-from selmatch_ext.methods.loop import check_draws
+from selmatch_ext.methods.loop import check_shares
 from selmatch_ext.models.batchnorm import refuses_one_image
 from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.ops.sampling import sample_augmentation
@@ -120,7 +120,7 @@ def check_distillation(settings: Run, context: Context, folder: Path, experts: E
     task = Task(start, replace(context, data=seen_as(start, context.data)), experts)
     kind = find_method(settings.method)
     method = kind(task, kind.without_experts(settings.settings))
-    check_draws(method)
+    check_shares(method)
     method.check_network()
     check_disk(folder, method)
 

@@ -1,6 +1,7 @@
 """What a file or folder was made from, and whether that is what is asked for now.
 
-A run's folder holds its settings (`claim`, `recognize`); every other file holds what it was made from (`check_same`).
+A run's folder holds its settings (`claim`) and what its images are (`record_images`); every other file holds what it
+was made from (`check_same`).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ _ALL = tuple(dict.fromkeys(pattern for patterns in DEPEND.values() for pattern i
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:
     """Checks, before any work, that `folder` can be written, and that no stage that has begun there was made with
-    other settings: ValueError naming what differs. Where images lie is left to `recognize`."""
+    other settings: ValueError naming what differs. Where images lie is left to `record_images`."""
     check_writable(folder / "settings.json")
     changed = [line for line in other_settings(folder, settings) if _name(line) not in PLACES]
     changed = [line for line in changed if has_begun(folder, _name(line))]
@@ -62,7 +63,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         remove_abandoned(folder)
 
 
-def recognize(folder: Path, settings: dict[str, Any], data: ImageData) -> ImageData:
+def record_images(folder: Path, settings: dict[str, Any], data: ImageData) -> ImageData:
     """Writes folder/settings.json and data.json, which says what the images are, after `claim`; says in a line what
     was corrected. Returns `data` under the name that the run knows it by.
 

@@ -21,7 +21,7 @@ from selmatch_ext.files import check_writable, read_json, write_json, write_text
 from selmatch_ext.methods import LoopSettings, Method, SelMatch, Task, find_method
 from selmatch_ext.methods.loop import run_method
 from selmatch_ext.output import attempt, say
-from selmatch_ext.provenance import claim, from_dict, of_images, recognize, to_dict
+from selmatch_ext.provenance import claim, from_dict, of_images, record_images, to_dict
 from selmatch_ext.ranges import Checked, Seed
 from selmatch_ext.selection.start import Chosen, choose, random_like
 from selmatch_ext.settings import SELECTIONS, Data, Evaluation, Experts, Start
@@ -149,7 +149,7 @@ def select(settings: Run, folder: str | Path, device: torch.device) -> tuple[Pat
     claim(folder, plain)
     context = Context(load_data(settings.data, settings.seed), settings.seed, device)
     preflight.check_start(settings.start, settings.evaluation, context)
-    context = replace(context, data=recognize(folder, plain, context.data))
+    context = replace(context, data=record_images(folder, plain, context.data))
     chosen = choose(settings.start, context, settings.evaluation, folder)
     path = folder / f"{how}.safetensors"
     if ranks.first():
@@ -173,7 +173,9 @@ def distill(settings: Run, chosen: Chosen, context: Context, folder: Path, store
         start.save(folder / "start.safetensors")
     task = Task(replace(start, settings=made_from), replace(context, data=seen_as(start, context.data)), store)
     method = find_method(settings.method)(task, settings.settings)
-    if store is not None and "images" in store.metadata and not method.other_experts:  # imported experts do not say
+    if (
+        store is not None and "images" in store.metadata and not method.experts_from_other_data
+    ):  # imported experts do not say
         store.check(0, of_images(task.data))
     # A checkpoint depends on the images' content, not on their path, and not on how the set is evaluated later
     identity = {key: value for key, value in made_from.items() if key != "evaluation"}
@@ -198,7 +200,7 @@ def _begin(settings: Run, folder: Path, device: torch.device, check: Callable[[C
     claim(folder, to_dict(settings))
     context = Context(load_data(settings.data, settings.seed), settings.seed, device)
     check(context)
-    return replace(context, data=recognize(folder, to_dict(settings), context.data))
+    return replace(context, data=record_images(folder, to_dict(settings), context.data))
 
 
 def _sizes(method: Method) -> tuple[dict[str, Any], str]:

@@ -19,8 +19,8 @@ CHOICES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # a number of threads that the
 
 
 def threads_for(model: nn.Module, images: Tensor, batch: int) -> int:
-    """1 where a forward pass of `batch` images is less work than SMALL and the environment does not say how many
-    threads there are to be; else the number that there are now.
+    """The number of threads to use: 1 on the CPU where a forward pass of `batch` images costs less than SMALL and none
+    of the variables in CHOICES is set; otherwise the current number.
 
     images: (n, C, H, W) like those of a batch; n at least 1. The result depends on the network and the sizes alone, not
     on how fast something ran, so that a repeated run gets the same one."""

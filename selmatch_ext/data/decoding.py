@@ -253,5 +253,6 @@ def _sixteen_bits(image: ImageFile.ImageFile, content: bytes) -> np.ndarray:
 
 
 def _with_raw_mode(tile: Any, raw: str) -> Any:
+    """A copy of a tile of Pillow's (codec, box, offset, arguments of the codec) with another raw mode."""
     args = (raw, *tile[3][1:]) if isinstance(tile[3], tuple) else raw
     return tile._replace(args=args) if hasattr(tile, "_replace") else (*tile[:3], args)

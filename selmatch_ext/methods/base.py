@@ -146,7 +146,7 @@ class Method:
     defaults: ClassVar[Defaults] = Defaults()
     max_loss: float = math.inf
     """A loss above this stops the run."""
-    draws: int = 1
+    losses_per_iteration: int = 1
     """Losses that are averaged in each iteration; several processes share them."""
     learned: dict[str, Tensor]
     """What is optimized, by name: leaf tensors that require a gradient."""
@@ -183,7 +183,7 @@ class Method:
         return self.settings.iterations
 
     @property
-    def other_experts(self) -> bool:
+    def experts_from_other_data(self) -> bool:
         """Whether the experts must come from another data set than the images that are distilled (DD's adapt)."""
         return False
 

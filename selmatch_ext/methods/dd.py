@@ -156,7 +156,7 @@ class DD(Method):
         return self.settings.passes * self.per_pass
 
     @property
-    def other_experts(self) -> bool:
+    def experts_from_other_data(self) -> bool:
         return self.settings.objective == "adapt"
 
     def check_network(self) -> None:

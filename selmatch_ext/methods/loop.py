@@ -45,7 +45,7 @@ def run_method(
     seed, settings, iterations = method.task.context.seed, method.settings, method.iterations
     known = {**(made_from if identity is None else identity), "seed": seed, "method": method.name}
     checkpoint = Checkpoint(Path(folder) / "checkpoint.safetensors", known)
-    check_draws(method)
+    check_shares(method)
     optimizer = method.optimizer()
     rates = [group["lr"] for group in optimizer.param_groups]
     losses = checkpoint.restore(method, optimizer)
@@ -120,10 +120,10 @@ def _iterate(
     return before, problem
 
 
-def check_draws(method: Method) -> None:
+def check_shares(method: Method) -> None:
     """ValueError where the processes cannot share the draws of an iteration equally, or the method cannot average
     several."""
-    draws = method.draws
+    draws = method.losses_per_iteration
     if draws < 1 or draws % ranks.world():
         raise ValueError(
             f"{ranks.world()} processes share the losses of an iteration, so the number of losses must be a "
@@ -136,7 +136,7 @@ def check_draws(method: Method) -> None:
 def _backward(method: Method, iteration: int) -> float:
     """Gives what is learned the mean gradient of the iteration's draws, and returns their mean loss. Each rank computes
     every world-th; all add them up in the order of the draws, so that the bits do not depend on the number of ranks."""
-    draws, context = method.draws, method.task.context
+    draws, context = method.losses_per_iteration, method.task.context
     if draws == 1:
         return _one_backward(method, iteration, context.generator(method.name, iteration)).item()
     found: dict[str, list[Tensor]] = {"": [], **{name: [] for name in method.learned}}
@@ -152,14 +152,14 @@ def _backward(method: Method, iteration: int) -> float:
     return means[""].item()
 
 
-def _one_backward(method: Method, iteration: int, draws: torch.Generator) -> Tensor:
+def _one_backward(method: Method, iteration: int, generator: torch.Generator) -> Tensor:
     """Gives what is learned, and nothing else, the gradient of one loss, in float32 where the loss does not say
-    otherwise; dropout too draws its masks from a stream of `draws`. Returns the loss. NotImplementedError where torch
-    has no second derivative of an operation of the network."""
+    otherwise; dropout too draws its masks from a stream of `generator`. Returns the loss. NotImplementedError where
+    torch has no second derivative of an operation of the network."""
     leaves = list(method.learned.values())
     device = leaves[0].device
-    with precision_scope("float32", device), global_stream(draws, device), twice_differentiable():
-        loss = method.loss(iteration, draws)
+    with precision_scope("float32", device), global_stream(generator, device), twice_differentiable():
+        loss = method.loss(iteration, generator)
         loss.backward(inputs=leaves)
     return loss.detach()
 

@@ -87,7 +87,7 @@ class MTT(Method):
                 f"{self.name} needs expert trajectories; train some with `selmatch experts`, and give their "
                 "folder by --experts"
             )
-        self.max_loss, self.draws = settings.max_loss, settings.experts_per_iteration
+        self.max_loss, self.losses_per_iteration = settings.max_loss, settings.experts_per_iteration
         self.model = task.expert_network()
         check_trajectories(task.experts, self.model, settings)
         self.unrolled = self._unrolled()

@@ -28,7 +28,9 @@ def make_norm(kind: str, channels: int, height: int, width: int) -> nn.Module:
     """
     if kind == "IN":
         if height * width == 1:
-            raise ValueError("image_size is too small: instance norm of a map of one pixel forgets the image")
+            raise ValueError(
+                "images are too small for this network: instance norm of a map of one pixel forgets the image"
+            )
         return nn.GroupNorm(channels, channels)
     if kind == "GN":
         if channels % 4:
@@ -87,8 +89,8 @@ def shrink(size: tuple[int, int], kernel: int, stride: int = 1, padding: int = 0
     height, width = ((side + 2 * padding - kernel) // stride + 1 for side in size)
     if height < 1 or width < 1:
         raise ValueError(
-            f"image_size is too small for this network: a map of {size[0]}x{size[1]} is left before a "
-            f"{kernel}x{kernel} window; take a network of less depth, or without pooling"
+            f"images are too small for this network: a layer with a {kernel}x{kernel} window gets a map of "
+            f"{size[0]}x{size[1]}; take a network of less depth or without pooling, or larger images"
         )
     return height, width
 

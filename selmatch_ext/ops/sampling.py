@@ -48,6 +48,7 @@ class _Stream:
         self.rows, self.device, self.dtype, self.affine_device = rows, device, dtype, affine_device
 
     def generator(self, device: torch.device) -> torch.Generator | None:
+        """The generator for the next draw, None for the device's global one."""
         raise NotImplementedError
 
     def uniform(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -59,7 +60,7 @@ class _Stream:
 
 
 class _OneGenerator(_Stream):
-    """All draws in a row from one generator (None: the global one of each device)."""
+    """All draws share one generator (None: the global one of each device)."""
 
     def __init__(self, generator: torch.Generator | None, *args: Any):
         super().__init__(*args)

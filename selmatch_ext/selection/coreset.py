@@ -65,6 +65,8 @@ def _farthest(x: Tensor, ipc: int) -> list[int]:
 
 
 def _by_class(features: Tensor, labels: Tensor, ipc: int, choose: Callable[[Tensor, int], list[int]]) -> Tensor:
+    """(classes * ipc,) indices: `choose`, given the features (n, F) float64 of a class and ipc, returns ipc places in
+    the class."""
     if features.ndim != 2 or len(features) != len(labels) or not features.is_floating_point():
         raise ValueError(
             f"features is {features.dtype} of shape {tuple(features.shape)}; it must be float ({len(labels)}, F), one "

@@ -60,7 +60,7 @@ def shares(covered: Tensor, easy: Tensor) -> dict[str, float]:
 
 
 @dataclass
-class Ruler:
+class CoverageMeasure:
     """What coverage is measured with. center (F,): subtracted from all features; test (m, F): those of the test images;
     radius: r; easy: (m,) bool, the easier half of the test images."""
 
@@ -79,7 +79,7 @@ class Ruler:
         return shares(nearest(self.test, seen.to(self.test) - self.center) <= self.radius, self.easy)
 
 
-def ruler(context: Context, settings: Coverage, features: Features, folder: Path) -> Ruler:
+def coverage_measure(context: Context, settings: Coverage, features: Features, folder: Path) -> CoverageMeasure:
     """Trains the networks (or reads those in `folder`) and measures r and the difficulty of each test image: the norm
     of softmax − one-hot label (EL2N's formula), averaged over the networks at the end of their training. Features and r
     are those of the first network."""
@@ -93,7 +93,7 @@ def ruler(context: Context, settings: Coverage, features: Features, folder: Path
     center = train.mean(0)
     test = split_features(networks[0], context, "test").to(device) - center
     radius = nearest(train - center, train - center, themselves=True).double().mean().item()
-    return Ruler(networks[0], context, center, test, radius, easy_half(el2n(torch.stack(errors), labels)))
+    return CoverageMeasure(networks[0], context, center, test, radius, easy_half(el2n(torch.stack(errors), labels)))
 
 
 def snapshots(path: Path) -> dict[int, Path]:
@@ -127,7 +127,7 @@ def coverage(
     sets = {name: snapshots(path) for name, path in named(paths).items()}
     for files in sets.values():  # what does not fit is refused before any training
         seen_as(DistilledSet.load(list(files.values())[-1]), context.data)
-    measure = ruler(context, settings, features, folder / "networks")
+    measure = coverage_measure(context, settings, features, folder / "networks")
     result: dict = {"radius": measure.radius, "coverage": {}, "accuracy": {}}
     for name, files in sets.items():
         measured = [measure.measure(DistilledSet.load(file)) for file in files.values()]

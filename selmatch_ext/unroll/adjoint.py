@@ -240,7 +240,7 @@ def _add_rows(total: Tensor, rows: Tensor, factor: Tensor, values: Tensor) -> No
 
 
 def _described(output: Any) -> str:
-    """What a network returned in place of logits."""
+    """Text for an error: the type and the parts of a result that is not logits, and what to return instead."""
     parts = getattr(output, "_fields", None) or (list(output) if isinstance(output, dict) else None)
     inside = f" of {', '.join(map(str, parts))}" if parts else ""
     return f"{type(output).__name__}{inside}; let it return the logits alone, without auxiliary heads"

@@ -240,7 +240,7 @@ def _choose(
     if engine == "fused" and steps is None:
         raise NotImplementedError(f'engine="fused" cannot run this network: {choice.reason}; use engine="auto"')
     private = PrivateModel(model, torch.empty((), dtype=start.dtype, device=start.device))
-    private.module.train()
+    private.module.train()  # students: BatchNorm takes each batch's statistics (models/batchnorm.py)
     return AutogradStepper(private, plan) if steps is None else FusedStepper(private, steps, plan.precision), choice
 
 
