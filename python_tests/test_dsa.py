@@ -1,4 +1,4 @@
-"""DSA: every operation and its derivatives against the oracle, the random streams, and what bad input is told."""
+"""DSA: every operation and its derivatives against the oracle, in every layout, and what bad input is told."""
 
 import math
 import os
@@ -8,6 +8,7 @@ import sys
 import pytest
 import reference
 import torch
+from dsa_cases import ALL, DEVICES, NAMES, OLD_GRIDS, each_device, generator, normal  # noqa: F401  (a fixture)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,26 +16,9 @@ import selmatch_ext as sm
 from selmatch_ext import _C
 from selmatch_ext.ops import dsa
 
-pytestmark = pytest.mark.filterwarnings("ignore:Since version 1.3.0, affine_grid behavior has changed")
-
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-NAMES = ["color", "crop", "cutout", "flip", "scale", "rotate"]
-ALL = "_".join(NAMES)
+pytestmark = OLD_GRIDS
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
 operator = torch.ops.selmatch_ext.dsa
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    return request.param
-
-
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(shape, seed=0, dtype=torch.float64, device="cpu"):
-    return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(device, dtype)
 
 
 def to(table, dtype):
@@ -282,200 +266,6 @@ def test_other_instruction_sets_give_the_same(level, tmp_path):
     environment = {**os.environ, "SELMATCH_CPU": level}
     command = [sys.executable, "-c", INSTRUCTION_SETS, _C.__file__, str(tmp_path / "cases.pt")]
     subprocess.run(command, env=environment, check=True)
-
-
-# --- the drop-in ------------------------------------------------------------------------------------------------------
-
-
-def both_diff_augments(x, strategy, seed, param):
-    """Ours and the oracle's images and gradients from the same state of the global generator; and the states after."""
-    outcomes = []
-    for function in (sm.DiffAugment, reference.DiffAugment):
-        torch.manual_seed(1234)
-        images = x.detach().requires_grad_()
-        y = function(images, strategy, seed, param)
-        (gradient,) = torch.autograd.grad((y * normal(y.shape, 5).to(y)).sum(), images)
-        outcomes.append((y, gradient, torch.get_rng_state()))
-    return outcomes
-
-
-@pytest.mark.parametrize("aug_mode", ["S", "M"])
-@pytest.mark.parametrize("shape", [(7, 3, 32, 32), (5, 1, 15, 20)], ids=str)
-def test_drop_in_gives_the_images_of_the_public_code(aug_mode, shape, device):
-    param = sm.ParamDiffAug(aug_mode=aug_mode)
-    strategies = [*NAMES, ALL, "color_crop_cutout_scale_rotate", "flip_flip_rotate"]
-    for index, strategy in enumerate(strategies):
-        for seed in (-1, 0, 3, 4, 1000 + index):
-            x = normal(shape, index, torch.float32, device)
-            (y, gradient, state), (expected, expected_gradient, expected_state) = both_diff_augments(
-                x, strategy, seed, param
-            )
-            torch.testing.assert_close(y, expected, rtol=3e-5, atol=3e-5)
-            torch.testing.assert_close(gradient, expected_gradient, rtol=3e-5, atol=3e-5)
-            assert y.is_contiguous()
-            if seed == -1:
-                assert torch.equal(state, expected_state)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_drop_in_in_float64(name, device):
-    for seed in (-1, 5):
-        (y, gradient, _), (expected, expected_gradient, _) = both_diff_augments(
-            normal((4, 3, 12, 9), device=device), name, seed, sm.ParamDiffAug()
-        )
-        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-12)
-
-
-def test_drop_in_with_other_strengths(device):
-    param = sm.ParamDiffAug()
-    param.aug_mode, param.prob_flip, param.ratio_scale, param.ratio_rotate = "M", 0.9, 1.5, 40.0
-    param.ratio_crop_pad, param.ratio_cutout = 0.3, 0.2
-    param.brightness, param.saturation, param.contrast = 0.3, 1.2, 0.7
-    for seed in (-1, 2):
-        (y, gradient, _), (expected, expected_gradient, _) = both_diff_augments(
-            normal((6, 3, 16, 16), device=device), ALL, seed, param
-        )
-        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-12)
-    param.ratio_cutout, x = 0.0, normal((6, 3, 16, 16))
-    assert torch.equal(sm.DiffAugment(x, "cutout", 1, param), x)
-
-
-def test_drop_in_leaves_the_global_generator_alone_when_seeded():
-    x = normal((4, 3, 8, 8))
-    state = torch.get_rng_state()
-    for aug_mode in ("S", "M"):
-        sm.DiffAugment(x, ALL, 7, sm.ParamDiffAug(aug_mode=aug_mode))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_drop_in_with_a_seed_treats_batches_of_any_size_alike():
-    x = normal((9, 3, 16, 16))
-    for seed in range(12):
-        whole = sm.DiffAugment(x, ALL, seed, None)
-        assert torch.equal(whole[:4], sm.DiffAugment(x[:4], ALL, seed))
-
-
-@pytest.mark.parametrize("strategy", ["", "none", "None"])
-def test_drop_in_without_a_strategy_returns_its_input(strategy):
-    x = normal((2, 3, 8, 8))
-    assert sm.DiffAugment(x, strategy, param=sm.ParamDiffAug()) is x
-
-
-# --- sampling ---------------------------------------------------------------------------------------------------------
-
-
-def columns(name, batch=4000, height=32, width=20):
-    table = sm.sample_augmentation(batch, height, width, name, generator=generator(1))
-    assert table.ops.shape == (batch, 1) and table.params.shape == (batch, 1, 4)
-    assert table.ops.dtype == torch.uint8 and table.params.dtype == torch.float32
-    return table.ops[:, 0], table.params[:, 0].unbind(1)
-
-
-def assert_covers(values, low, high):
-    """Inside the bounds, close to both, with the mean in the middle, as uniform draws are."""
-    assert values.min() >= low and values.max() <= high
-    span = high - low
-    assert values.min() < low + 0.02 * span and values.max() > high - 0.02 * span
-    assert abs(values.mean() - (low + high) / 2) < 0.02 * span
-
-
-def test_bounds_of_color():
-    ops, (brightness, saturation, contrast, _) = columns("color")
-    assert (ops == dsa.COLOR).all()
-    assert_covers(brightness, -0.5, 0.5)
-    assert_covers(saturation, 0, 2)
-    assert_covers(contrast, 0.5, 1.5)
-
-
-def test_bounds_of_crop():
-    ops, (rows, columns_, *_) = columns("crop")
-    assert (ops == dsa.SHIFT).all()
-    assert rows.unique().tolist() == list(range(-4, 5))
-    assert columns_.unique().tolist() == list(range(-3, 4))  # int(20 * 0.125 + 0.5) = 3
-
-
-def test_bounds_of_cutout():
-    ops, bounds = columns("cutout", height=9, width=32)
-    first_row, end_row, first_column, end_column = (bound.long() for bound in bounds)
-    assert (ops == dsa.BOX).all()
-    assert ((end_row - first_row) == 5).all() and ((end_column - first_column) == 16).all()
-    assert (first_row + 2).unique().tolist() == list(range(9))  # centers; an even box's may lie one beyond the image
-    assert (first_column + 8).unique().tolist() == list(range(33))
-
-
-def test_share_of_flips():
-    ops, _ = columns("flip")
-    assert set(ops.tolist()) == {dsa.NONE, dsa.FLIP}
-    assert abs((ops == dsa.FLIP).float().mean() - 0.5) < 0.03
-
-
-def test_bounds_of_scale_and_rotate():
-    ops, (a, b, c, d) = columns("scale")
-    assert (ops == dsa.AFFINE).all() and not b.any() and not c.any() and not torch.equal(a, d)
-    assert_covers(a, 1 / 1.2, 1.2)
-    assert_covers(d, 1 / 1.2, 1.2)
-    ops, (a, b, c, d) = columns("rotate")
-    assert (ops == dsa.AFFINE).all() and torch.equal(a, d) and torch.equal(b, -c)
-    assert_covers(torch.atan2(c, a).rad2deg(), -15, 15)
-
-
-def test_simple_is_a_random_crop_and_a_flip():
-    table = sm.sample_augmentation(4000, 32, 32, "simple", generator=generator(0))
-    assert table.ops.shape == (4000, 2)
-    assert (table.ops[:, 0] == dsa.SHIFT).all()
-    for shift in table.params[:, 0, :2].unbind(1):
-        assert shift.unique().tolist() == list(range(-4, 5))
-    assert abs((table.ops[:, 1] == dsa.FLIP).float().mean() - 0.5) < 0.03
-
-
-def test_single_draws_one_name_and_per_sample_one_for_each_image():
-    codes = {dsa.COLOR, dsa.SHIFT, dsa.BOX, dsa.AFFINE}
-    strategy = "color_crop_cutout_rotate"
-    drawn = set()
-    for seed in range(40):
-        ops = sm.sample_augmentation(8, 32, 32, strategy, generator=generator(seed)).ops
-        assert ops.shape == (8, 1) and len(ops.unique()) == 1
-        drawn.add(ops[0, 0].item())
-    assert drawn == codes
-    ops = sm.sample_augmentation(4000, 32, 32, strategy, per_sample=True, generator=generator(0)).ops
-    shares = torch.bincount(ops[:, 0].long(), minlength=6) / 4000
-    assert {code for code in range(6) if shares[code] > 0} == codes
-    assert all(abs(shares[code] - 0.25) < 0.03 for code in codes)
-
-
-def test_multi_applies_all_names_in_order():
-    table = sm.sample_augmentation(5, 32, 32, "rotate_color_cutout", "multi", generator=generator(0))
-    assert table.ops.tolist() == [[dsa.AFFINE, dsa.COLOR, dsa.BOX]] * 5
-
-
-@pytest.mark.parametrize("mode", ["single", "multi"])
-def test_siamese_is_one_row_whatever_the_batch(mode):
-    one, other = (sm.sample_augmentation(b, 8, 8, ALL, mode, siamese=True, generator=generator(4)) for b in (256, 10))
-    assert one.ops.shape[0] == 1
-    assert torch.equal(one.ops, other.ops) and torch.equal(one.params, other.params)
-
-
-def test_sampling_is_repeatable_and_leaves_the_global_generator_alone():
-    state = torch.get_rng_state()
-    first, again, other = (
-        sm.sample_augmentation(64, 32, 32, ALL, per_sample=True, generator=generator(seed)) for seed in (0, 0, 1)
-    )
-    assert torch.equal(first.ops, again.ops) and torch.equal(first.params, again.params)
-    assert not torch.equal(first.params, other.params)
-    unseeded = [sm.sample_augmentation(64, 32, 32, "color").params for _ in range(2)]
-    assert not torch.equal(*unseeded)
-    assert torch.equal(torch.get_rng_state(), state)
-    stream = generator(0)
-    draws = [sm.sample_augmentation(64, 32, 32, "color", generator=stream).params for _ in range(2)]
-    assert not torch.equal(*draws)
-
-
-def test_tables_go_where_they_are_asked_for(device):
-    table = sm.sample_augmentation(4, 8, 8, generator=generator(0), device=device)
-    assert table.ops.device.type == device and table.params.device.type == device
-    assert table.to("meta").ops.device.type == "meta"
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

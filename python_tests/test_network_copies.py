@@ -10,8 +10,8 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from given_networks import Base, assert_same, gradients, seeded
 from reference import unrolled_sgd_full_graph
-from test_given_networks import Base, assert_same, gradients, seeded
 from test_unroll import one_thread  # noqa: F401  (a fixture)
 from torch import nn
 from torch.nn import functional as F

@@ -82,6 +82,15 @@ def test_combined_augmentation_treats_real_and_distilled_images_differently():
     assert torch.equal(flipped_or_same, ~mask[indices])
 
 
+@pytest.mark.parametrize("per_image", [True, False])
+def test_each_image_or_each_batch_draws_an_operation(per_image):
+    augmenter = combined_augmenter(torch.ones(40, dtype=torch.bool), "color_flip_scale", None, (8, 8), per_image)
+    p = augmenter(torch.arange(40), generator(2))
+    kinds = {code for code in p.ops.flatten().tolist() if code != 0}  # a flip that is not made has code 0
+    assert len(kinds) == 3 if per_image else len(kinds) <= 1
+    assert len(p.params.flatten(1).unique(dim=0)) > 1
+
+
 def test_experts_start_at_their_initialization_and_depend_on_their_number_alone(digits, experts, tmp_path):
     settings = tiny_run().experts
     first = Context(digits).network(MODEL, "expert", 0)

@@ -115,9 +115,8 @@ def trained_on(subset: DistilledSet, context: Context, settings: Evaluation, k: 
         return follow_schedule(subset, context, k, trusted=(settings.model,))
     model = context.network(settings.model, "evaluation", k)
     images, labels = subset.images.to(context.device), subset.labels.to(context.device)
-    augmenter = combined_augmenter(
-        subset.distilled, settings.distilled_strategy, settings.selected_strategy, context.data.image_size
-    )
+    strategies, per_image = (settings.distilled_strategy, settings.selected_strategy), settings.draw_per == "image"
+    augmenter = combined_augmenter(subset.distilled, *strategies, context.data.image_size, per_image)
     train(model, images.__getitem__, labels, settings.training, augmenter, context.generator("evaluation", k))
     return model
 

@@ -31,6 +31,9 @@ class Recipe:
         return self.settings.method
 
 
+_PAPERS = replace(CONVNET, draw_per="batch")
+"""As CONVNET, with the augmentation of the public code of DC, DSA, DM and MTT."""
+
 # --- SelMatch (arXiv 2406.18561): ipc -> alpha, beta, epochs of evaluation --------------------------------------------
 
 _CIFAR10 = {250: (0.6, 0.5, 1000), 500: (0.2, 0.3, 500), 1000: (0.1, 0.2, 250), 1500: (0.1, 0.2, 167)}
@@ -66,11 +69,11 @@ def _selmatch() -> Iterator[Recipe]:
 
 # --- MTT (arXiv 2203.11932) and DATM (arXiv 2310.05773) ---------------------------------------------------------------
 
-_PLAIN = replace(CONVNET, networks=20, distilled_strategy="none", training=replace(CONVNET.training, epochs=300))
+_PLAIN = replace(_PAPERS, networks=20, distilled_strategy="none", training=replace(_PAPERS.training, epochs=300))
 
 
 def _trajectories() -> Iterator[Recipe]:
-    row = {"data": Data("CIFAR10", zca=True), "evaluation": CONVNET}
+    row = {"data": Data("CIFAR10", zca=True), "evaluation": _PAPERS}
     for ipc, published in ((1, 46.3), (10, 65.3), (50, 71.6)):
         yield Recipe(f"mtt-cifar10-ipc{ipc}", Run.of("mtt", start=Start(ipc=ipc), **row), published)
     yield Recipe("datm-cifar10-ipc10", Run.of("datm", **row))
@@ -101,7 +104,7 @@ def _matching() -> Iterator[Recipe]:
                 row = replace(row, start=replace(row.start, ipc=ipc))
                 if method != "dc":
                     strategy = DSA.replace("_flip", "") if dataset in ("MNIST", "SVHN") else DSA
-                    evaluation = replace(CONVNET, networks=20, distilled_strategy=strategy)
+                    evaluation = replace(_PAPERS, networks=20, distilled_strategy=strategy)
                     settings: Any = row.settings
                     row = replace(row, settings=replace(settings, strategy=strategy), evaluation=evaluation)
                 yield Recipe(f"{method}-{dataset.lower()}-ipc{ipc}", row, published)

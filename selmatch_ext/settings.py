@@ -186,7 +186,10 @@ class Evaluation(Checked):
     networks: Count = 5
     """Networks trained, each from an initialization of its own."""
     distilled_strategy: str = DSA
-    """Augmentation of distilled images: one operation, drawn per sample."""
+    """Augmentation of distilled images: one of the names."""
+    draw_per: Literal["image", "batch"] = "image"
+    """Whether each distilled image draws its operation, as in SelMatch's code, or each batch one for all of them, as in
+    that of DC, DSA, DM and MTT. Every image draws its own parameters either way."""
     selected_strategy: str | None = "simple"
     """Augmentation of the images in the set that were not learned, all of its names in their order; simple =
     RandomCrop(padding 4) and horizontal flip; None = as distilled images."""

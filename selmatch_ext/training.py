@@ -33,15 +33,18 @@ def batch_augmenter(strategy: str, image_size: tuple[int, int]) -> Augmenter:
     )
 
 
-def combined_augmenter(distilled: Tensor, dsa: str, simple: str | None, image_size: tuple[int, int]) -> Augmenter:
+def combined_augmenter(
+    distilled: Tensor, dsa: str, simple: str | None, image_size: tuple[int, int], per_image: bool = True
+) -> Augmenter:
     """SelMatch's combined augmentation (section 3 of the paper): distilled images get one operation of `dsa` each,
-    drawn per sample, real ones get all of `simple`; None: the same as distilled ones. One table, so one launch a batch.
+    real ones get all of `simple`; None: the same as distilled ones. One table, so one launch a batch.
 
-    distilled: (n,) bool on the CPU, over the set that the indices count through."""
+    distilled: (n,) bool on the CPU, over the set that the indices count through. per_image: each distilled image draws
+    its operation, else each batch draws one."""
 
     def sample(indices: Tensor, generator: torch.Generator) -> Augmentation:
         size = (len(indices), *image_size)
-        mine = sample_augmentation(*size, strategy=dsa, per_sample=True, generator=generator)
+        mine = sample_augmentation(*size, strategy=dsa, per_sample=per_image, generator=generator)
         if simple is None:
             return mine
         other = sample_augmentation(*size, strategy=simple, mode="multi", generator=generator)

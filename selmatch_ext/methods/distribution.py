@@ -32,6 +32,8 @@ class DMSettings(MethodSettings):
     strategy: str = DSA
     """Augmentation: one of the names is drawn for each class and update, with one set of parameters for its real and
     its synthetic batch (siamese)."""
+    siamese: bool = True
+    """False: the real and the synthetic batch of a class each draw their own operation, an ablation of DSA."""
 
 
 class DM(Method):
@@ -72,6 +74,8 @@ class DM(Method):
             indices = self.task.data.sample(label, self.settings.batch_real, generator)
             p = self.task.draw(1, self.settings.strategy, generator, siamese=True)
             real.append(augment(self.task.real(indices), p))
+            if not self.settings.siamese:
+                p = self.task.draw(1, self.settings.strategy, generator, siamese=True)
             syn.append(augment(images[self.classes[label]], p))
         with torch.no_grad():
             wanted = self._means(model, real)

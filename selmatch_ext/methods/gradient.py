@@ -52,6 +52,8 @@ class DCSettings(MethodSettings):
     strategy: str = "none"
     """Augmentation: one of the names is drawn for each class and update, with one set of parameters for its real and
     its synthetic batch (siamese); the network's training draws its own."""
+    siamese: bool = True
+    """False: the real and the synthetic batch of a class each draw their own operation, an ablation of DSA."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,8 @@ class DC(Method):
         p = self.task.draw(1, self.settings.strategy, generator, siamese=True)
         labels = self.task.data.train.labels[indices].to(self.task.device)
         wanted = self._gradient(augment(real, p), labels, create_graph=False)
+        if not self.settings.siamese:
+            p = self.task.draw(1, self.settings.strategy, generator, siamese=True)
         got = self._gradient(augment(syn, p), self.labels[self.classes[label]], create_graph=True)
         return gradient_distance(got, wanted, self.settings.metric)
 
