@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
+SHELL := bash
 .PHONY: demo methods test bench lint style types clean
 .DELETE_ON_ERROR:
 
@@ -38,7 +39,11 @@ $(VENV)/.torch: | $(VENV)/bin/python
 	$(BIN)/python -m pip install "setuptools>=65" wheel ninja "torch>=2.11" torchvision
 	touch $@
 
+# The extension first, by itself: pip shows nothing while it compiles, and then takes what is compiled.
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	@echo "Compiling the extension: about three minutes on two cores."
+	set -o pipefail; $(BIN)/python setup.py build_ext --inplace 2>&1 | \
+	  sed -uE 's#^(\[[0-9]+/[0-9]+\]).* -c [^ ]*/csrc/([^ ]+) -o .*#\1 compiled \2#'
 	$(BIN)/python -m pip install --no-build-isolation --editable ".[test]"
 	touch $@
 

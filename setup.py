@@ -1,7 +1,8 @@
 """Builds selmatch_ext._C: C++ always, CUDA whenever nvcc and a CUDA build of torch are present, with or without a GPU.
 
 Environment: SELMATCH_CUDA=0 leaves CUDA out, SELMATCH_CUDA=1 fails where CUDA cannot be built. TORCH_CUDA_ARCH_LIST
-names the GPU architectures; without it those of the visible GPUs are taken, and without a GPU PORTABLE_ARCHS.
+names the GPU architectures; without it a wheel is built for WHEEL_ARCHS, anything else for the visible GPUs, and where
+there is none for PORTABLE_ARCHS.
 """
 
 import glob
@@ -16,7 +17,10 @@ import warnings
 import torch
 from setuptools import setup
 
-PORTABLE_ARCHS = "7.5;8.0;9.0+PTX"  # Turing, Ampere and Ada, Hopper; newer ones compile the PTX when first used
+# Turing, Ampere and Ada, Hopper, Blackwell; newer ones compile the PTX when first used.
+WHEEL_ARCHS = "7.5;8.0;9.0;10.0;12.0+PTX"
+# Where there is no GPU to build for: quick to build, and from Ampere on each GPU compiles the PTX when it is first used.
+PORTABLE_ARCHS = "8.0+PTX"
 
 
 def find_toolkit():
@@ -65,6 +69,8 @@ def choose_archs():
     named = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if named:
         return named
+    if "bdist_wheel" in sys.argv:
+        return WHEEL_ARCHS
     visible = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     return ";".join(f"{major}.{minor}" for major, minor in sorted(visible)) or PORTABLE_ARCHS
 
@@ -90,7 +96,7 @@ class Build(BuildExtension):
         self.build_temp = os.path.join("build", f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
 
     def build_extensions(self):
-        # dsa_cuda.cpp (torch's side) and dsa_cuda.cu (the kernels) must not share one object file.
+        # Sources of the same name in two folders, or with two endings, must not share one object file.
         self.compiler.object_filenames = lambda sources, strip_dir=0, output_dir="": [
             os.path.join(output_dir or "", os.path.relpath(source) + ".o") for source in sources
         ]
@@ -98,7 +104,7 @@ class Build(BuildExtension):
 
 
 def extension():
-    sources = [path for path in sorted(glob.glob("csrc/**/*.cpp", recursive=True)) if "/emulator/" not in path]
+    sources = ["csrc/torch_cpu.cpp", "csrc/torch_autograd.cpp", *sorted(glob.glob("csrc/*/*_cpu_loops.cpp"))]
     macros = [("SELMATCH_VERSION", f'"{project_version()}"')]
     # OpenMP's symbols come from the library that torch already loaded: linking another one would start a second pool of
     # threads that torch.set_num_threads does not reach. So -fopenmp is for the compiler and not for the linker.
@@ -106,22 +112,20 @@ def extension():
         "cxx": ["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
     }
     kind = CppExtension
-    if TOOLKIT is None:
-        sources = [path for path in sources if not path.endswith("_cuda.cpp")]
-    else:
+    if TOOLKIT is not None:
         kind = CUDAExtension
-        sources += sorted(glob.glob("csrc/**/*.cu", recursive=True))
+        sources += ["csrc/torch_cuda.cpp", *sorted(glob.glob("csrc/*/*.cu"))]
         macros += [("SELMATCH_CUDA_VERSION", f'"{TOOLKIT[1]}"')]
         macros += [("SELMATCH_CUDA_ARCHS", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"')]
-        flags["nvcc"] = ["-O3", "--threads=2"]
-    headers = sorted(glob.glob("csrc/**/*.h", recursive=True))
+        flags["nvcc"] = ["-O3", "--threads=2", "-diag-suppress=177"]  # 177: names that one of the variants does not use
+    included = [path for pattern in ("*.h", "*.cpp") for path in glob.glob(f"csrc/**/{pattern}", recursive=True)]
     return kind(
         "selmatch_ext._C",
         sources,
         include_dirs=[os.path.abspath("csrc")],
         define_macros=macros,
         extra_compile_args=flags,
-        depends=headers,
+        depends=sorted(set(included) - set(sources)),
     )
 
 

@@ -11,14 +11,14 @@
 namespace selmatch {
 namespace {
 
-constexpr int64_t kStreamedBytes = 16 << 20;  // of a gradient that goes past the caches
-constexpr int64_t kGrain = 4;                 // rows that are worth a thread
+constexpr int64_t kStreamedGradientBytes = 16 << 20;  // of a gradient that goes past the caches
+constexpr int64_t kRowGrain = 4;                 // rows that are worth a thread
 
 template <typename T>
 DistanceSums sum_rows(const std::vector<DistancePiece<T>>& pieces) {
   const std::vector<Part> rows = cut(pieces);
   std::vector<DistanceSums> partials(rows.size());
-  at::parallel_for(0, static_cast<int64_t>(rows.size()), kGrain, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, static_cast<int64_t>(rows.size()), kRowGrain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const DistancePiece<T>& piece = pieces[rows[i].piece];
       const int64_t begin = rows[i].begin;
@@ -64,8 +64,8 @@ std::vector<at::Tensor> trajectory_distance_backward_cpu(const at::Tensor& grad,
     const auto pieces = tensors.pieces<scalar_t>();
     const std::vector<Part> rows = cut(pieces);
     const int64_t elements = std::accumulate(tensors.sizes.begin(), tensors.sizes.end(), int64_t{0});
-    const bool streamed = elements * static_cast<int64_t>(sizeof(scalar_t)) > kStreamedBytes;
-    at::parallel_for(0, static_cast<int64_t>(rows.size()), kGrain, [&](int64_t first, int64_t last) {
+    const bool streamed = elements * static_cast<int64_t>(sizeof(scalar_t)) > kStreamedGradientBytes;
+    at::parallel_for(0, static_cast<int64_t>(rows.size()), kRowGrain, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         distance_gradient(pieces[rows[i].piece], rows[i].begin, rows[i].end, weights, streamed);
       }

@@ -8,8 +8,8 @@
 namespace selmatch {
 namespace {
 
-constexpr int64_t kGrain = 32768;            // elements that are worth a thread
-constexpr int64_t kStreamedBytes = 8 << 20;  // of a result that goes past the caches
+constexpr int64_t kElementGrain = 32768;            // elements that are worth a thread
+constexpr int64_t kStreamedResultBytes = 8 << 20;  // of a result that goes past the caches
 
 void check_codes(const at::Tensor& ops) {
   const uint8_t* codes = ops.const_data_ptr<uint8_t>();
@@ -29,8 +29,8 @@ at::Tensor dsa_cpu(const at::Tensor& x, const at::Tensor& ops, const at::Tensor&
     return y;
   }
   DsaCall call = dsa_call(x, y, codes, values, mode);
-  call.streamed = static_cast<int64_t>(y.nbytes()) > kStreamedBytes;
-  const int64_t grain = std::max<int64_t>(1, kGrain * call.batch / x.numel());
+  call.streamed = static_cast<int64_t>(y.nbytes()) > kStreamedResultBytes;
+  const int64_t grain = std::max<int64_t>(1, kElementGrain * call.batch / x.numel());
   at::parallel_for(0, call.batch, grain, [&](int64_t begin, int64_t end) { dsa_cpu_range(call, begin, end); });
   return y;
 }
