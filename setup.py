@@ -19,7 +19,7 @@ from setuptools import setup
 
 # Turing, Ampere and Ada, Hopper, Blackwell; newer ones compile the PTX when first used.
 WHEEL_ARCHS = "7.5;8.0;9.0;10.0;12.0+PTX"
-# Where there is no GPU to build for: quick to build, and from Ampere on each GPU compiles the PTX when it is first used.
+# Without a GPU to build for: quick to build; from Ampere on each GPU compiles the PTX when it is first used.
 PORTABLE_ARCHS = "8.0+PTX"
 
 

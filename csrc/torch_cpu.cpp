@@ -1,4 +1,5 @@
-// The operators on the CPU, and without memory (Meta), in one unit: torch's headers take 13 s to read, in each unit anew.
+// The operators on the CPU, and without memory (Meta), in one unit: torch's headers take 13 s to read, in each unit
+// anew.
 #include "block/block_cpu.cpp"
 #include "conv3x3/conv3x3_cpu.cpp"
 #include "distance/distance_cpu.cpp"

@@ -12,7 +12,7 @@ namespace selmatch {
 namespace {
 
 constexpr int64_t kStreamedGradientBytes = 16 << 20;  // of a gradient that goes past the caches
-constexpr int64_t kRowGrain = 4;                 // rows that are worth a thread
+constexpr int64_t kRowGrain = 4;                      // rows that are worth a thread
 
 template <typename T>
 DistanceSums sum_rows(const std::vector<DistancePiece<T>>& pieces) {

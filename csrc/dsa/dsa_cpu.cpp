@@ -8,7 +8,7 @@
 namespace selmatch {
 namespace {
 
-constexpr int64_t kElementGrain = 32768;            // elements that are worth a thread
+constexpr int64_t kElementGrain = 32768;           // elements that are worth a thread
 constexpr int64_t kStreamedResultBytes = 8 << 20;  // of a result that goes past the caches
 
 void check_codes(const at::Tensor& ops) {
