@@ -140,8 +140,15 @@ void launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t share
   if (blocks == 0) {
     return;
   }
-  constexpr size_t kGranted = 48 * 1024;  // more than this has to be asked for, kernel by kernel
-  if (shared_bytes > kGranted) {
+  if (blocks > INT32_MAX) {
+    throw std::runtime_error("kernel launch: " + std::to_string(blocks) + " blocks, a GPU takes at most 2147483647");
+  }
+  constexpr size_t kGranted = 48 * 1024;  // more than this, the kernel's own arrays included, has to be asked for
+  cudaFuncAttributes own = {};
+  if (shared_bytes > 0) {
+    check_cuda(cudaFuncGetAttributes(&own, kernel), "cudaFuncGetAttributes");
+  }
+  if (shared_bytes + own.sharedSizeBytes > kGranted) {
     check_cuda(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
         "cudaFuncSetAttribute");
