@@ -1,7 +1,7 @@
 """Distills a folder of images with `sm.run`: from the files to a small set and its test accuracy.
 
-    python distill_my_images.py                 # images made here, in a temporary folder
-    python distill_my_images.py FOLDER RESULTS  # FOLDER/train/CLASS/*.png and FOLDER/test/CLASS/*.png
+python distill_my_images.py                 # images made here, in a temporary folder
+python distill_my_images.py FOLDER RESULTS  # FOLDER/train/CLASS/*.png and FOLDER/test/CLASS/*.png
 """
 
 import sys

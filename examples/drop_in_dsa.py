@@ -1,6 +1,6 @@
 """Replaces a pasted DiffAugment: the same images and the same gradients for the same seed, in less time.
 
-    python drop_in_dsa.py
+python drop_in_dsa.py
 """
 
 import time

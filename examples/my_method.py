@@ -1,7 +1,7 @@
 """A distillation method in a file of its own, run by the same loop as the package's methods. From this folder:
 
-    selmatch run my_method:PixelMeans --data.dataset digits --iterations 100 --lr-images 0.5 --out DIR
-    python my_method.py DIR    # the same from Python, with a short evaluation
+selmatch run my_method:PixelMeans --data.dataset digits --iterations 100 --lr-images 0.5 --out DIR
+python my_method.py DIR    # the same from Python, with a short evaluation
 """
 
 import sys
@@ -47,7 +47,7 @@ def main(folder):
     )
     results = sm.run(run, folder, torch.device("cpu"))
     gain = results["pixel-means"]["mean"] - results["start"]["mean"]
-    print(f"pixel-means changes the test accuracy by {gain:+.1f} points; results, settings and pictures are in {folder}")
+    print(f"pixel-means changes the test accuracy by {gain:+.1f} points; results and pictures are in {folder}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Trains a network of your own on a distilled set, in a plain PyTorch loop.
 
-    python train_on_a_distilled_set.py runs/demo/distilled.safetensors
-    python train_on_a_distilled_set.py    # makes a small set of selected digits first
+python train_on_a_distilled_set.py runs/demo/distilled.safetensors
+python train_on_a_distilled_set.py    # makes a small set of selected digits first
 """
 
 import sys

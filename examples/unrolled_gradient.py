@@ -1,6 +1,6 @@
 """Learns the learning rate of every step of training: its gradient through 10 steps of SGD, without their graph.
 
-    python unrolled_gradient.py
+python unrolled_gradient.py
 """
 
 import torch
