@@ -1,5 +1,5 @@
 # Each target makes .venv when it is not there: torch, torchvision and this package, built with CUDA where nvcc is found.
-#   make demo [SEED=0]   make methods [SEED=0]   make test   make bench   make lint
+#   make demo [SEED=0]   make methods [SEED=0]   make test   make bench   make lint   make docs
 PYTHON ?= python3
 SEED ?= 0
 VENV := .venv
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 SHELL := bash
-.PHONY: demo methods test bench lint style types clean
+.PHONY: demo methods test bench lint style types docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -32,6 +32,10 @@ style: $(VENV)/.linters
 types: $(VENV)/.linters $(VENV)/.installed  # mypy reads the types of torch and of the other packages
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs $(VENV)/.installed  # the pages of the API come from the package's docstrings; a warning is an error
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -c docs . build/docs
+	@echo "build/docs/docs/index.html"
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -49,6 +53,10 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 
 $(VENV)/.linters: Makefile | $(VENV)/bin/python
 	$(BIN)/python -m pip install ruff clang-format cmake mypy types-tqdm
+	touch $@
+
+$(VENV)/.docs: Makefile | $(VENV)/bin/python  # the extra `docs` of pyproject.toml, without building the package again
+	$(BIN)/python -m pip install "sphinx>=8" furo "myst-parser>=4"
 	touch $@
 
 clean:

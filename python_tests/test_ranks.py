@@ -1,7 +1,9 @@
 """Several processes of torchrun against one: the same bits. One thread each, so that sums have one order."""
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -141,6 +143,44 @@ def test_two_processes_end_with_the_bits_of_one(digits, tmp_path):
     names = sorted(p.relative_to(one) for p in one.rglob("*"))
     assert names == sorted(p.relative_to(two) for p in two.rglob("*"))
     assert json.loads((one / "record.json").read_text()) == json.loads((two / "record.json").read_text())
+
+
+@contextlib.contextmanager
+def two_agents(*arguments):
+    """The command line in one process of each of two agents of torchrun, as on two machines; they meet at a port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    meeting = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port]
+    running = []
+    try:
+        for node in ("0", "1"):
+            start = [sys.executable, "-m", "torch.distributed.run", *meeting, "--node-rank", node, "-m", "selmatch_ext"]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            command = [*start, *map(str, arguments), "--device", "cpu"]
+            running.append(subprocess.Popen(command, env=environment, **pipes))
+        yield running
+    finally:
+        for agent in running:
+            agent.terminate()  # which the agent passes on to its process
+            agent.communicate()
+
+
+def test_two_agents_end_with_the_bits_of_one_process(tmp_path):
+    """A whole run, from experts to accuracies, by two agents with one process each."""
+    short = [*TRAINING, *SHORT, *MATCHING, "--data.dataset", "digits", "--start.ipc", "3", "--evaluation.networks", "2"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    with two_agents("run", "mtt", *short, "--out", two) as agents:
+        alone = selmatch(1, "run", "mtt", *short, "--out", one)
+        assert alone.returncode == 0, alone.stderr[-2000:]
+        said = [agent.communicate(timeout=300) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], [errors[-2000:] for _, errors in said]
+    assert "test accuracy" in said[0][0] and said[1][0] == ""  # one process reports
+    assert same_tensors(one / "experts", two / "experts")
+    for name in ("results.json", "table.md", "distilled.safetensors", "checkpoint.safetensors"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    assert not torch.equal(*(DistilledSet.load(two / f"{s}.safetensors").images for s in ("start", "distilled")))
 
 
 def test_processes_that_cannot_share_the_experts(digits, experts, tmp_path):
