@@ -165,7 +165,7 @@ def test_relative_links_lead_somewhere(page):
 def test_no_page_is_missing_from_the_site():
     index = (ROOT / "docs" / "index.md").read_text()
     listed = re.search(r"```\{toctree\}\n:hidden:\n\n(.*?)\n```", index, re.DOTALL)[1]
-    assert {f"{name}.md" for name in listed.split()} == {p.name for p in PAGES[1:]} - {"index.md", "README.proposal.md"}
+    assert {f"{name}.md" for name in listed.split()} == {p.name for p in PAGES[1:]} - {"index.md"}
 
 
 @pytest.mark.parametrize("name", ["methods.md", "settings.md"])
