@@ -198,7 +198,7 @@ class DD(Method):
                 self.model,
                 start,
                 self.combined(),
-                self.labels,
+                self.weighted(self.labels),
                 self.batches,
                 F.softplus(self.raw),
                 augmentations=augmentations if self.settings.strategy != "none" else None,

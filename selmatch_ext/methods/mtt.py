@@ -151,7 +151,7 @@ class MTT(Method):
             self.model,
             start,
             images,
-            self.targets(),
+            self.weighted(self.targets()),
             [b.to(images.device) for b in batches],
             self.lr,
             augmentations=augmentations,
