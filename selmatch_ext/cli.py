@@ -129,7 +129,7 @@ def scores(
         device: auto, cpu, cuda, cuda:1 …
     """
     if scores.source not in COMPUTED:
-        raise ValueError(f"start.scores.source must be {' or '.join(COMPUTED)} here, got {scores.source!r}")
+        raise ValueError(f"start.scores.source must be one of {', '.join(COMPUTED)} here, got {scores.source!r}")
     parts, where = {"start": {"scores": scores}}, device_of(device)
     preflight.check_choices(parts, where)
     context = Context(load_data(data, seed), seed, where)
@@ -149,8 +149,10 @@ def select(
 ) -> None:
     """Real images to train on, or to start a distillation from (--start.select FILE); writes SELECT.safetensors.
 
-    window searches β unless start.window.beta is given, and plots beta.png. forgetting, el2n and c-score take the
-    hardest images; with start.window.beta they first skip that share of the hardest.
+    window searches β unless start.window.beta is given, and plots beta.png. forgetting, el2n, grand, aum, c-score,
+    least-confidence, entropy and margin take the hardest images; with start.window.beta they first skip that share of
+    the hardest. ccs and d2 use the difficulty of start.scores. craig and gradmatch give the images weights, which the
+    file keeps and training uses.
 
     Args:
         evaluation: How networks are trained that compare windows.

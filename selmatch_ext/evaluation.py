@@ -110,7 +110,7 @@ def _header(
 
 def trained_on(subset: DistilledSet, context: Context, settings: Evaluation, k: int = 0) -> torch.nn.Module:
     """Network number k, trained on `subset`; it depends on the seed and k alone. If the set has a schedule, the
-    schedule defines the training and `settings` is ignored. The images' weights, if there are any, count in both cases."""
+    schedule defines the training and `settings` is ignored. Weights of images count in both cases."""
     if subset.schedule is not None:
         return follow_schedule(subset, context, k, trusted=(settings.model,))
     model = context.network(settings.model, "evaluation", k)
