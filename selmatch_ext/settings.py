@@ -121,8 +121,9 @@ class Scores(Checked):
     """Difficulty of each training image."""
 
     source: str = "forgetting"
-    """forgetting, el2n, grand, aum (of all epochs), or least-confidence, entropy, margin (after the last one), computed by training networks here; or the path of a C-score file (.npy, .npz; higher = easier); or
-    KIND:PATH, a file of scores of one of these kinds (higher = harder; of aum and margin, lower)."""
+    """forgetting, el2n, grand, aum (of all epochs), or least-confidence, entropy, margin (after the last one), computed
+    by training networks here; or the path of a C-score file (.npy, .npz; higher = easier); or KIND:PATH, a file of
+    scores of one of these kinds (higher = harder; of aum and margin, lower)."""
     model: str = "ConvNetBN"
     """The network whose training gives the scores; named as in experts.model."""
     runs: Count = 3

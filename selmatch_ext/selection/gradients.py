@@ -33,9 +33,8 @@ class LastLayer:
 
     @classmethod
     def of(cls, logits: Tensor, features: Tensor, labels: Tensor) -> LastLayer:
-        """logits: (n, K) float; features: (n, F) float, what enters the last layer; labels: (n,) int64.
-
-        Raises ValueError where they do not fit together or hold values that are not finite."""
+        """logits: (n, K) float; features: (n, F) float; labels: (n,) int64. ValueError where they do not fit
+        together or hold values that are not finite."""
         for name, value in (("logits", logits), ("features", features)):
             if value.ndim != 2 or len(value) != len(labels) or not value.is_floating_point():
                 raise ValueError(
@@ -112,20 +111,18 @@ def gradmatch(
     `fill` (on the CPU), random images of the class with weight 1 stand for those that are missing, after the others'
     weights have been scaled to mean 1; without it the result is shorter than classes * ipc, and a class all of whose
     gradients are 0 raises ValueError. Returns indices, class by class in the order of choice, and float32 weights."""
-    chosen, weights = [], []
-    for label, members in enumerate(coreset.members(gradients.labels, ipc)):
+    chosen, weights, classes = [], [], coreset.members(gradients.labels, ipc)
+    for label, members in enumerate(classes):
         picked, found = pursuit(gradients.products(members, rows), ipc, ridge)
         picked, found = picked[found > 0], found[found > 0]
         if fill is None and len(picked) == 0:
-            raise ValueError(
-                f"class {label}: all gradients are 0, so there is nothing to match; train for fewer epochs"
-            )
+            raise ValueError(f"class {label}: all gradients are 0, so there is nothing to match; train fewer epochs")
         chosen.append(members[picked])
         weights.append(torch.from_numpy(found))
     found_all = torch.cat(weights)
     weights = list(_mean_one(found_all).split([len(w) for w in weights])) if len(found_all) else weights
     if fill is not None:
-        for label, members in enumerate(coreset.members(gradients.labels, ipc)):
+        for label, members in enumerate(classes):
             rest = members[~torch.isin(members, chosen[label])]
             added = rest[torch.randperm(len(rest), generator=fill)[: ipc - len(chosen[label])]]
             chosen[label] = torch.cat([chosen[label], added])
