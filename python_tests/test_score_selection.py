@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from selmatch_ext import models
 from selmatch_ext.context import Context
+from selmatch_ext.data.load import load_data
 from selmatch_ext.seeds import generator
 from selmatch_ext.selection import aum, grand, uncertainty
 from selmatch_ext.selection.d2 import d2
@@ -20,7 +21,7 @@ from selmatch_ext.selection.difficulty import COMPUTED, compute_scores, training
 from selmatch_ext.selection.moderate import moderate
 from selmatch_ext.selection.strata import ccs, shares, strata_of
 from selmatch_ext.selection.window import whole
-from selmatch_ext.settings import Graph, Scores, Training
+from selmatch_ext.settings import Data, Graph, Scores, Training
 from selmatch_ext.training import predict, train_on_real
 
 
@@ -184,13 +185,14 @@ def test_aum_by_hand():
     torch.testing.assert_close(aum.area(history), 2 * margins)
 
 
-TINY = Scores(model=MODEL, runs=2, training=Training(epochs=3, lr=0.05))
+TINY = Scores(model=MODEL, runs=2, training=Training(epochs=3, lr=0.05, batch=25))
 
 
 @pytest.mark.parametrize("source", ["grand", "aum", "least-confidence", "entropy", "margin"])
-def test_scores_are_of_networks_while_they_train(digits, source, tmp_path):
+def test_scores_are_of_networks_while_they_train(source, tmp_path):
     """Against the same networks trained here, asked after every epoch."""
-    context, labels = Context(digits, 2), digits.train.labels
+    context = Context(load_data(Data("digits", per_class=10), 0), 2)
+    labels = context.data.train.labels
     seen = []
     for run in range(2):
         model, after = context.network(MODEL, "scores", run), []
