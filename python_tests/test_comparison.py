@@ -1,6 +1,7 @@
 """The table of `make methods`, with settings that take seconds."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,8 @@ from selmatch_ext.methods import METHODS
 from selmatch_ext.methods.dd import DDSettings
 from selmatch_ext.methods.distribution import DMSettings
 from selmatch_ext.runner import Run
-from selmatch_ext.settings import Data, Start
+from selmatch_ext.selection import coreset
+from selmatch_ext.settings import SELECTIONS, Data, Features, Scores, Start, Training
 from selmatch_ext.studies import comparison
 
 
@@ -38,12 +40,18 @@ def small(monkeypatch):
         return {name: Run(method, settings, start=start, **parts) for name, (method, start, settings) in rows.items()}
 
     monkeypatch.setattr(comparison, "entries", entries)
+    training = Training(epochs=1)
+    scores, features = Scores("aum", MODEL, 1, training=training), Features(MODEL, "none", training)
+    two = {name: Start(name, ipc=2, scores=scores, features=features) for name in ("random", "craig", "aum")}
+    monkeypatch.setattr(comparison, "selections", lambda: two)
+    monkeypatch.setattr(comparison, "EVALUATION", tiny.evaluation)
 
 
 def test_the_table_and_its_file(small, tmp_path, capsys):
     assert cli.main(["methods", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results) == ["dm-ipc2", "dd-ipc1", "dd-attack-ipc2"]
+    selected = ["selection-craig", "selection-aum"]
+    assert list(results) == ["dm-ipc2", "dd-ipc1", "dd-attack-ipc2", *selected]
     shown = capsys.readouterr().out
     for name, method in (("dm-ipc2", "dm"), ("dd-ipc1", "dd"), ("dd-attack-ipc2", "dd")):
         assert {"random", "start", method} <= results[name].keys()
@@ -55,8 +63,14 @@ def test_the_table_and_its_file(small, tmp_path, capsys):
     assert f"{mean:.1f} ± {std:.1f}" in shown and "dd-attack, 2: flipped" in shown
     attack = results["dd-attack-ipc2"]["attack"]
     assert set(attack) == {"flipped", "others"} and set(attack["others"]) == {"before", "random", "start", "dd"}
+    for name in ("random", "craig", "aum"):
+        recorded = json.loads((tmp_path / "selection" / f"evaluation_{name}.json").read_text())["accuracies"]
+        held = results["selection-aum"]["random"] if name == "random" else results[f"selection-{name}"]["start"]
+        assert held["mean"] == pytest.approx(sum(a for (a,) in recorded) / 2)
+    assert re.search("aum .*hardest images: not expected to be above random", shown)
+    assert not re.search("craig .*hardest", shown)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
-    assert comparison.compare(["dm", "dd"], tmp_path, 0, CPU) == results
+    assert comparison.compare(["dm", "dd", "selection"], tmp_path, 0, CPU) == results
     assert {p for p, t in before.items() if p.stat().st_mtime_ns != t} <= {
         p for p in before if p.name in ("start.safetensors", "distilled.safetensors", "checkpoint.safetensors")
     }
@@ -77,6 +91,12 @@ def test_other_settings_and_names_are_refused(small, tmp_path, monkeypatch):
         comparison.compare(["dm"], tmp_path, 1, CPU)
     with pytest.raises(ValueError, match="no method is called dx; there are dm, dd"):
         comparison.compare(["dx"], tmp_path, 0, CPU)
+
+
+def test_every_selection_has_a_row():
+    found = comparison.selections()
+    assert set(found) == set(SELECTIONS) - {"c-score"} and all(start.ipc == 10 for start in found.values())
+    assert all(found[name].scores.source == name for name in coreset.BY_SCORE if name != "c-score")
 
 
 def test_every_entry_is_of_the_whole_family():

@@ -25,8 +25,9 @@ FLOORS = """
     training
     learned_steps
     evaluation
-    selection selection.scores selection.window selection.coreset selection.features selection.difficulty
-    selection.partial_update
+    selection selection.window selection.coreset selection.scores selection.aum selection.grand selection.uncertainty
+    selection.moderate selection.strata selection.d2 selection.gradients
+    selection.features selection.difficulty selection.partial_update
     experts
     selection.window_search
     selection.start

@@ -130,7 +130,8 @@ def scores(
     """
     if scores.source not in COMPUTED:
         raise ValueError(
-            f"selmatch scores computes scores: scores.source must be {' or '.join(COMPUTED)}, got {scores.source!r}; "
+            f"selmatch scores computes scores: scores.source must be one of "
+            f"{', '.join(COMPUTED)}, got {scores.source!r}; "
             "give files of scores to select or run"
         )
     parts, where = {"start": {"scores": scores}}, device_of(device)
@@ -152,8 +153,10 @@ def select(
 ) -> None:
     """Real images to train on, or to start a distillation from (--start.select FILE); writes SELECT.safetensors.
 
-    window searches β unless start.window.beta is given, and plots beta.png. forgetting, el2n and c-score take the
-    hardest images; with start.window.beta they first skip that share of the hardest.
+    window searches β unless start.window.beta is given, and plots beta.png. forgetting, el2n, grand, aum, c-score,
+    least-confidence, entropy and margin take the hardest images; with start.window.beta they first skip that share of
+    the hardest. ccs and d2 use the difficulty of start.scores. craig and gradmatch give the images weights, which the
+    file keeps and training uses.
 
     Args:
         evaluation: How networks are trained that compare windows.

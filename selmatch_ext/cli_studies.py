@@ -191,10 +191,11 @@ def export(path: Positional[Path], *, out: Path) -> None:
 def methods(
     names: Positional[tuple[str, ...]] = (), *, out: Path = Path("runs/methods"), seed: int = 0, device: str = "cpu"
 ) -> None:
-    """Every method on scikit-learn's digits against random selection; continues after a kill.
+    """Every method, and every selection of real images, on scikit-learn's digits against random images; continues after
+    a kill.
 
     Args:
-        names: Of the methods, by default all.
+        names: Of the methods, and selection for the selections of real images; by default all.
         out: Folder for results.json and one folder a run.
         seed: Seed of every random choice.
         device: auto, cpu, cuda, cuda:1 …

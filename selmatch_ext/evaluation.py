@@ -110,14 +110,14 @@ def _header(
 
 def trained_on(subset: DistilledSet, context: Context, settings: Evaluation, k: int = 0) -> torch.nn.Module:
     """Network number k, trained on `subset`; it depends on the seed and k alone. If the set has a schedule, the
-    schedule defines the training and `settings` is ignored."""
+    schedule defines the training and `settings` is ignored. Weights of images count in both cases."""
     if subset.schedule is not None:
         return follow_schedule(subset, context, k, trusted=(settings.model,))
     model = context.network(settings.model, "evaluation", k)
-    images, labels = subset.images.to(context.device), subset.labels.to(context.device)
+    images, targets = subset.images.to(context.device), subset.targets().to(context.device)
     strategies, per_image = (settings.distilled_strategy, settings.selected_strategy), settings.draw_per == "image"
     augmenter = combined_augmenter(subset.distilled, *strategies, context.data.image_size, per_image)
-    train(model, images.__getitem__, labels, settings.training, augmenter, context.generator("evaluation", k))
+    train(model, images.__getitem__, targets, settings.training, augmenter, context.generator("evaluation", k))
     return model
 
 

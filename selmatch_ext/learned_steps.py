@@ -34,8 +34,8 @@ def follow_schedule(
         start = xavier(model, context.generator("evaluation", "xavier", k))
     else:
         start = schedule.starts[k % len(schedule.starts)]
-    images, labels, rates = (t.to(device) for t in (subset.images, subset.labels, schedule.rates))
-    flat.load_parameters(model, unrolled_sgd(model, start.to(device), images, labels, list(schedule.batches), rates))
+    images, targets, rates = (t.to(device) for t in (subset.images, subset.targets(), schedule.rates))
+    flat.load_parameters(model, unrolled_sgd(model, start.to(device), images, targets, list(schedule.batches), rates))
     seen = [(data.train.labels == c).nonzero().squeeze(1)[:16] for c in range(data.classes)]
     with precision_scope("float32", device):
         freeze_statistics(model, data.normalize(data.train.images[torch.cat(seen)], device))

@@ -88,12 +88,13 @@ def _named(name: str, function: Any, *arguments: Any, **options: Any) -> Any:
 
 def check_start(settings: Start, evaluation: Evaluation, context: Context) -> DistilledSet:
     """ValueError naming the setting where the choice of the start is certain to fail. Returns a set like the start."""
-    used: dict[str, Any] = {}
-    by_difficulty = settings.select == "window" or settings.select in coreset.BY_SCORE
-    if by_difficulty and settings.scores.source in COMPUTED:
-        used["start"] = {"scores": settings.scores}
-    if settings.select in coreset.BY_FEATURES:
-        used["start"] = {"features": settings.features}
+    parts, used = dict[str, Any](), dict[str, Any]()
+    if settings.select in coreset.BY_DIFFICULTY and settings.scores.source in COMPUTED:
+        parts["scores"] = settings.scores
+    if settings.select in coreset.BY_NETWORK:
+        parts["features"] = settings.features
+    if parts:
+        used["start"] = parts
     if settings.select == "window" and settings.window.beta is None:
         used["evaluation"] = evaluation
     check_networks(used, context.data)
@@ -116,6 +117,11 @@ def check_distillation(settings: Run, context: Context, folder: Path, experts: E
     """Errors of the start and of the method that are certain before their work. experts: those that are there, or are
     going to be trained."""
     check_networks({"settings": settings.settings}, context.data)
+    if settings.start.select == "gradmatch" and not settings.start.gradmatch.fill:
+        raise ValueError(
+            "start.gradmatch.fill is off, so that a class may get fewer images than start.ipc; how many is known after "
+            "the selection only: run `selmatch select` with these settings, and give its file as start.select"
+        )
     start = check_start(settings.start, settings.evaluation, context)
     task = Task(start, replace(context, data=seen_as(start, context.data)), experts)
     kind = find_method(settings.method)

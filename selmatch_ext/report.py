@@ -193,14 +193,19 @@ def plot_bars(
 def plot_curves(
     results: Mapping[str, Mapping[float, tuple[float, float]]], path: str | os.PathLike, xlabel: str, ylabel: str
 ) -> None:
-    """Writes a curve with error bars for each series. results: {series: {x: (mean, standard deviation)}}."""
+    """Writes a curve with error bars for each series. results: {series: {x: (mean, standard deviation)}}. Where colors
+    repeat, the lines are dashed, and then dotted; so many names are beside the plot."""
     figure, axes = _plot(xlabel, ylabel)
-    for (name, values), color in zip(results.items(), _colors(len(results)), strict=True):
+    colors = _colors(len(results))
+    for i, (name, values) in enumerate(results.items()):
         means, stds = zip(*values.values(), strict=True)
-        line: dict[str, Any] = {"color": color, "marker": "o", "markersize": 5, "capsize": 3, "label": _shown(name)}
-        axes.errorbar(list(values), means, yerr=stds, **line)
+        style = ("-", "--", ":")[colors[:i].count(colors[i]) % 3]
+        line: dict[str, Any] = {"color": colors[i], "marker": "o", "markersize": 5, "capsize": 3, "label": _shown(name)}
+        axes.errorbar(list(values), means, yerr=stds, linestyle=style, **line)
     axes.xaxis.set_major_locator(_whole_numbers())
-    if len(results) > 1:
+    if len(set(colors)) < len(results):
+        figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    elif len(results) > 1:
         axes.legend(frameon=False)
     _save(figure, path)
 

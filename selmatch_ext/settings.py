@@ -27,7 +27,10 @@ from selmatch_ext.ranges import (
 
 DSA = "color_crop_cutout_flip_scale_rotate"
 Precision = Literal["float32", "tf32", "bfloat16"]
-SELECTIONS = ("window", "random", "herding", "k-center", "forgetting", "el2n", "c-score")
+SELECTIONS = (
+    *("window", "random", "herding", "k-center", "forgetting", "el2n", "c-score", "craig", "gradmatch", "ccs", "d2"),
+    *("moderate", "grand", "aum", "least-confidence", "entropy", "margin"),
+)
 """Ways to choose real images for a start, or for a set of their own; `selection/start.py` carries them out."""
 DRAWN = ("noise", "correct")
 """Ways to begin a distillation only."""
@@ -118,8 +121,9 @@ class Scores(Checked):
     """Difficulty of each training image."""
 
     source: str = "forgetting"
-    """forgetting or el2n, computed by training networks here; or the path of a C-score file (.npy, .npz; higher =
-    easier); or forgetting:PATH or el2n:PATH, a file of such scores (higher = harder)."""
+    """forgetting, el2n, grand, aum (of all epochs), or least-confidence, entropy, margin (after the last one), computed
+    by training networks here; or the path of a C-score file (.npy, .npz; higher = easier); or KIND:PATH, a file of
+    scores of one of these kinds (higher = harder; of aum and margin, lower)."""
     model: str = "ConvNetBN"
     """The network whose training gives the scores; named as in experts.model."""
     runs: Count = 3
@@ -131,7 +135,8 @@ class Scores(Checked):
 
 @dataclass(frozen=True)
 class Features(Checked):
-    """The network, trained on all training images, in whose features herding, k-center and coverage measure."""
+    """The network, trained on all training images, in whose features herding, k-center, moderate, d2 and coverage
+    measure, and whose last layer gives craig and gradmatch their gradients."""
 
     model: str = "ConvNetBN"
     """Named as in experts.model."""
@@ -160,13 +165,50 @@ class Window(Checked):
 
 
 @dataclass(frozen=True)
+class Strata(Checked):
+    """Coverage-centric selection (CCS, arXiv 2210.15809)."""
+
+    cutoff: Share = 0.3
+    """Share of each class, the hardest images, that is left out first; the smaller the share that is selected, the
+    larger it should be."""
+    strata: Count = 50
+    """Parts of equal width into which the range of difficulties is cut."""
+
+
+@dataclass(frozen=True)
+class Graph(Checked):
+    """D2 pruning (arXiv 2310.07931)."""
+
+    cutoff: Share = 0.4
+    """Share of each class, the hardest images, that is left out first."""
+    neighbors: Count = 5
+    """Nearest images of the class that each image is connected to."""
+    gamma: Decay = 0.1
+    """How fast the influence of a chosen image on its neighbors falls with their distance."""
+
+
+@dataclass(frozen=True)
+class Pursuit(Checked):
+    """Gradient matching by selection (GradMatch, arXiv 2103.00123)."""
+
+    ridge: Decay = 0.5
+    """λ, the penalty of the weights' squares."""
+    rows: Literal["own", "all"] = "own"
+    """Which gradient is matched: that of the last layer's row of the image's own class, or of the whole last layer."""
+    fill: bool = True
+    """Where fewer than ipc images of a class match its gradient best, add random ones with weight 1, so that each class
+    has ipc. False leaves them out, which `selmatch select` can do; its file can then start a distillation."""
+
+
+@dataclass(frozen=True)
 class Start(Checked):
     """The images that a distillation starts from."""
 
     select: str = "random"
     """How they are chosen: window, random, noise, correct (random images that expert 0 classifies correctly), herding,
-    k-center, forgetting, el2n, c-score (the hardest by that score); or the path of a set, which also says how many
-    images there are and which of them are learned."""
+    k-center, moderate, ccs, d2, craig, gradmatch (these two give the images weights); forgetting, el2n, grand, aum,
+    c-score, least-confidence, entropy, margin (the hardest by that score); or the path of a set, which also says how
+    many images there are and which of them are learned."""
     ipc: Count = 10
     """Images per class."""
     alpha: Share = 1.0
@@ -175,6 +217,9 @@ class Start(Checked):
     window: Window = Window()
     scores: Scores = Scores()
     features: Features = Features()
+    ccs: Strata = Strata()
+    d2: Graph = Graph()
+    gradmatch: Pursuit = Pursuit()
 
 
 @dataclass(frozen=True)

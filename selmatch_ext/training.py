@@ -64,10 +64,12 @@ def train(
 ) -> None:
     """Trains `model` in place by SGD on cross-entropy.
 
-    labels: (n,) int64, or (n, K) float probabilities, on the model's device. Order and augmentation are drawn from
-    `generator` (CPU), dropout from a stream of it. after_epoch(epoch) is called after each, counted from 1.
-    A last batch of one image is left out where BatchNorm cannot take statistics from it. Raises ValueError where all
-    batches are such, and FloatingPointError when an epoch ends with a loss that is not finite."""
+    labels: (n,) int64, or (n, K) float probabilities, on the model's device; rows of probabilities times the weights of
+    the images (`data.distilled.weighted`) make the loss of a batch the mean of weight times loss.
+    Order and augmentation are drawn from `generator` (CPU), dropout from a stream of it. after_epoch(epoch) is called
+    after each, counted from 1. A last batch of one image is left out where BatchNorm cannot take statistics from it.
+    Raises ValueError where all batches are such, and FloatingPointError when an epoch ends with a loss that is not
+    finite."""
     device = labels.device
     batches = _batches(model, take, labels, settings)
     backward = "tf32" if settings.precision == "tf32" else "float32"  # bfloat16 follows the forward pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import math
@@ -75,6 +76,8 @@ class DistilledSet:
     mean, std: (C,) float32. class_names: K names. method: how it was made. settings: every setting, JSON-able.
     indices: (n,) int64, the training image that each started from, -1 where there is none (default: all).
     whitening: the ZCA that was applied after mean and std. schedule: the training that the set is made for, if any.
+    weights: (n,) float32, 0 or above and not all 0: training minimizes the mean of weight times loss over the images of
+    a batch; None = all 1.
 
     Raises TypeError or ValueError naming the field that is wrong.
     """
@@ -91,6 +94,7 @@ class DistilledSet:
     indices: Tensor = None  # type: ignore[assignment]  # __post_init__ makes it where it is not given
     whitening: Whitening | None = None
     schedule: Schedule | None = None
+    weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = len(self.images)
@@ -125,6 +129,8 @@ class DistilledSet:
             raise ValueError(f"whitening is of {len(self.whitening.mean)} values; an image has {pixels}")
         if self.schedule is not None:
             self.schedule.check(n)
+        if self.weights is not None:
+            _check_weights(self.weights, n)
 
     def _check_labels(self) -> None:
         labels, n, classes = self.labels, len(self.images), len(self.class_names)
@@ -153,8 +159,13 @@ class DistilledSet:
         """(n,) int64: the labels, or for soft ones the most probable class."""
         return self.labels.argmax(1) if self.labels.is_floating_point() else self.labels
 
+    def targets(self) -> Tensor:
+        """What networks are trained on the set with, by the mean cross-entropy: the labels, or, where images have
+        weights, `weighted(labels, weights)`."""
+        return self.labels if self.weights is None else weighted(self.labels, self.weights, len(self.class_names))
+
     def digest(self) -> str:
-        """What identifies the set: a hash of its images, labels, mask, normalization and schedule."""
+        """What identifies the set: a hash of its images, labels, mask, normalization, schedule and weights."""
         tensors = [self.images, self.labels, self.distilled, self.mean, self.std]
         tensors += [t for name, t in sorted(self._optional().items()) if name != "lr"]
         digest = hashlib.sha256()
@@ -177,6 +188,8 @@ class DistilledSet:
             found |= {"schedule_rates": self.schedule.rates, "schedule_batches": self.schedule.batches}
             if self.schedule.starts is not None:
                 found["schedule_starts"] = self.schedule.starts
+        if self.weights is not None:
+            found["weights"] = self.weights
         return found
 
     def save(self, path: str | os.PathLike) -> None:
@@ -210,6 +223,8 @@ class DistilledSet:
         torchvision's ImageFolder reads it with the same labels: class folders get a number in front where the names'
         alphabetical order is another one. Soft labels become the most probable class, values are rounded to 8 bits. A
         class without images has an empty folder, and the others keep their numbers: ImageFolder(…, allow_empty=True).
+        Where the images have weights, folder/weights.csv says the weight of each file, one a line; ImageFolder does not
+        read it.
         Raises FileExistsError when `folder` exists and is not empty, ValueError for images of neither 1 nor 3 channels.
         """
         folder = Path(folder)
@@ -218,14 +233,18 @@ class DistilledSet:
         if self.images.shape[1] not in (1, 3):
             raise ValueError(f"images have {self.images.shape[1]} channels; PNGs are made of 1 or 3")
         pixels = (self.denormalized() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        names = folder_names(self.class_names)
+        names, files = folder_names(self.class_names), list[str]()
         with atomic_write(folder) as temporary:
             for name in names:
                 (temporary / name).mkdir(parents=True)
             for i, label in enumerate(self.hard_labels.tolist()):
                 kind = "distilled" if self.distilled[i] else "selected"
                 image = pixels[i, :, :, 0] if pixels.shape[3] == 1 else pixels[i]
-                Image.fromarray(image).save(temporary / names[label] / f"{i:05d}_{kind}.png")
+                files.append(f"{names[label]}/{i:05d}_{kind}.png")
+                Image.fromarray(image).save(temporary / files[-1])
+            if self.weights is not None:
+                with open(temporary / "weights.csv", "w", newline="", encoding="utf-8") as file:
+                    csv.writer(file).writerows([("file", "weight"), *zip(files, self.weights.tolist(), strict=True)])
 
 
 def _fields(tensors: dict[str, Tensor], described: dict[str, Any], source: str) -> dict[str, Any]:
@@ -237,6 +256,7 @@ def _fields(tensors: dict[str, Tensor], described: dict[str, Any], source: str) 
     fields["class_names"] = strict_json.strings(described["class_names"], "class_names")
     fields["method"] = strict_json.string(described["method"], "method")
     fields["settings"] = strict_json.mapping(described["settings"], "settings")
+    fields["weights"] = tensors.get("weights")
     fields["lr"] = None
     if "lr" in tensors:
         lr = tensors["lr"]
@@ -256,6 +276,27 @@ def _fields(tensors: dict[str, Tensor], described: dict[str, Any], source: str) 
     return fields
 
 
+def _check_weights(weights: Tensor, count: int) -> None:
+    """ValueError unless `weights` are those of `count` images."""
+    if weights.dtype != torch.float32 or tuple(weights.shape) != (count,):
+        raise ValueError(f"weights is {weights.dtype} {tuple(weights.shape)}; it must be torch.float32 ({count},)")
+    if not weights.isfinite().all() or (weights < 0).any():
+        row = int((~(weights >= 0) | weights.isinf()).nonzero()[0])
+        raise ValueError(f"weights holds {weights[row].item()}, that of image {row}; allowed are finite numbers from 0")
+    if not weights.any():
+        raise ValueError("weights are all 0; at least one must be above 0")
+
+
+def weighted(labels: Tensor, weights: Tensor, classes: int) -> Tensor:
+    """(n, K) targets with which the mean cross-entropy of a batch is the mean of weight times loss: the labels as
+    probabilities, each row times the image's weight.
+
+    labels: (n,) int64, or (n, K) float. weights: (n,) float, on the same device. Differentiable in float labels."""
+    if not labels.is_floating_point():
+        labels = torch.nn.functional.one_hot(labels, classes).to(weights.dtype)
+    return labels * weights.to(labels.dtype).unsqueeze(1)
+
+
 def folder_names(class_names: list[str]) -> list[str]:
     """Class names as folder names that differ, sort in the order of the classes and have at most 100 bytes, but for a
     number in front."""
@@ -266,7 +307,7 @@ def folder_names(class_names: list[str]) -> list[str]:
     return names
 
 
-def real_subset(data: ImageData, indices: Tensor, method: str) -> DistilledSet:
+def real_subset(data: ImageData, indices: Tensor, method: str, weights: Tensor | None = None) -> DistilledSet:
     """The training images at `indices` (n,) as a set with nothing distilled in it."""
     return DistilledSet(
         images=data.normalize(data.train.images[indices]),
@@ -280,6 +321,7 @@ def real_subset(data: ImageData, indices: Tensor, method: str) -> DistilledSet:
         settings={},
         indices=indices,
         whitening=data.whitening,
+        weights=weights,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from selmatch_ext.context import Context
-from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.data.distilled import DistilledSet, weighted
 from selmatch_ext.data.images import ImageData
 from selmatch_ext.data.trajectories import ExpertSource
 from selmatch_ext.experts import expert_network
@@ -139,7 +139,8 @@ class Method:
     """Base of all methods. A subclass gives `name`, `optimizer` and `loss`, adds what else it learns to `learned`, and
     has settings and defaults of its own where it needs them.
 
-    Of the task's starting set the images marked `distilled` are learned; the others stay as they are."""
+    Of the task's starting set the images marked `distilled` are learned; the others stay as they are. The weights of
+    images stay as they are, of learned images too; a loss on the set takes them into account by `weighted`."""
 
     name: ClassVar[str]
     settings_type: ClassVar[type] = MethodSettings
@@ -163,6 +164,7 @@ class Method:
         self.labels = start.labels.to(task.device)
         if self.labels.is_floating_point():
             self.labels = self.labels.to(task.dtype)
+        self.weights = None if start.weights is None else start.weights.to(task.device, task.dtype)
         self.images = self._fixed[self._where].clone().requires_grad_()
         self.learned = {"images": self.images}
         self.state = {}
@@ -202,6 +204,11 @@ class Method:
     def of_class(self, label: int) -> Tensor:
         """(m,) indices into `combined()` of a class, in order, on the device."""
         return (self.task.start.hard_labels == label).nonzero().squeeze(1).to(self.task.device)
+
+    def weighted(self, labels: Tensor) -> Tensor:
+        """Targets with which the mean cross-entropy counts each image by its weight in the set: `labels` (n,) int64 or
+        (n, K) themselves where the set has no weights, else (n, K), see `data.distilled.weighted`."""
+        return labels if self.weights is None else weighted(labels, self.weights, len(self.task.start.class_names))
 
     def optimizer(self) -> torch.optim.Optimizer:
         """A new optimizer over `learned`, each tensor once."""

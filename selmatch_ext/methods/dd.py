@@ -196,7 +196,7 @@ class DD(Method):
         for start in self.initial(iteration, generator):
             batches, augmentations = self.task.steps(self.batches, self.settings.strategy, generator)
             rates = F.softplus(self.raw)
-            theta = self.unrolled(start, self.combined(), self.labels, batches, rates, augmentations)
+            theta = self.unrolled(start, self.combined(), self.weighted(self.labels), batches, rates, augmentations)
             logits = functional_call(self.model, flat.unflatten(theta, self.model), (real,))
             losses.append(F.cross_entropy(logits, wanted))
         return torch.stack(losses).mean()

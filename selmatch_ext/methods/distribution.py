@@ -41,7 +41,8 @@ class DM(Method):
     anew each iteration, A one siamese DSA operation a class. Learned: the images.
 
     A network with BatchNorm sees all classes in one batch, others one after the other, which is the same and takes less
-    memory."""
+    memory. Where images of the set have weights, mean f(A(syn)) is the mean by these weights; raises ValueError where
+    those of a class are all 0."""
 
     name = "dm"
     settings_type = DMSettings
@@ -50,6 +51,9 @@ class DM(Method):
         super().__init__(task, settings)
         rows = [self.of_class(c) for c in range(task.data.classes)]
         self.classes = {c: row for c, row in enumerate(rows) if len(row)}
+        for c, row in self.classes.items():
+            if self.weights is not None and not self.weights[row].any():
+                raise ValueError(f"the weights of class {task.data.class_names[c]} are all 0: it has no mean to match")
 
     def largest_batch(self) -> tuple[torch.nn.Module, int]:
         model = self.task.network(self.settings.model, "network", 0)
@@ -79,12 +83,15 @@ class DM(Method):
             syn.append(augment(images[self.classes[label]], p))
         with torch.no_grad():
             wanted = self._means(model, real)
-        return (self._means(model, syn) - wanted).square().sum()
+        weights = None if self.weights is None else [self.weights[self.classes[label]] for label in group]
+        return (self._means(model, syn, weights) - wanted).square().sum()
 
-    def _means(self, model: torch.nn.Module, batches: list[Tensor]) -> Tensor:
-        """(classes, features)"""
+    def _means(self, model: torch.nn.Module, batches: list[Tensor], weights: list[Tensor] | None = None) -> Tensor:
+        """(classes, features). weights: of each class's images, (m,), if there are any."""
         features = embed(model, torch.cat(batches)).split([len(b) for b in batches])
-        return torch.stack([f.mean(0) for f in features])
+        if weights is None:
+            return torch.stack([f.mean(0) for f in features])
+        return torch.stack([w @ f / w.sum() for f, w in zip(features, weights, strict=True)])
 
     def advice(self) -> str:
         return f"Try a smaller lr_images ({self.settings.lr_images:g})."

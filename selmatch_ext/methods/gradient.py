@@ -130,7 +130,7 @@ class DC(Method):
             flat.load_parameters(self.model, self.state["network"])
             images = self.combined().detach()
             augmenter = batch_augmenter(self.settings.strategy, self.task.data.image_size)
-            train(self.model, images.__getitem__, self.labels, self.training, augmenter, generator)
+            train(self.model, images.__getitem__, self.weighted(self.labels), self.training, augmenter, generator)
         self.state["network"].copy_(flat.flatten(self.model.parameters()).detach())
 
     def class_distance(self, label: int, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -142,7 +142,7 @@ class DC(Method):
         wanted = self._gradient(augment(real, p), labels, create_graph=False)
         if not self.settings.siamese:
             p = self.task.draw(1, self.settings.strategy, generator, siamese=True)
-        got = self._gradient(augment(syn, p), self.labels[self.classes[label]], create_graph=True)
+        got = self._gradient(augment(syn, p), self.weighted(self.labels)[self.classes[label]], create_graph=True)
         return gradient_distance(got, wanted, self.settings.metric)
 
     def _gradient(self, x: Tensor, labels: Tensor, create_graph: bool) -> list[Tensor]:

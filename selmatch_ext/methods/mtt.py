@@ -153,7 +153,7 @@ class MTT(Method):
         target = store.row(expert, epoch + s.expert_epochs).to(images)
         batches = chunks(len(images), s.batch_syn, s.inner_steps, generator)
         batches, augmentations = self.task.steps(batches, s.strategy, generator)
-        student = self.unrolled(start, images, self.targets(), batches, self.lr, augmentations)
+        student = self.unrolled(start, images, self.weighted(self.targets()), batches, self.lr, augmentations)
         return trajectory_distance(student, start, target)
 
     def check(self) -> None:

@@ -1,4 +1,5 @@
-"""Coresets: small training sets of real images, chosen class by class. Windows over a score are in window.py.
+"""Coresets: small training sets of real images, chosen class by class. Windows over a score are in window.py, and other
+coresets in the files of their names.
 
 All functions return (classes * ipc,) int64 indices, class by class, in the order of choice, and raise ValueError for a
 class without images or an ipc larger than a class, naming the class.
@@ -13,14 +14,26 @@ from torch import Tensor
 
 from selmatch_ext.selection.window import check_classes
 
-BY_FEATURES = ("herding", "k-center")
-BY_SCORE = {"forgetting": "forgetting", "el2n": "el2n", "c-score": "cscore"}
-"""Hardest first: method -> kind of score (see selection/scores.py)."""
+BY_NETWORK = ("herding", "k-center", "moderate", "craig", "gradmatch", "d2")
+"""Ways to choose that need a network trained on all training images, whose settings are start.features."""
+BY_SCORE = {
+    "forgetting": "forgetting",
+    "el2n": "el2n",
+    "grand": "grand",
+    "aum": "aum",
+    "c-score": "cscore",
+    "least-confidence": "least-confidence",
+    "entropy": "entropy",
+    "margin": "margin",
+}
+"""Hardest first: way to choose -> kind of score (see selection/scores.py)."""
+BY_DIFFICULTY = ("window", "ccs", "d2", *BY_SCORE)
+"""Ways to choose that need the difficulty of each image, whose settings are start.scores."""
 
 
 def random(labels: Tensor, ipc: int, generator: torch.Generator) -> Tensor:
     """ipc random images of every class. labels: (n,) int64; generator: on the CPU."""
-    return torch.cat([m[torch.randperm(len(m), generator=generator)[:ipc]] for m in _members(labels, ipc)])
+    return torch.cat([m[torch.randperm(len(m), generator=generator)[:ipc]] for m in members(labels, ipc)])
 
 
 def herding(features: Tensor, labels: Tensor, ipc: int) -> Tensor:
@@ -28,7 +41,7 @@ def herding(features: Tensor, labels: Tensor, ipc: int) -> Tensor:
     iCaRL, arXiv 1611.07725, algorithm 4).
 
     features: (n, F) float; labels: (n,) int64. Of equally good images the one with the lower index. In float64."""
-    return _by_class(features, labels, ipc, _herd)
+    return by_class(features, labels, ipc, _herd)
 
 
 def k_center(features: Tensor, labels: Tensor, ipc: int) -> Tensor:
@@ -36,7 +49,7 @@ def k_center(features: Tensor, labels: Tensor, ipc: int) -> Tensor:
     (Sener and Savarese, arXiv 1708.00489, algorithm 1).
 
     features: (n, F) float; labels: (n,) int64. Of equally far images the one with the lower index. In float64."""
-    return _by_class(features, labels, ipc, _farthest)
+    return by_class(features, labels, ipc, _farthest)
 
 
 def _herd(x: Tensor, ipc: int) -> list[int]:
@@ -64,9 +77,15 @@ def _farthest(x: Tensor, ipc: int) -> list[int]:
     return chosen
 
 
-def _by_class(features: Tensor, labels: Tensor, ipc: int, choose: Callable[[Tensor, int], list[int]]) -> Tensor:
-    """(classes * ipc,) indices: `choose`, given the features (n, F) float64 of a class and ipc, returns ipc places in
-    the class."""
+def by_class(features: Tensor, labels: Tensor, ipc: int, choose: Callable[[Tensor, int], list[int]]) -> Tensor:
+    """(classes * ipc,) indices, class by class: what `choose` takes of a class's features (m, F), in float64. Raises
+    ValueError as `check_features` does."""
+    check_features(features, labels)
+    return torch.cat([m[choose(features[m].double(), ipc)] for m in members(labels, ipc)])
+
+
+def check_features(features: Tensor, labels: Tensor) -> None:
+    """ValueError unless `features` is (n, F), float and finite, with a row for each label."""
     if features.ndim != 2 or len(features) != len(labels) or not features.is_floating_point():
         raise ValueError(
             f"features is {features.dtype} of shape {tuple(features.shape)}; it must be float ({len(labels)}, F), one "
@@ -74,9 +93,8 @@ def _by_class(features: Tensor, labels: Tensor, ipc: int, choose: Callable[[Tens
         )
     if not features.isfinite().all():
         raise ValueError(f"features holds {int((~features.isfinite()).sum())} values that are NaN or infinite")
-    return torch.cat([m[choose(features[m].double(), ipc)] for m in _members(labels, ipc)])
 
 
-def _members(labels: Tensor, ipc: int) -> list[Tensor]:
-    """Indices of each class's images, ascending."""
+def members(labels: Tensor, ipc: int) -> list[Tensor]:
+    """Indices of each class's images, ascending. Raises ValueError as `check_classes` does."""
     return [(labels == label).nonzero().squeeze(1) for label in range(len(check_classes(labels, ipc)))]

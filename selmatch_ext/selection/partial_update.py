@@ -31,5 +31,9 @@ def learned_mask(indices: Tensor, ipc: int, alpha: float) -> Tensor:
 
 
 def marked(chosen: DistilledSet, ipc: int, alpha: float) -> DistilledSet:
-    """The set with the share alpha of each class, those that were chosen last, marked as learned."""
-    return replace(chosen, distilled=learned_mask(chosen.indices, ipc, alpha))
+    """The set with the share alpha of each class, those that were chosen last, marked as learned. chosen: class by
+    class, with ipc images of each, or fewer."""
+    if len(chosen) == ipc * len(chosen.class_names):
+        return replace(chosen, distilled=learned_mask(chosen.indices, ipc, alpha))
+    rows = chosen.indices.split(torch.bincount(chosen.hard_labels, minlength=len(chosen.class_names)).tolist())
+    return replace(chosen, distilled=torch.cat([learned_mask(row, len(row), alpha) for row in rows if len(row)]))

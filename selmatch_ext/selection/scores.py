@@ -16,7 +16,17 @@ from selmatch_ext.data.images import check_labels
 from selmatch_ext.files import plain
 
 WHAT = "score file (.npy, or .npz with scores[, labels])"
-HIGHER_IS_EASIER = {"cscore": True, "forgetting": False, "el2n": False}
+HIGHER_IS_EASIER = {
+    "cscore": True,
+    "forgetting": False,
+    "el2n": False,
+    "grand": False,
+    "aum": True,
+    "least-confidence": False,
+    "entropy": False,
+    "margin": True,
+}
+"""Kind of score -> its direction."""
 
 
 def load_scores(path: str | os.PathLike, labels: Tensor, name: str = "the data set") -> Tensor:
@@ -61,7 +71,7 @@ def describe_scores(path: str | os.PathLike) -> tuple[int, dict]:
 
 
 def difficulty(scores: Tensor, kind: str) -> Tensor:
-    """Turns scores so that higher = harder. kind: cscore (higher = easier), forgetting or el2n (higher = harder)."""
+    """Turns scores so that higher = harder. kind: one of HIGHER_IS_EASIER."""
     if kind not in HIGHER_IS_EASIER:
         raise ValueError(f"score kind is {kind!r}; allowed are {', '.join(HIGHER_IS_EASIER)}")
     return -scores if HIGHER_IS_EASIER[kind] else scores

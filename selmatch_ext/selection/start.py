@@ -14,12 +14,17 @@ from selmatch_ext.data.trajectories import ExpertStore
 from selmatch_ext.evaluation import Accuracy
 from selmatch_ext.experts import expert_logits
 from selmatch_ext.selection import coreset
+from selmatch_ext.selection.d2 import d2
 from selmatch_ext.selection.difficulty import COMPUTED, training_difficulty
 from selmatch_ext.selection.features import split_features, trained_networks
+from selmatch_ext.selection.gradients import LastLayer, craig, gradmatch
+from selmatch_ext.selection.moderate import moderate
 from selmatch_ext.selection.partial_update import marked
-from selmatch_ext.selection.window import beta_grid, check_classes, window
+from selmatch_ext.selection.strata import ccs
+from selmatch_ext.selection.window import beta_grid, check_classes, window, without_hardest
 from selmatch_ext.selection.window_search import search_window, window_set
 from selmatch_ext.settings import DRAWN, SELECTIONS, Evaluation, Start
+from selmatch_ext.training import predict
 
 CHOICES = (*SELECTIONS, *DRAWN)
 
@@ -51,21 +56,23 @@ def choose(
     """The set that a distillation starts from, with the images marked that it learns.
 
     evaluation: how networks are trained that compare windows. folder: keeps scores.npz, window/ and features/, from
-    which a killed call continues. Raises ValueError for a set of other data, and for correct without experts."""
+    which a killed call continues. Every class has settings.ipc images, unless gradmatch finds fewer and is told not to
+    fill. Raises ValueError for a set of other data, and for correct without experts."""
     if is_file(settings.select):
         return Chosen(_from_file(settings.select, context))
     if settings.select == "window" or settings.select in coreset.BY_SCORE:
         return _by_difficulty(settings, context, evaluation, folder)
-    labels, ipc = context.data.train.labels, settings.ipc
-    if settings.select in coreset.BY_FEATURES:
-        model = trained_networks(context, settings.features, folder / "features")[0]
-        choice = {"herding": coreset.herding, "k-center": coreset.k_center}[settings.select]
-        indices = choice(split_features(model, context), labels, ipc)
+    weights = None
+    if settings.select in coreset.BY_NETWORK:
+        indices, weights = _by_network(settings, context, folder)
+    elif settings.select == "ccs":
+        scores = training_difficulty(context, settings.scores, folder / "scores.npz")
+        indices = _strata(settings, context, scores)
     elif settings.select == "correct":
-        indices = _correct(context, ipc, experts)
+        indices = _correct(context, settings.ipc, experts)
     else:
-        indices = coreset.random(labels, ipc, context.generator("random"))
-    chosen = marked(real_subset(context.data, indices, settings.select), settings.ipc, settings.alpha)
+        indices = coreset.random(context.data.train.labels, settings.ipc, context.generator("random"))
+    chosen = marked(real_subset(context.data, indices, settings.select, weights), settings.ipc, settings.alpha)
     if settings.select == "noise":
         noise = torch.randn(chosen.images.shape, generator=context.generator("noise"))
         learned = chosen.distilled
@@ -95,18 +102,21 @@ def prototype(settings: Start, context: Context) -> DistilledSet:
     preflight.py checks the later stages with it.
 
     Raises ValueError where the choice is certain to fail: an ipc that a class does not have, windows or scores that do
-    not fit, a file that is not there or is of other data."""
+    not fit, a cut-off that leaves too few images, a file that is not there or is of other data."""
     if is_file(settings.select):
         return _from_file(settings.select, context)
     counts, place = check_classes(context.data.train.labels, settings.ipc), settings.window
     if settings.select in coreset.BY_SCORE:
         score_source(settings.select, settings.scores.source)
         place = replace(place, beta=place.beta or 0.0)
-    if settings.select == "window" or settings.select in coreset.BY_SCORE:
+    if settings.select in coreset.BY_DIFFICULTY:
         difficulty = torch.zeros(len(context.data.train))
         if settings.scores.source not in COMPUTED:  # a wrong file is refused now
             difficulty = training_difficulty(context, settings.scores, Path())
-        if place.beta is None:
+        if settings.select in ("ccs", "d2"):
+            part = settings.ccs if settings.select == "ccs" else settings.d2
+            without_hardest(difficulty, context.data.train.labels, settings.ipc, part.cutoff)
+        elif place.beta is None:
             beta_grid(min(counts), settings.ipc, place.step, place.beta_unit)
         else:
             window(difficulty, context.data.train.labels, settings.ipc, place.beta, place.beta_unit)
@@ -140,8 +150,31 @@ def _by_difficulty(settings: Start, context: Context, evaluation: Evaluation, fo
     return Chosen(window_set(context, difficulty, settings, beta), beta, tried)
 
 
+def _strata(settings: Start, context: Context, scores: Tensor) -> Tensor:
+    labels, how, order = context.data.train.labels, settings.ccs, context.generator("ccs")
+    return ccs(scores, labels, settings.ipc, how.cutoff, how.strata, order)
+
+
+def _by_network(settings: Start, context: Context, folder: Path) -> tuple[Tensor, Tensor | None]:
+    """Indices and, for choices by gradients, weights, as a network sees the images that is trained on all of them."""
+    model = trained_networks(context, settings.features, folder / "features")[0]
+    features, labels, ipc = split_features(model, context), context.data.train.labels, settings.ipc
+    if settings.select in ("craig", "gradmatch"):
+        logits = predict(model, context.real_images(), len(labels), context.device)
+        gradients = LastLayer.of(logits, features, labels)
+        if settings.select == "craig":
+            return craig(gradients, ipc)
+        how = settings.gradmatch
+        return gradmatch(gradients, ipc, how.ridge, how.rows, context.generator("fill") if how.fill else None)
+    if settings.select == "d2":
+        scores = training_difficulty(context, settings.scores, folder / "scores.npz")
+        return d2(scores, features, labels, ipc, settings.d2), None
+    choice = {"herding": coreset.herding, "k-center": coreset.k_center, "moderate": moderate}[settings.select]
+    return choice(features, labels, ipc), None
+
+
 def score_source(select: str, source: str) -> str:
-    """Where the scores for the choice forgetting, el2n or c-score come from, given `scores.source`.
+    """Where the scores for a choice of the hardest images, such as forgetting, come from, given `scores.source`.
 
     Raises ValueError when that is a file of other scores, and for c-score, which only files have, when it is none."""
     kind, _, _ = source.rpartition(":")

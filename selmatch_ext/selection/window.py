@@ -23,7 +23,7 @@ def window(
     Returns (classes * ipc,) int64 indices, class by class, hardest first; of equally hard ones the lower index first.
     Raises ValueError for a class without images, an ipc larger than a class, and a beta that runs past a class.
     """
-    counts = _check(difficulty, labels, ipc)
+    counts = check_difficulty(difficulty, labels, ipc)
     if beta_unit not in ("class", "ipc"):
         raise ValueError(f"beta_unit is {beta_unit!r}; allowed are 'class' and 'ipc'")
     if not beta >= 0 or (beta_unit == "class" and beta > 1):
@@ -82,7 +82,28 @@ def check_classes(labels: Tensor, ipc: int) -> list[int]:
     return counts
 
 
-def _check(difficulty: Tensor, labels: Tensor, ipc: int) -> list[int]:
+def without_hardest(difficulty: Tensor, labels: Tensor, ipc: int, cutoff: float) -> list[Tensor]:
+    """Of each class the indices of its images, hardest first, without the share `cutoff` of the hardest, a whole number
+    of images, rounded down; of equally hard ones the lower index first.
+
+    Raises ValueError for a cutoff that is not from 0 to 1, or that leaves fewer than ipc images of a class."""
+    if not 0 <= cutoff <= 1:
+        raise ValueError(f"cutoff is {cutoff}; allowed is 0 to 1")
+    kept = []
+    for label in range(int(labels.max()) + 1):
+        members = (labels == label).nonzero().squeeze(1)
+        skip = whole(cutoff, len(members))
+        if len(members) - skip < ipc:
+            raise ValueError(
+                f"cutoff {cutoff} leaves {len(members) - skip} of {len(members)} images of class {label}, and ipc is "
+                f"{ipc}; allowed is a cutoff of at most {(len(members) - ipc) / len(members):.6g}"
+            )
+        kept.append(members[difficulty[members].sort(descending=True, stable=True).indices[skip:]])
+    return kept
+
+
+def check_difficulty(difficulty: Tensor, labels: Tensor, ipc: int) -> list[int]:
+    """As `check_classes`; also raises ValueError for difficulties that are not (n,) finite numbers."""
     counts = check_classes(labels, ipc)
     if difficulty.shape != labels.shape:
         raise ValueError(f"difficulty has shape {tuple(difficulty.shape)}; labels has {tuple(labels.shape)}")

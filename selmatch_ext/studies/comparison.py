@@ -1,4 +1,5 @@
-"""Every method on scikit-learn's digits against random selection, with settings for two CPU cores (`make methods`)."""
+"""Every method, and every way to select real images, on scikit-learn's digits against random selection, with settings
+for two CPU cores (`make methods`)."""
 
 from __future__ import annotations
 
@@ -10,6 +11,10 @@ from typing import Any
 import torch
 
 from selmatch_ext import report
+from selmatch_ext.context import Context
+from selmatch_ext.data.distilled import to_train_on
+from selmatch_ext.data.load import load_data
+from selmatch_ext.evaluation import evaluate
 from selmatch_ext.files import write_json
 from selmatch_ext.methods.datm import DATMSettings
 from selmatch_ext.methods.dd import DDSettings
@@ -19,7 +24,9 @@ from selmatch_ext.methods.mtt import MTTSettings
 from selmatch_ext.methods.selmatch import SelMatchSettings
 from selmatch_ext.output import say
 from selmatch_ext.runner import Run, run
-from selmatch_ext.settings import Data, Evaluation, Experts, Scores, Start, Training, Window
+from selmatch_ext.selection import coreset
+from selmatch_ext.selection.start import choose
+from selmatch_ext.settings import SELECTIONS, Data, Evaluation, Experts, Features, Scores, Start, Training, Window
 
 STRATEGY = "color_crop_cutout_scale_rotate"  # no flips: a digit's mirror image is none
 MODEL = "ConvNetD2W32"
@@ -31,6 +38,8 @@ EVALUATION = Evaluation(
     training=Training(epochs=200, lr=0.02, momentum=0.9, weight_decay=5e-4, batch=64, schedule="cosine"),
 )
 SCORES = Scores(source="el2n", model=MODEL, training=Training(epochs=10, lr=0.02, momentum=0.9, batch=64))
+FEATURES = Features(MODEL, STRATEGY, Training(epochs=10, lr=0.02, momentum=0.9, batch=64))
+SELECTION = "selection"
 WINDOW = Start("window", ipc=10, alpha=0.85, window=Window(beta=0.4), scores=SCORES)
 
 
@@ -75,26 +84,70 @@ def entries(seed: int) -> dict[str, Run]:
     return {name: _row(method, start, settings, seed) for name, (method, start, settings) in rows.items()}
 
 
+def selections() -> dict[str, Start]:
+    """The ways to select real images that the second table compares, by their names: 10 images of each class. C-scores,
+    which only files have, are left out."""
+    part: dict[str, Any] = {"ipc": 10, "window": Window(beta=0.4), "features": FEATURES}
+    score = {name: name if name in coreset.BY_SCORE else "aum" for name in SELECTIONS if name != "c-score"}
+    hardest = {name: Window(beta=0.0) for name in coreset.BY_SCORE}
+    return {
+        name: Start(
+            name, **{**part, "window": hardest.get(name, part["window"])}, scores=replace(SCORES, source=source)
+        )
+        for name, source in score.items()
+    }
+
+
 def _row(method: str, start: Start, settings: Any, seed: int) -> Run:
     evaluation = replace(EVALUATION, distilled_strategy=settings.strategy)
     return Run(method, settings, Data("digits"), start, EXPERTS, evaluation, seed)
 
 
 def compare(names: Sequence[str], folder: Path, seed: int, device: torch.device) -> dict[str, dict[str, Any]]:
-    """Runs every entry of the methods in `names` (none: all); prints the table and writes folder/results.json: of each
-    entry, by its name, what `run` returns. All use the same experts.
+    """Runs every entry of the methods in `names` (none: all), and the selections of real images where it has SELECTION;
+    prints the tables and writes folder/results.json: of each entry, by its name, what `run` returns, and of a selection
+    the accuracies of random images and of its own. All use the same experts, networks and scores.
 
     Raises ValueError for a name that is none, and where `folder` holds results made with other settings."""
     rows = entries(seed)
     known = tuple(dict.fromkeys(row.method for row in rows.values()))
-    unknown = sorted(set(names) - set(known))
+    unknown = sorted(set(names) - {*known, SELECTION})
     if unknown:
-        raise ValueError(f"no method is called {', '.join(unknown)}; there are {', '.join(known)}")
+        raise ValueError(f"no method is called {', '.join(unknown)}; there are {', '.join(known)}, and {SELECTION}")
     rows = {name: row for name, row in rows.items() if row.method in (names or known)}
     results = {name: run(row, folder / name, device, folder / "experts") for name, row in rows.items()}
-    write_json(folder / "results.json", results)
-    say(f"\ndigits, {MODEL}, test accuracy in %\n{report.table(_table(rows, results))}")
-    return results
+    selected = _selected(folder, seed, device) if not names or SELECTION in names else {}
+    write_json(folder / "results.json", results | selected)
+    title = f"digits, {MODEL}, test accuracy in %"
+    if results:
+        say(f"\n{title}\n{report.table(_table(rows, results))}")
+    if selected:
+        say(f"\n{title}, of real images\n{report.table(_selection_table(selected))}")
+    return results | selected
+
+
+def _selected(folder: Path, seed: int, device: torch.device) -> dict[str, dict[str, Any]]:
+    """The test accuracy of each of `selections`, and of random images. Networks and scores are kept in folder/selection
+    and shared by those that use the same ones; a killed call continues."""
+    context, results = Context(load_data(Data("digits"), seed), seed, device), dict[str, dict[str, Any]]()
+    evaluation, place = replace(EVALUATION, distilled_strategy=STRATEGY), folder / SELECTION
+    for name, start in selections().items():
+        images = to_train_on(choose(start, context, evaluation, place / start.scores.source).images)
+        found = evaluate(images, context, evaluation, place / f"evaluation_{name}.json", f"selection: {name}")["test"]
+        results[name] = {"mean": found.mean, "std": found.std}
+    random = results.pop("random")
+    return {f"{SELECTION}-{name}": {"random": random, "start": found} for name, found in results.items()}
+
+
+def _selection_table(results: dict[str, dict[str, Any]]) -> list[list[str]]:
+    table = [["selection, 10 images per class", "random", "selected", ""]]
+    for name, found in results.items():
+        selection = name.removeprefix(f"{SELECTION}-")
+        note = "hardest images: not expected to be above random" if selection in coreset.BY_SCORE else ""
+        table.append(
+            [selection, *(f"{found[k]['mean']:.1f} ± {found[k]['std']:.1f}" for k in ("random", "start")), note]
+        )
+    return table
 
 
 def _table(rows: dict[str, Run], results: dict[str, dict[str, Any]]) -> list[list[str]]:
