@@ -225,3 +225,13 @@ def test_a_second_call_captures_nothing(recorder):
     with mock.patch.object(sgd, "_choose", side_effect=AssertionError("read again")):
         assert_same_bits(problem.gradients(lambda model, *rest, **options: unrolled(*rest, **options)), expected)
     assert (fake.warm, len(fake.recorded)) == before[:2] and fake.replays > before[2]
+
+
+def test_a_set_of_one_image_in_larger_batches():
+    """BatchNorm of a map of one pixel takes statistics from the batch, not from the set."""
+    model = network("ConvNetD3W8BN")
+    start = torch.cat([p.detach().flatten() for p in model.parameters()])
+    images = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    arguments = start, images, torch.tensor([1]), [torch.tensor([0, 0, 0])], 0.1
+    found = [unrolled_sgd(model, *arguments, engine=engine) for engine in ("fused", "autograd")]
+    torch.testing.assert_close(*found)

@@ -47,7 +47,7 @@ def step(name, precision="float32", tesla=False):
     return counter.count
 
 
-@pytest.mark.parametrize("name, most", [("ConvNet", 81), ("ConvNetBN", 81), ("ConvNetD4", 96), ("ResNet18", 415)])
+@pytest.mark.parametrize("name, most", [("ConvNet", 83), ("ConvNetBN", 83), ("ConvNetD4", 98), ("ResNet18", 417)])
 def test_operators_of_a_step(name, most):
     """A change that needs more launches has to say so here. "ConvNet" is three blocks of 128 channels."""
     count = step(name)

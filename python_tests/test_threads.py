@@ -64,3 +64,27 @@ def test_training_uses_them(batch, expected):
     settings = Training(epochs=1, lr=0.01, batch=batch)
     training.train(Seen(), x[: 2 * batch].__getitem__, labels[: 2 * batch], settings, keep, torch.Generator())
     assert seen[-1] == expected and torch.get_num_threads() == 2
+
+
+class Functional(nn.Module):
+    """Calls no layer that is counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 1, 3, 3))
+
+    def forward(self, x):
+        return torch.conv2d(x, self.weight).mean((2, 3))
+
+
+NORMALIZED = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4, track_running_stats=False))
+
+
+@pytest.mark.parametrize("model", [Functional(), NORMALIZED], ids=["functional", "refuses one image"])
+def test_where_the_work_is_not_known_all_threads_stay(model):
+    assert threads.threads_for(model, torch.zeros(4, 1, 8, 8), 8) == 2
+
+
+def test_computed_weights_are_counted():
+    layer = nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 3, 3))
+    assert threads.multiply_adds(layer, torch.zeros(1, 1, 8, 8)) == 36 * 27

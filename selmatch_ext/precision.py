@@ -49,11 +49,11 @@ def _tf32(on: bool) -> Iterator[None]:
     newer = [(switch, switch.fp32_precision) for switch in (*products, *layers)]
     older_product = _older(torch.get_float32_matmul_precision, products)
     older_layer = _older(torch._C._get_cudnn_allow_tf32, layers)
-    torch.set_float32_matmul_precision("high" if on else "highest")
-    cudnn.allow_tf32 = on
-    for switch, _ in newer:
-        switch.fp32_precision = "tf32" if on else "ieee"
     try:
+        torch.set_float32_matmul_precision("high" if on else "highest")
+        cudnn.allow_tf32 = on
+        for switch, _ in newer:
+            switch.fp32_precision = "tf32" if on else "ieee"
         yield
     finally:
         torch.set_float32_matmul_precision(older_product)

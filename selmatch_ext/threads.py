@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +28,20 @@ def threads_for(model: nn.Module, images: Tensor, batch: int) -> int:
     threads = torch.get_num_threads()
     if images.device.type != "cpu" or threads == 1 or any(name in os.environ for name in CHOICES):
         return threads
-    return 1 if batch * multiply_adds(model, images[:1]) < SMALL else threads
+    try:
+        work = batch * multiply_adds(model, images[:1])
+    except Exception:  # of a network that does not take one image, in evaluation mode; or cannot be copied
+        return threads
+    return 1 if 0 < work < SMALL else threads  # 0: it calls no layer that is counted
 
 
 @contextlib.contextmanager
 def using(threads: int) -> Iterator[None]:
-    """Within, torch computes with so many threads."""
+    """Within, torch computes with so many threads: for the whole process, so in one Python thread at a time."""
     before = torch.get_num_threads()
+    if threads == before:
+        yield
+        return
     torch.set_num_threads(threads)
     try:
         yield
@@ -48,7 +56,8 @@ def multiply_adds(model: nn.Module, images: Tensor) -> int:
     counts = []
 
     def count(layer: nn.Module, _: object, result: Tensor) -> None:
-        counts.append(result.numel() * layer.get_parameter("weight")[0].numel())
+        weight: Any = layer.weight  # no parameter where it is computed, as by torch.nn.utils.parametrize
+        counts.append(result.numel() * weight[0].numel())
 
     before = RandomState(images.device)
     try:

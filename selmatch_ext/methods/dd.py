@@ -163,7 +163,7 @@ class DD(Method):
         check_engine(self, self.model, self.settings.engine)
 
     def largest_batch(self) -> tuple[torch.nn.Module, int]:
-        return self.model, self.settings.batch_real
+        return self.model, max(self.settings.batch_real, *map(len, self.batches))
 
     def optimizer(self) -> torch.optim.Optimizer:
         groups = [{"params": [self.images], "lr": self.settings.lr}, {"params": [self.raw], "lr": self.lr_rates}]

@@ -57,7 +57,8 @@ class DM(Method):
 
     def largest_batch(self) -> tuple[torch.nn.Module, int]:
         model = self.task.network(self.settings.model, "network", 0)
-        return model, self.settings.batch_real * (len(self.classes) if batchnorms(model) else 1)
+        largest = max(self.settings.batch_real, *map(len, self.classes.values()))
+        return model, largest * (len(self.classes) if batchnorms(model) else 1)
 
     def optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([self.images], lr=self.settings.lr_images, momentum=self.settings.momentum)

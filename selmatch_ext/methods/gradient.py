@@ -105,7 +105,7 @@ class DC(Method):
         return self.settings.iterations * self.outer
 
     def largest_batch(self) -> tuple[torch.nn.Module, int]:
-        return self.model, max(self.settings.batch_real, self.settings.batch_train)
+        return self.model, max(self.settings.batch_real, self.settings.batch_train, *map(len, self.classes))
 
     def optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([self.images], lr=self.settings.lr_images, momentum=self.settings.momentum)

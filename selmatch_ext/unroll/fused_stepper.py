@@ -4,6 +4,7 @@ No graph is kept and no second backward pass is made: the derivative of the grad
 space is one dual pass, forward and backward, whose parameter part is the Hessian-vector product and whose image part is
 the mixed term (adjoint.py says what they are for)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,13 +26,12 @@ class FusedStepper:
     def __init__(self, model: PrivateModel, operations: list[Operation], precision: str):
         self.model, self.operations, self.precision = model, operations, precision
         self.shapes = dict(zip(model.names, model.shapes, strict=True))
-        self.one_hot: Tensor | None = None  # (K, K), of the first step
+        self.numbers: Tensor | None = None  # (K,), of the classes
         self.convolutions = [operation.rule for operation in operations if isinstance(operation.rule, Conv)]
 
-    def classes(self, x: Tensor) -> int:
-        """The number of outputs for images like x (B, C, H, W), which are not looked at."""
-        like = torch.empty(sum(self.model.sizes), dtype=x.dtype, device="meta")
-        images = torch.empty(x.shape, dtype=x.dtype, device="meta")
+    def classes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """The number of outputs for a batch of images of that shape (B, C, H, W)."""
+        like, images = (torch.empty(size, dtype=dtype, device="meta") for size in (sum(self.model.sizes), shape))
         return check_logits(self._run(self._named(like), self._images(images))[0][-1], images)
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor, wanted: Wanted | None, keep: bool) -> tuple[Tensor, Any]:
@@ -86,9 +86,9 @@ class FusedStepper:
         shares = logits.softmax(1)
         if y.is_floating_point():
             return shares, (shares * y.sum(1, keepdim=True) - y) / len(y)
-        if self.one_hot is None:
-            self.one_hot = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
-        return shares, (shares - self.one_hot.index_select(0, y)) / len(y)
+        if self.numbers is None:
+            self.numbers = torch.arange(logits.shape[1], device=logits.device)
+        return shares, (shares - (y.unsqueeze(1) == self.numbers).to(shares.dtype)) / len(y)
 
     def _flat(self, gradients: Parameters, like: Tensor) -> Tensor:
         """(P,); zeros where the loss does not reach a parameter."""

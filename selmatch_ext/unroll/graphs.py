@@ -4,7 +4,7 @@ The N steps of a call come in few shapes. Of each, the first step runs as it is 
 cannot be captured), the second is captured, and it and all later ones are replays: one launch instead of many."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -43,8 +43,8 @@ class GraphedStepper:
         function = functools.partial(self.stepper.derivative, wanted=wanted)
         return self._run(("derivative", wanted), function, (theta, x, y, kept, direction))
 
-    def classes(self, x: Tensor) -> int:
-        return self.stepper.classes(x)
+    def classes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        return self.stepper.classes(shape, dtype)
 
     def freed(self, kept: Any) -> Any:
         return self.stepper.freed(kept)

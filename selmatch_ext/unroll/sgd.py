@@ -168,10 +168,15 @@ class UnrolledSGD:
                 chosen = _graphed(chosen, choice, start.device)
             if isinstance(chosen, AutogradStepper):
                 return chosen
-            self._steppers[key] = chosen, chosen.classes(images)
+            self._steppers[key] = chosen, chosen.classes(_first_shape(images, plan), images.dtype)
         stepper, classes = self._steppers[key]
         check_targets(labels, plan.label_range, classes)
         return stepper
+
+
+def _first_shape(images: Tensor, plan: UnrollPlan) -> tuple[int, ...]:
+    """That of the first batch; of two images where there is none."""
+    return (len(plan.batches[0]) if plan.batches else 2, *images.shape[1:])
 
 
 @contextlib.contextmanager
