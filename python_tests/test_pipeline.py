@@ -309,7 +309,7 @@ def test_every_verb_has_help(verb, capsys):
         (["evaluate", "nothing.safetensors", "--data.dataset", "digits"], "nothing.safetensors"),
         (["distill", "dam"], "no method is called 'dam'; there are dc, dsa, dm, dd, mtt, datm, selmatch, and package."),
         (["scores", "--data.dataset", "cifar", "--out", "x.npz"], "'cifar'; allowed are digits"),
-        (["scores", "--data.dataset", "digits", "--start.scores.source", "loss", "--out", "x"], "forgetting or el2n"),
+        (["scores", "--data.dataset", "digits", "--start.scores.source", "loss", "--out", "x"], "one of forgetting"),
         (["scores", "--data.dataset", "digits", "--device", "cuda:77", "--out", "x"], "device 'cuda:77' is not"),
         (["run", "selmatch", "--data.dataset", "digits", "--start.ipc", "500", "--out", "{tmp}/r", "--device", "cpu",
           "--start.scores.source", "{scores}"], "ipc is 500"),

@@ -130,9 +130,8 @@ def scores(
     """
     if scores.source not in COMPUTED:
         raise ValueError(
-            f"selmatch scores computes scores: scores.source must be one of "
-            f"{', '.join(COMPUTED)}, got {scores.source!r}; "
-            "give files of scores to select or run"
+            f"selmatch scores computes scores: scores.source must be one of {', '.join(COMPUTED)}, got "
+            f"{scores.source!r}; give files of scores to select or run"
         )
     parts, where = {"start": {"scores": scores}}, device_of(device)
     preflight.check_choices(parts, where)
