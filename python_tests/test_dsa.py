@@ -8,6 +8,7 @@ import sys
 import pytest
 import reference
 import torch
+from conftest import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,16 +18,10 @@ from selmatch_ext.ops import dsa
 
 pytestmark = pytest.mark.filterwarnings("ignore:Since version 1.3.0, affine_grid behavior has changed")
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 NAMES = ["color", "crop", "cutout", "flip", "scale", "rotate"]
 ALL = "_".join(NAMES)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
 operator = torch.ops.selmatch_ext.dsa
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    return request.param
 
 
 def generator(seed):
@@ -120,13 +115,13 @@ def tables(draw, batch, height, width):
     return sm.Augmentation(ops, params)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_any_table_on_any_shape(data):
+def test_any_table_on_any_shape(device, data):
     shape = tuple(data.draw(st.integers(1, high), label) for label, high in zip("BCHW", (3, 6, 21, 21), strict=True))
     table = data.draw(tables(shape[0], *shape[2:]))
-    for device in DEVICES:
-        assert_matches_reference(shape, table, torch.float64, device)
+    assert_matches_reference(shape, table, torch.float64, device)
 
 
 def test_images_wider_than_a_vector_window(device):

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import selmatch_ext as sm
 from selmatch_ext import models
-from selmatch_ext.fused.reader import read
 from selmatch_ext.fused.dual import Dual
+from selmatch_ext.fused.reader import read
 from selmatch_ext.unroll import unrolled_sgd
 
 LAYERS = list(itertools.product(("IN", "BN", "GN", "LN", "NN"), ("AR", "AL", "AS", "ASwish"), ("AP", "MP", "NP")))
