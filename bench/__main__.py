@@ -6,7 +6,6 @@ python -m bench [--device cpu|cuda] [--quick] [--json FILE] [name ...]      all 
 import argparse
 import importlib
 import json
-import os
 import pkgutil
 import sys
 import time
@@ -18,9 +17,10 @@ import torch
 import bench
 import selmatch_ext as sm
 from bench import peaks
+from bench.gpu_files import write
 from bench.timing import Setting, machine
 
-HELPERS = {"__main__", "checks", "gpu", "gpu_stages", "networks", "peaks", "sanitized", "timing"}
+HELPERS = {"__main__", "checks", "gpu", "gpu_files", "gpu_stages", "networks", "peaks", "sanitized", "timing"}
 
 
 def measurements() -> list[str]:
@@ -79,14 +79,6 @@ def main():
     print(json.dumps(figures))
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
-
-
-def write(path: Path, text: str):
-    """Replaces the file in one step, so that it is never half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text + "\n")
-    os.replace(temporary, path)
 
 
 def print_table(rows: list[tuple[str, str, str, str]]):

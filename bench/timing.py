@@ -21,8 +21,6 @@ import torch
 THREADS = 2  # of torch on the CPU
 Call = Callable[[], object]
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests"))  # for `import reference`
-
 
 @dataclass(frozen=True)
 class Setting:
