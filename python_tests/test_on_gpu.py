@@ -1,14 +1,19 @@
 """What runs on a device against float64 on the CPU, at small sizes: the fused engine with every norm, option and
 precision, training, blocks; and that no step waits for the GPU. Most of it also runs on the CPU."""
 
+import copy
 from collections import Counter
 
 import pytest
 import torch
 from conftest import DEVICES
+from torch.nn import functional as F
 
 from bench import checks
-from selmatch_ext.precision import is_slow
+from selmatch_ext import models
+from selmatch_ext.fused.training import fast
+from selmatch_ext.models.flat import flatten
+from selmatch_ext.precision import is_slow, precision_scope
 
 ON_CPU = checks.engine_cases(gpu=False)
 GPU_ALONE = [case for case in checks.engine_cases(gpu=True) if case not in ON_CPU]
@@ -61,6 +66,27 @@ def test_training(norm, precision, device):
         pytest.skip("TF32 is of GPUs")
     found = checks.check_training(norm, precision, device)
     assert found["passed"], found
+
+
+@pytest.mark.parametrize("name", ["ConvNetD2W32", "ConvNetD2W32BN", "ConvNetD2W8LNASwishMP"])
+def test_the_fast_path_of_training(name, device):
+    """Loss, gradients and running statistics of `fast` against those of the module itself."""
+    draw = torch.Generator().manual_seed(0)
+    plain = models.build(name, 3, 5, 16, generator=draw).to(device)
+    copied = copy.deepcopy(plain)
+    x, y = torch.randn(12, 3, 16, 16, generator=draw).to(device), torch.randint(5, (12,), generator=draw).to(device)
+    network = fast(copied, x)
+    assert network is not copied
+    losses = []
+    with precision_scope("float32", torch.device(device)):
+        for run in (plain, network):
+            losses.append(F.cross_entropy(run(x), y))
+            losses[-1].backward()
+    assert abs(losses[0] - losses[1]) < 1e-5
+    gradients = [flatten([p.grad for p in m.parameters()]) for m in (plain, copied)]
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
+    for a, b in zip(plain.buffers(), copied.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
