@@ -1,5 +1,7 @@
 # Each target makes .venv when it is not there: torch, torchvision and this package, built with CUDA where nvcc is found.
 #   make demo [SEED=0]   make methods [SEED=0]   make test   make bench   make lint   make docs
+#   make gpu [DEVICE=cuda] [OUT=runs/gpu]      a first session on a GPU, in ten minutes: build, tests, comparisons, figures.
+#       It takes .venv where that is, else PYTHON with whatever torch it has, and asks no registry for anything.
 PYTHON ?= python3
 SEED ?= 0
 VENV := .venv
@@ -7,7 +9,9 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 SHELL := bash
-.PHONY: demo methods test bench lint style types docs clean
+DEVICE ?= cuda
+OUT ?= runs/gpu
+.PHONY: demo methods test bench gpu lint style types docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -21,6 +25,9 @@ test: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench
+
+gpu:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m bench.gpu --device $(DEVICE) --out $(OUT)
 
 lint: style types
 

@@ -20,10 +20,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bench.timing import machine
+from bench.timing import Setting
 from selmatch_ext import openmp
 
-ITERATIONS = 60
+DEVICES = ("cpu",)
+ITERATIONS, QUICK_ITERATIONS = 60, 1
 BUSY = 2
 GOAL = 2.5
 OURS, DEFAULT = "command line", "default of the runtime"
@@ -50,14 +51,16 @@ def _busy(count: int):
             process.wait()
 
 
-def _seconds(policy: str, busy: int) -> float:
+def _seconds(policy: str, busy: int, iterations: int) -> float:
     with _busy(busy):
-        command = [sys.executable, "-m", "bench.shared", "--worker"]
+        if iterations == QUICK_ITERATIONS:  # in this process, as one takes many seconds to start
+            return worker(iterations)
+        command = [sys.executable, "-m", "bench.shared", "--worker", str(iterations)]
         done = subprocess.run(command, env=_environment(policy), capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
-def iterations() -> float:
+def worker(iterations: int) -> float:
     """Seconds of the iterations in this process, after two that do not count."""
     from selmatch_ext.context import Context
     from selmatch_ext.data.load import load
@@ -72,32 +75,34 @@ def iterations() -> float:
     context = Context(load("digits"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        experts = Experts("ConvNetD2W32", count=1, strategy="none", training=Training(epochs=2))
+        model = "ConvNetD2W32" if iterations > QUICK_ITERATIONS else "ConvNetD1W4"
+        experts = Experts(model, count=1, strategy="none", training=Training(epochs=2))
         store = train_experts(context, experts, folder / "experts")
         task = Task(choose(Start(), context, Evaluation(), folder).images, context, store)
         run_method(MTT(task, replace(settings, iterations=2)), folder / "warm", {})
         begin = time.perf_counter()
-        run_method(MTT(task, replace(settings, iterations=ITERATIONS)), folder / "run", {})
+        run_method(MTT(task, replace(settings, iterations=iterations)), folder / "run", {})
         return time.perf_counter() - begin
 
 
-def run(repeats: int = 3, default: bool = False, spins: Sequence[int] = ()) -> dict:
+def run(setting: Setting, repeats: int = 3, default: bool = False, spins: Sequence[int] = ()) -> dict:
     """Median seconds alone and beside the busy processes, which take turns; their ratio, of each policy."""
+    iterations, repeats, beside = (QUICK_ITERATIONS, 1, 1) if setting.quick else (ITERATIONS, repeats, BUSY)
     policies = [OURS, *[DEFAULT] * default, *(f"spin {count}" for count in spins)]
-    cases = [(policy, busy) for policy in policies for busy in (0, BUSY)]
+    cases = [(policy, busy) for policy in policies for busy in (0, beside)]
     seconds = {case: [] for case in cases}
     for turn in range(repeats):
         for policy, busy in cases[turn % len(cases) :] + cases[: turn % len(cases)]:
-            seconds[policy, busy].append(_seconds(policy, busy))
+            seconds[policy, busy].append(_seconds(policy, busy, iterations))
     found = {}
     for policy in policies:
-        alone, beside = (statistics.median(seconds[policy, busy]) for busy in (0, BUSY))
-        all_seconds = {"all alone": seconds[policy, 0], "all beside": seconds[policy, BUSY]}
-        found[policy] = {"alone": alone, "beside": beside, "ratio": beside / alone, **all_seconds}
+        without, with_them = (statistics.median(seconds[policy, busy]) for busy in (0, beside))
+        all_seconds = {"all alone": seconds[policy, 0], "all beside": seconds[policy, beside]}
+        found[policy] = {"alone": without, "beside": with_them, "ratio": with_them / without, **all_seconds}
     return {
-        "machine": machine(),
-        "iterations": ITERATIONS,
-        "busy processes": BUSY,
+        "device": setting.device,
+        "iterations": iterations,
+        "busy processes": beside,
         "variables": openmp.POLICY,
         "policies": found,
     }
@@ -118,12 +123,12 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--default", action="store_true", help="also the runtime's own policy")
     parser.add_argument("--spins", type=int, nargs="*", default=[], help="also these values of GOMP_SPINCOUNT")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(iterations())
+        print(worker(options.worker))
     else:
-        print(json.dumps(run(options.repeats, options.default, options.spins), indent=2))
+        print(json.dumps(run(Setting(), options.repeats, options.default, options.spins), indent=2))
 
 
 if __name__ == "__main__":

@@ -5,29 +5,47 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import torch
 
 from selmatch_ext.context import CPU, Context
-from selmatch_ext.data.distilled import as_selected
-from selmatch_ext.data.load import load
-from selmatch_ext.experts import train_experts
-from selmatch_ext.methods import MethodSettings
-from selmatch_ext.methods.loop import run_method
-from selmatch_ext.methods.selmatch import SelMatchSettings
-from selmatch_ext.runner import Run
-from selmatch_ext.selection.start import choose
-from selmatch_ext.settings import Data, Evaluation, Experts, Scores, Start, Training, Window
 
-__all__ = ["CPU", "MODEL", "digits", "experts", "random_set", "run_for", "tiny_run"]
+# Other modules are imported where they are used: tests of the operations run without the packages of the pipeline.
+
+__all__ = ["CPU", "DEVICES", "MODEL", "digits", "experts", "random_set", "run_for", "tiny_run"]
 MODEL = "ConvNetD2W8"
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a GPU; skipped where there is none")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Both devices, the GPU where there is one."""
+    return request.param
 
 
 @pytest.fixture(scope="session")
 def digits():
+    from selmatch_ext.data.load import load
+
     return load("digits")
 
 
 def tiny_run(**changes):
     """Every stage of the demo on digits, in seconds."""
+    from selmatch_ext.methods.selmatch import SelMatchSettings
+    from selmatch_ext.runner import Run
+    from selmatch_ext.settings import Data, Evaluation, Experts, Scores, Start, Training, Window
+
     scores = Scores(source="el2n", model=MODEL, runs=1, training=Training(epochs=1))
     run = Run.of(
         "selmatch",
@@ -58,11 +76,18 @@ def tiny_run(**changes):
 
 def random_set(data, ipc, seed=0):
     """Random training images, none of them marked as learned."""
+    from selmatch_ext.data.distilled import as_selected
+    from selmatch_ext.selection.start import choose
+    from selmatch_ext.settings import Start
+
     return as_selected(choose(Start("random", ipc), Context(data, seed), None, None).images)
 
 
 def run_for(method, iterations, folder, made_from=None, seed=0, **settings):
     """The loop, for so many iterations. A method without task or settings gets the seed and the settings given here."""
+    from selmatch_ext.methods import MethodSettings
+    from selmatch_ext.methods.loop import run_method
+
     if not hasattr(method, "task"):
         method.task, method.settings = SimpleNamespace(context=Context(None, seed)), MethodSettings(**settings)
     with mock.patch.object(type(method), "iterations", iterations, create=True):
@@ -71,4 +96,6 @@ def run_for(method, iterations, folder, made_from=None, seed=0, **settings):
 
 @pytest.fixture(scope="session")
 def experts(digits, tmp_path_factory):
+    from selmatch_ext.experts import train_experts
+
     return train_experts(Context(digits), tiny_run().experts, tmp_path_factory.mktemp("experts"))

@@ -102,13 +102,6 @@ class Case:
             self.check(a, b)
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request):
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    return request.param
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("norm", NORMS)
 def test_all_four_passes(norm, dtype, device):

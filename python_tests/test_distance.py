@@ -213,7 +213,7 @@ def test_bad_device():
         trajectory_distance(X, X, X.to("meta"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_cuda_agrees(dtype):
     lists = make([*SHAPES, (70001,)] * 20, dtype)

@@ -104,13 +104,13 @@ def tables(draw, batch, height, width):
     return sm.Augmentation(ops, params)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_any_table_on_any_shape(data):
+def test_any_table_on_any_shape(device, data):
     shape = tuple(data.draw(st.integers(1, high), label) for label, high in zip("BCHW", (3, 6, 21, 21), strict=True))
     table = data.draw(tables(shape[0], *shape[2:]))
-    for device in DEVICES:
-        assert_matches_reference(shape, table, torch.float64, device)
+    assert_matches_reference(shape, table, torch.float64, device)
 
 
 def test_images_wider_than_a_vector_window(device):

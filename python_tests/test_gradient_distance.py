@@ -160,7 +160,7 @@ def test_bad_input(arguments, error, message):
         gradient_distance(*arguments)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_cuda_agrees(dtype, metric):

@@ -195,7 +195,7 @@ def test_where_there_are_no_graphs(options, model, message):
         problem_of(model()).gradients(unrolled_sgd, cuda_graphs=True, **options)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("options", [*OPTIONS, {"precision": "tf32"}], ids=str)
 @pytest.mark.parametrize("name", ["ConvNetD3W32", "ConvNetD3W32BN", "VGG11"])
 def test_on_a_gpu(name, options, monkeypatch):

@@ -29,6 +29,29 @@ def test_the_command_line_loads_no_compiler_and_no_plots():
     assert done.stdout.split("\n") == ["", "False", ""], done.stdout
 
 
+WITHOUT = """
+import sys
+sys.modules.update(dict.fromkeys({PACKAGES}))  # an import of what is None there fails
+import torch, selmatch_ext, selmatch_ext.training
+model = selmatch_ext.models.build("ConvNetD1W4", 1, 2, 8)
+start = selmatch_ext.models.flat.flatten(model.parameters()).detach()
+images = torch.rand(2, 1, 8, 8, requires_grad=True)
+table = selmatch_ext.sample_augmentation(2, 8, 8, generator=torch.Generator().manual_seed(0))
+indices = torch.tensor([0, 1])
+student = selmatch_ext.unrolled_sgd(model, start, images, indices, [indices], 0.1, augmentations=[table])
+selmatch_ext.trajectory_distance(student, start, start + 1).backward()
+selmatch_ext.gradient_distance([images], [images.detach() + 1]).backward()
+print(images.grad.isfinite().all().item())
+"""
+
+
+def test_the_operations_need_torch_and_numpy_alone():
+    packages = ("tyro", "tabulate", "sklearn", "scipy", "safetensors", "tqdm", "matplotlib", "torchvision", "PIL")
+    code = WITHOUT.replace("{PACKAGES}", repr(packages))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_what_is_never_compiled_says_why_and_gives_the_same():
     @never_compiled("it counts")
     def tripled(x, *, more=0):

@@ -19,6 +19,7 @@ from selmatch_ext.data.images import ImageSplit
 from selmatch_ext.data.trajectories import ExpertStore
 from selmatch_ext.evaluation import Accuracy, evaluate
 from selmatch_ext.experts import train_experts
+from selmatch_ext.fused import training as fused_training
 from selmatch_ext.fused.training import fast
 from selmatch_ext.models import flat
 from selmatch_ext.ops.dsa import augment
@@ -314,6 +315,14 @@ def test_the_fast_path_leaves_what_it_cannot_do_to_the_module():
     frozen = models.build("ConvNetD1W8BN", 3, 5, 8)
     frozen.features[1].eval()
     assert fast(frozen, x) is frozen
+
+
+@pytest.mark.parametrize("cuda, expected", [("13.0", True), (None, False)])
+def test_the_fast_path_runs_where_there_are_kernels(cuda, expected, monkeypatch):
+    monkeypatch.setattr(fused_training, "build_info", lambda: {"cuda": cuda})
+    has_kernels = fused_training._has_kernels
+    assert has_kernels(CPU) and not has_kernels(torch.device("meta"))
+    assert has_kernels(torch.device("cuda", 1)) is expected
 
 
 def test_batch_norm_of_one_value_per_channel_is_torchs_error():

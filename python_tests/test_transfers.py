@@ -50,7 +50,7 @@ def test_on_the_cpu_nothing_is_copied():
     assert steps_to_device([], [], META) == ([], [])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_values_on_a_gpu():
     batches, tables = steps()
     there, tables_there = steps_to_device(batches, tables, torch.device("cuda"))

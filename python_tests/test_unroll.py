@@ -10,7 +10,6 @@ import torch
 from reference import unrolled_sgd_full_graph
 from torch import nn
 from torch.nn import functional as F
-from torchvision.models.resnet import BasicBlock
 
 from selmatch_ext import models
 from selmatch_ext.models.flat import flatten, parameter_count, unflatten
@@ -231,6 +230,8 @@ def test_networks_without_dropout_draw_nothing():
 
 
 def test_torchvision_residual_blocks():
+    BasicBlock = pytest.importorskip("torchvision.models.resnet").BasicBlock
+
     def downsample(inputs, outputs):
         return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=2), nn.BatchNorm2d(outputs))
 

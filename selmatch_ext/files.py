@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from selmatch_ext import strict_json
@@ -30,6 +28,13 @@ JSON_BYTES = 2**26  # of a record; its number of values is limited as well
 HEADER_BYTES = 2**24  # of a safetensors file: names, shapes and metadata
 IMAGES_HEADER_BYTES = 10**8  # the paths of all images; what safetensors itself allows
 MOST_TENSORS = 20_000
+
+
+def _safetensors() -> Any:
+    """The package. It is imported at the first such file, so that the operations work where it is not installed."""
+    import safetensors.torch
+
+    return safetensors
 
 
 def _host() -> str:
@@ -113,7 +118,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -189,7 +194,10 @@ def save_tensors(
     }
     header = {**texts, "format": FORMAT + kind, "version": VERSION, CHECKSUMS: json.dumps(checksums)}
     with atomic_write(path) as temporary:
-        save_file(own, temporary, metadata=header)
+        try:
+            _safetensors().torch.save_file(own, temporary, metadata=header)
+        except _safetensors().SafetensorError as error:  # such as for a full disk
+            raise OSError(str(error)) from error
         _sort_metadata(temporary)
 
 
@@ -251,7 +259,14 @@ class TensorFile:
     def _read(self, name: str, read: Callable[[], Tensor]) -> Tensor:
         try:
             return read().clone()
-        except (SafetensorError, RuntimeError, TypeError, KeyError, AttributeError, MemoryError) as error:
+        except (
+            _safetensors().SafetensorError,
+            RuntimeError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            MemoryError,
+        ) as error:
             raise ValueError(f"{self.path}: {name!r} cannot be read: {one_line(error)}") from error
 
     def _checked(self, name: str, tensor: Tensor, expected: Any) -> Tensor:
@@ -277,8 +292,8 @@ def open_tensors(path: str | os.PathLike, kind: str, *required: str) -> Iterator
     path = Path(path)
     _check_header_size(path, kind)
     try:
-        handle = safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError, MemoryError, ValueError) as error:
+        handle = _safetensors().safe_open(path, framework="pt", device="cpu")
+    except (_safetensors().SafetensorError, OSError, MemoryError, ValueError) as error:
         raise ValueError(f"{path} is truncated or is no safetensors file ({one_line(error)})") from error
     with handle:
         texts = handle.metadata() or {}

@@ -1,0 +1,67 @@
+"""Our 3 x 3 convolutions on the CPU against torch's: forward, gradient of the input, gradient of the weight.
+
+The shapes are those of ConvNet (width 128, depth 3) at batch 50, images in channels-last memory, float32 in both. GFLOP
+per second are those of the direct sum, 2 x 9 multiplications and additions for every output, channel and input channel,
+whatever the algorithm: Winograd's filtering does fewer, so that its share of the peak (peaks.py) may pass 100 %.
+"""
+
+import torch
+
+from bench.peaks import product_rate
+from bench.timing import Setting, alternate, keep_memory, threads
+from selmatch_ext.ops.conv3x3 import conv3x3, conv3x3_input_gradient, conv3x3_weight_gradient
+
+DEVICES = ("cpu",)
+BACKWARD = torch.ops.aten.convolution_backward
+SETTINGS = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, transposed, output padding, groups
+
+
+def _case(setting, batch, channels, outputs, side):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        x = torch.randn(shape, generator=generator)
+        return x.contiguous(memory_format=torch.channels_last) if shape[1] > 4 else x
+
+    x, g = normal(batch, channels, side, side), normal(batch, outputs, side, side)
+    weight = torch.randn(outputs, channels, 3, 3, generator=generator)
+    ours = {"input gradient": lambda: conv3x3_input_gradient(g, weight)}
+    plain = {"input gradient": lambda: BACKWARD(g, x, weight, None, *SETTINGS, [True, False, False])[0]}
+    if channels > 4:  # with fewer the engine leaves these to torch
+        ours |= {"forward": lambda: conv3x3(x, weight), "weight gradient": lambda: conv3x3_weight_gradient(x, g)}
+        plain |= {
+            "forward": lambda: torch.conv2d(x, weight, padding=1),
+            "weight gradient": lambda: BACKWARD(g, x, weight, None, *SETTINGS, [False, True, False])[1],
+        }
+    flops = 2 * 9 * batch * side * side * channels * outputs
+    cases = {}
+    for name in sorted(ours):
+        torch.testing.assert_close(ours[name](), plain[name](), rtol=1e-3, atol=1e-2)
+        seconds = alternate(setting, {"ours": ours[name], "torch": plain[name]}, repeats=9, in_a_row=2)
+        cases[name] = {**seconds, "speedup": seconds["torch"] / seconds["ours"]}
+        for whose, s in seconds.items():
+            cases[name] |= {f"{whose}_flops": flops / s, f"{whose}_share": flops / s / product_rate(setting)}
+    return cases
+
+
+@torch.no_grad()
+def run(setting: Setting) -> dict:
+    """By shape and direction: seconds, direct-equivalent FLOP per second and their share of the peak, of both."""
+    keep_memory()
+    shapes = [(50, 3, 128, 32), (50, 128, 128, 16), (50, 128, 128, 8)]
+    if setting.quick:
+        shapes = [(2, 3, 32, 8), (2, 32, 32, 8)]
+    with threads():
+        cases = {f"{b} x {c} x {s} x {s} to {k} channels": _case(setting, b, c, k, s) for b, c, k, s in shapes}
+    return {"device": setting.device, "peak": product_rate(setting), "cases": cases}
+
+
+def summary(result: dict) -> list[tuple[str, str, str]]:
+    """Rows of `python -m bench`: what was measured, the figure, the goal."""
+    rows = []
+    for shape, cases in result["cases"].items():
+        for name, case in cases.items():
+            figure = f"{1e3 * case['ours']:.2f} ms, {case['ours_flops'] / 1e9:.0f} GFLOP/s = {case['ours_share']:.0%}"
+            figure += f" of the peak, {case['speedup']:.2f}x torch ({case['torch_share']:.0%})"
+            rows.append((f"{name}, {shape}", figure, ""))
+    return rows

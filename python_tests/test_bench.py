@@ -1,0 +1,91 @@
+"""`python -m bench`: everything is measured in one run, at tiny sizes; what cannot be measured is an error."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.timing import Setting, alternate, rotations
+
+ROOT = Path(__file__).parents[1]
+ALWAYS = {"build", "machine", "device", "quick", "notes", "peaks"}
+NAMES = "augment block conv3x3 convolutions distance gradient_distance shared training unroll".split()
+
+
+def bench(*arguments):
+    command = [sys.executable, "-W", "ignore", "-m", "bench", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def numbers(value, path=()):
+    """(path, number) of everything that was measured."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from numbers(inner, (*path, name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from numbers(inner, path)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield path, value
+
+
+def test_everything_is_measured_in_one_run(tmp_path):
+    done = bench("--device", "cpu", "--quick", "--json", str(tmp_path / "figures.json"))
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures.keys() == {*NAMES, *ALWAYS} and figures["device"] == "cpu" and figures["quick"]
+    assert json.loads(done.stdout.splitlines()[-1]) == figures
+    for name in (*NAMES, "peaks"):
+        found = dict(numbers(figures[name]))
+        assert found, name
+        for path, number in found.items():
+            assert math.isfinite(number), (name, path)
+            # the resident size of tiny runs may not change, and neither may exactness
+            assert number > 0 or name == "unroll" and path[0] in ("peak_mb", "exactness"), (name, path, number)
+    step = figures["unroll"]["steps"]["instance norm"]["fused, IEEE float32"]
+    assert step.keys() >= {"seconds", "speedup", "flops", "share_of_peak"}
+    directions = {(row["direction"], row["memory"]) for row in figures["convolutions"]["rows"]}
+    assert len(directions) == 6
+    for case in figures["conv3x3"]["cases"].values():
+        assert all({"ours_share", "torch_share", "ours_flops"} <= c.keys() for c in case.values())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["unrol"], "no measurement unrol; there are augment, block, conv3x3, "),
+        (["--device", "tpu"], "--device must be cpu, cuda or cuda:NUMBER, got 'tpu'"),
+        (["--device", "cuda:x"], "--device must be cpu, cuda or cuda:NUMBER, got 'cuda:x'"),
+        (["--device", "cuda:9999"], "--device cuda:9999: torch finds"),
+    ],
+    ids=str,
+)
+def test_unknown_names_and_devices_are_errors(arguments, message):
+    done = bench("--quick", *arguments)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+def test_calls_take_turns_over_their_inputs():
+    calls = []
+    given = {"a": [lambda: calls.append(0), lambda: calls.append(1)], "b": lambda: calls.append(2)}
+    seconds = alternate(Setting(), given, repeats=3, warmup=1, in_a_row=4)
+    assert seconds.keys() == {"a", "b"} and all(s >= 0 for s in seconds.values())
+    assert [calls.count(k) for k in range(3)] == [8, 8, 16]
+    assert rotations(Setting(), 100) == 1
+
+
+@pytest.mark.gpu
+def test_graphs_and_launches_on_a_gpu():
+    setting = Setting("cuda")
+    x = torch.ones(1000, device="cuda")
+    sets = rotations(setting, x.nbytes)
+    assert sets == 64
+    seconds = alternate(setting, {"graph": [lambda: x + 1] * sets, "waits": lambda: (x + 1).sum().item()})
+    assert all(s > 0 for s in seconds.values())
+    assert len(setting.notes) == 1 and setting.notes[0].startswith("waits: timed over launches")
+    assert (x + 1).sum().item() == 2000  # the device works on after a capture that failed
