@@ -12,7 +12,7 @@ from torch import Tensor
 
 from selmatch_ext.fused.dual import Dual
 from selmatch_ext.fused.operations import Operation
-from selmatch_ext.fused.rules import Conv, Parameters
+from selmatch_ext.fused.rules import Conv, Linear, Parameters
 from selmatch_ext.modules.private import PrivateModel
 from selmatch_ext.ops.conv3x3 import FEW
 from selmatch_ext.unroll.adjoint import Derivative, check_logits
@@ -26,18 +26,24 @@ class FusedStepper:
     def __init__(self, model: PrivateModel, operations: list[Operation], precision: str):
         self.model, self.operations, self.precision = model, operations, precision
         self.shapes = dict(zip(model.names, model.shapes, strict=True))
+        self.parameters = sum(model.sizes)
         self.numbers: Tensor | None = None  # (K,), of the classes
         self.convolutions = [operation.rule for operation in operations if isinstance(operation.rule, Conv)]
 
     def classes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         """The number of outputs for a batch of images of that shape (B, C, H, W)."""
-        like, images = (torch.empty(size, dtype=dtype, device="meta") for size in (sum(self.model.sizes), shape))
+        last = self.operations[-1].rule
+        if isinstance(last, Linear):
+            return self.shapes[last.weight][0]
+        # Not on tensors without memory: torch loads its compiler for those.
+        like, images = (torch.zeros(size, dtype=dtype, device=self.model.device) for size in (self.parameters, shape))
         return check_logits(self._run(self._named(like), self._images(images))[0][-1], images)
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor, wanted: Wanted | None, keep: bool) -> tuple[Tensor, Any]:
         p = self._named(theta)
         values, saved = self._run(p, self._images(x))
         logits = values[-1].to(theta.dtype)
+        check_logits(logits, x)
         gradients = self._run_back(p, saved, self._shares_and_gradient(logits, y)[1])
         kept = [v if self._is_kept(operation) else None for operation, v in zip(self.operations, values, strict=True)]
         return self._flat(gradients, theta), kept if keep else None
