@@ -38,7 +38,7 @@ FLOORS = """
     recipes
     cli_process
     cli_settings
-    cli_studies cli_doctor cli_completion
+    cli_studies cli_files cli_doctor cli_completion
     cli
     __init__ __main__
 """

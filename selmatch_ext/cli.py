@@ -15,6 +15,7 @@ import tyro
 from selmatch_ext import (
     cli_completion,
     cli_doctor,
+    cli_files,
     cli_help,
     cli_process,
     cli_studies,
@@ -231,7 +232,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "search": cli_studies.search,
     "methods": cli_studies.methods,
     "report": cli_studies.report_,
-    "export": cli_studies.export,
+    "export": cli_files.export,
+    "import": cli_files.import_,
     "doctor": cli_doctor.doctor,
 }
 

@@ -22,8 +22,8 @@ from selmatch_ext.data.decoding import DecodedImage, Levels, decode, extensions
 from selmatch_ext.data.images import ImageData, ImageSplit
 from selmatch_ext.data.memory import available_memory, size_text
 from selmatch_ext.data.names import readable, shortened, unique_names
-from selmatch_ext.data.splits import ANNOTATIONS, FolderOptions, SplitPlan, bytes_of, plan_splits
-from selmatch_ext.data.tree import ArchiveTree, Content, FolderTree, extension, skipped_text
+from selmatch_ext.data.splits import ANNOTATIONS, FolderOptions, Split, SplitPlan, bytes_of, plan_splits
+from selmatch_ext.data.tree import ArchiveTree, Content, FolderTree, Listing, extension, skipped_text
 from selmatch_ext.files import json_field, load_tensors, save_tensors
 from selmatch_ext.settings import color
 
@@ -88,6 +88,14 @@ def _archive_tree(path: Path) -> ArchiveTree:
             break  # the one folder is a class
         tree.prefix = f"{inside[0].node}/"
     return tree
+
+
+def decode_split(name: str, paths: list[str], classes: list[str], listing: Listing) -> Tensor:
+    """The images at `paths` of a listing as one tensor (n, C, H, W) uint8; what was left out is said in the log."""
+    plan = SplitPlan(Split(paths, classes), Split([], []), listing.classes, listing.files)
+    images, notes = _Decoding(name, plan, FolderOptions()).run()
+    _log([f"{name}: {skipped_text(listing.skipped)}"] * bool(listing.skipped) + notes)
+    return images
 
 
 def _decode_all(name: str, plan: SplitPlan, options: FolderOptions) -> tuple[ImageData, list[str]]:

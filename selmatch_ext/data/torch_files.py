@@ -107,8 +107,8 @@ def _scan(pickled: io.BytesIO, size: int | None) -> int:
         if opcode.name in CALLS and not (isinstance(argument, str) and ALLOWED.fullmatch(argument)):
             name = str(argument).replace(" ", ".")
             raise ValueError(
-                f"it names {name!r}, which unpickling would call and which may run any code; it may hold dense tensors, "
-                "numbers, strings, lists and dicts of them"
+                f"it names {name!r}, which unpickling would call and which may run any code; it may hold dense "
+                "tensors, numbers, strings, and lists and dicts of them"
             )
         if size is not None and type(argument) is int and not opcode.name.endswith(("GET", "PUT")) and argument > size:
             raise ValueError(f"it declares a size of {argument}; the file has {size} bytes")
