@@ -26,7 +26,7 @@ class Reading(Checked):
     normalization: Literal["pixels", "dataset", "zca"] | None = None
     """How the images in the file are normalized. pixels: not at all, they are from 0 to 1. dataset: by the mean and the
     standard deviation of the data set, and by its ZCA with --data.zca, as this package does it. zca: not normalized and
-    then whitened by ZCA, as MTT with --zca."""
+    then whitened by ZCA, as MTT's code does it."""
     mean: tuple[Share, ...] = ()
     """In place of normalization: the mean that was subtracted, a number for each channel."""
     std: tuple[Positive, ...] = ()
