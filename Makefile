@@ -52,7 +52,7 @@ $(VENV)/.torch: | $(VENV)/bin/python
 
 # The extension first, by itself: pip shows nothing while it compiles, and then takes what is compiled.
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	@echo "Compiling the extension: about three minutes on two cores."
+	@echo "Compiling the extension: some minutes on two cores. A line follows for each file."
 	set -o pipefail; $(BIN)/python setup.py build_ext --inplace 2>&1 | \
 	  sed -uE 's#^(\[[0-9]+/[0-9]+\]).* -c [^ ]*/csrc/([^ ]+) -o .*#\1 compiled \2#'
 	$(BIN)/python -m pip install --no-build-isolation --editable ".[test]"

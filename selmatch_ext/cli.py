@@ -25,6 +25,7 @@ from selmatch_ext import (
     report,
     runner,
 )
+from selmatch_ext.allocator import keep_memory_unless_chosen
 from selmatch_ext.cli_process import device_of
 from selmatch_ext.cli_settings import Here, Place, WithExperts, check_named_networks, given_run, settings_by_name
 from selmatch_ext.context import Context
@@ -290,4 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "" not in sys.path:
         sys.path.append("")
     words = sys.argv[1:] if arguments is None else arguments
-    return cli_help.answer(words) if cli_help.asked(words) else cli_process.guarded(command, words)
+    if cli_help.asked(words):
+        return cli_help.answer(words)
+    keep_memory_unless_chosen()
+    return cli_process.guarded(command, words)

@@ -128,7 +128,8 @@ def _quiet_unless_first() -> Iterator[None]:
 
 
 class _Held(io.StringIO):
-    """Keeps what is written to standard error."""
+    """Takes the place of standard error while a command is parsed, and stores what tyro writes there. It reports the
+    real stream's isatty, by which tyro decides about colors."""
 
     def isatty(self) -> bool:
         return sys.__stderr__ is not None and not sys.__stderr__.closed and sys.__stderr__.isatty()

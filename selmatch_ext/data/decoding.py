@@ -85,7 +85,7 @@ def formats() -> list[str]:
 
 
 def extensions() -> frozenset[str]:
-    """Endings of the names of such files, in lower case, with the dot."""
+    """File name extensions of the formats that are read, in lower case, with the dot."""
     known = set(formats())
     return frozenset(e.lower() for e, name in Image.registered_extensions().items() if name in known) | {".mpo"}
 

@@ -24,7 +24,7 @@ from selmatch_ext.unroll import explain_engine
 
 @dataclass(frozen=True)
 class LoopSettings(Checked):
-    """What every method can be told."""
+    """Settings that every method has: how often the loop saves its state and the set."""
 
     checkpoint_seconds: Seconds = 30.0
     """Seconds between two saves of the checkpoint."""

@@ -71,7 +71,8 @@ class PrivateModel:
                 holder[key] = tensor
 
     def renew_buffers(self) -> None:
-        """Gives the calls that follow copies of the buffers to change: a graph that is kept may need those it has."""
+        """Replaces all buffers by copies. Later calls change the copies in place; a graph that is kept from an earlier
+        call may still need the buffers that it was made with."""
         for m in self.module.modules():
             m._buffers.update({key: b.clone() for key, b in m._buffers.items() if b is not None})
 

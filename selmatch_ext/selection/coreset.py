@@ -84,15 +84,15 @@ def by_class(features: Tensor, labels: Tensor, ipc: int, choose: Callable[[Tenso
     return torch.cat([m[choose(features[m].double(), ipc)] for m in members(labels, ipc)])
 
 
-def check_features(features: Tensor, labels: Tensor) -> None:
-    """ValueError unless `features` is (n, F), float and finite, with a row for each label."""
+def check_features(features: Tensor, labels: Tensor, name: str = "features") -> None:
+    """ValueError unless `features`, called `name`, is (n, F), float and finite, with a row for each label."""
     if features.ndim != 2 or len(features) != len(labels) or not features.is_floating_point():
         raise ValueError(
-            f"features is {features.dtype} of shape {tuple(features.shape)}; it must be float ({len(labels)}, F), one "
+            f"{name} is {features.dtype} of shape {tuple(features.shape)}; it must be float ({len(labels)}, …), one "
             "row per label"
         )
     if not features.isfinite().all():
-        raise ValueError(f"features holds {int((~features.isfinite()).sum())} values that are NaN or infinite")
+        raise ValueError(f"{name} holds {int((~features.isfinite()).sum())} values that are NaN or infinite")
 
 
 def members(labels: Tensor, ipc: int) -> list[Tensor]:

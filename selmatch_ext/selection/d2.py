@@ -31,11 +31,14 @@ def d2(difficulty: Tensor, features: Tensor, labels: Tensor, ipc: int, settings:
 
 
 def messages(scores: Tensor, features: Tensor, count: int, settings: Graph) -> list[int]:
-    """`count` indices into one class in the order of choice, of equally high scores the lower index.
+    """Chooses `count` images of one class by messages between neighbors (D2 pruning, arXiv 2310.07931).
 
-    Neighbors of i are the `settings.neighbors` other images at the smallest Euclidean distances d_ij, or all that there
-    are. Forward: s_i ← s_i + Σ_{j neighbor of i} exp(−d_ij) s_j, all at once. Then, after each choice of the largest
-    s_i, its neighbors j get s_j ← s_j − exp(−gamma d_ij) s_i. scores: (m,), ≥ 0; features: (m, F), both float64."""
+    scores: s (m,), ≥ 0; features: (m, F); both float64. The neighbors of image i are the `settings.neighbors` other
+    images with the smallest Euclidean distance d_ij to it, or all other images where the class has fewer.
+    1. Every score grows at once: s_i ← s_i + Σ_{j neighbor of i} exp(−d_ij) s_j.
+    2. Repeatedly: the image i with the largest score is chosen (of equal ones that with the lowest index), and the
+       scores of its neighbors j fall: s_j ← s_j − exp(−gamma d_ij) s_i.
+    Returns indices into the class in the order of choice."""
     distances = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
     order = distances.fill_diagonal_(torch.inf).sort(dim=1, stable=True)
     nearest, far = (t[:, : min(settings.neighbors, len(scores) - 1)] for t in (order.indices, order.values))

@@ -35,14 +35,8 @@ class LastLayer:
     def of(cls, logits: Tensor, features: Tensor, labels: Tensor) -> LastLayer:
         """logits: (n, K) float; features: (n, F) float; labels: (n,) int64. ValueError where they do not fit
         together or hold values that are not finite."""
-        for name, value in (("logits", logits), ("features", features)):
-            if value.ndim != 2 or len(value) != len(labels) or not value.is_floating_point():
-                raise ValueError(
-                    f"{name} is {value.dtype} of shape {tuple(value.shape)}; it must be float ({len(labels)}, …), one "
-                    "row per label"
-                )
-            if not value.isfinite().all():
-                raise ValueError(f"{name} holds {int((~value.isfinite()).sum())} values that are NaN or infinite")
+        coreset.check_features(logits, labels, "logits")
+        coreset.check_features(features, labels)
         check_labels(labels, "labels", logits.shape[1])
         own = F.one_hot(labels, logits.shape[1]).bool()
         others = logits.double().softmax(1).masked_fill(own, 0.0)

@@ -31,7 +31,8 @@ class FusedStepper:
         self.convolutions = [operation.rule for operation in operations if isinstance(operation.rule, Conv)]
 
     def classes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
-        """The number of outputs for a batch of images of that shape (B, C, H, W)."""
+        """The number of classes K: the network makes logits (B, K) of images of `shape` (B, C, H, W). ValueError where
+        its result is of another shape."""
         last = self.operations[-1].rule
         if isinstance(last, Linear):
             return self.shapes[last.weight][0]
