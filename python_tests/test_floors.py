@@ -7,11 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "selmatch_ext"
 FLOORS = """
-<<<<<<< HEAD
-    openmp strict_json ranges seeds output compiling stages built_for cli_help
-=======
-    openmp allocator strict_json ranges seeds output compiling stages
->>>>>>> main
+    openmp allocator strict_json ranges seeds output compiling stages built_for cli_help
     ranks files precision
     arrays
     second_order
