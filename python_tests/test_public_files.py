@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from exchanged import DATASET, DIGITS, exported, imported, refused, run
+from exchanged import DATASET, DIGITS, exported, imported, refused, run, soft
 
 # --- what cannot be read ----------------------------------------------------------------------------------------------
 
@@ -193,9 +193,10 @@ def test_arrays_of_others(learned, tmp_path):
     for arrays, message in (
         ({"images": images}, "has no array called labels"),
         ({"x": images}, "has no array called images or labels"),
-        ({"images": images, "labels": np.array(["a"] * 20)}, "labels is <U1; it must hold numbers"),
+        ({"images": images, "labels": np.array(["a"] * 20)}, "labels is <U1; it must hold numbers of at most 64 bits"),
         ({"images": images, "labels": np.array([None] * 20)}, "labels holds Python objects, which would have to be"),
-        ({"images": images.astype(complex), "labels": labels}, "images is complex128; it must hold numbers"),
+        ({"images": images.astype(complex), "labels": labels}, "images is complex128; it must hold numbers of at most 64 bits"),
+        ({"images": images.astype(np.longdouble), "labels": labels}, "images is float128; it must hold numbers"),
         ({"images": images, "labels": labels, "lr": np.ones(3)}, "the learning rate is a Tensor"),
     ):
         np.savez(path, **arrays)
@@ -221,6 +222,20 @@ def test_damaged_files_of_ours(learned, tmp_path, changes, message):
         arrays = {**found, **changes}
     np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
     assert re.search(message, refused(path, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.zeros(20), r"soft labels have shape \(20,\)"),
+        (torch.full((20, 10), -1), "labels has shape"),
+        (torch.tensor(1.0), "soft labels have shape"),
+    ],
+)
+def test_labels_that_are_no_logits(learned, tmp_path, labels, message):
+    folder = exported(soft(learned), tmp_path, "pt", "--soft-labels", "logits")
+    torch.save(labels, folder / "labels_best.pt")
+    assert re.search(message, refused(folder, tmp_path))
 
 
 def test_a_set_of_ours_says_all_itself(learned, tmp_path):

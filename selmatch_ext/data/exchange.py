@@ -147,7 +147,8 @@ def _with_labels(images: Tensor, path: Path, labels: Path | None) -> DistilledSe
     tensors, described = _read_arrays(note)
     if described is None:
         raise ValueError(f"{note} is damaged: it has no array called {DESCRIBED}")
-    found = found.softmax(1) if described.get("logits") else found
+    if described.get("logits") and found.is_floating_point() and found.ndim == 2:
+        found = found.softmax(1)
     given = {"images": images, "labels": found}
     return _whole(tensors | given, described, note, None if lr is None else torch.tensor(lr, dtype=torch.float64))
 
@@ -167,9 +168,9 @@ def _read_arrays(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     most = COMPRESSED * path.stat().st_size
     with open_arrays(path, "set of images") as arrays:
         found = {name: arrays.read(name, most) for name in arrays.names if name in TENSORS}
-        wrong = next((f"{name} is {a.dtype}" for name, a in found.items() if a.dtype.kind not in "biuf"), None)
-        if wrong:
-            raise ValueError(f"{wrong}; it must hold numbers")
+        for name, array in found.items():
+            if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+                raise ValueError(f"{name} is {array.dtype}; it must hold numbers of at most 64 bits")
         text = arrays.text(DESCRIBED) if DESCRIBED in arrays.names else None
         described = None if text is None else strict_json.mapping(strict_json.parse(text, DESCRIBED), DESCRIBED)
     return {n: torch.from_numpy(a.astype(a.dtype.newbyteorder("="))) for n, a in found.items()}, described
