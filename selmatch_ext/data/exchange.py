@@ -20,7 +20,7 @@ from torch import Tensor
 from selmatch_ext import strict_json
 from selmatch_ext.arrays import open_arrays
 from selmatch_ext.data.decoding import extensions
-from selmatch_ext.data.distilled import DistilledSet, check_new_folder
+from selmatch_ext.data.distilled import DESCRIBED, DistilledSet, check_new_folder
 from selmatch_ext.data.folders import decode_split
 from selmatch_ext.data.names import readable, shortened
 from selmatch_ext.data.torch_files import describe_value, is_list, read_torch_file
@@ -29,11 +29,9 @@ from selmatch_ext.files import atomic_write
 
 Format = Literal["folder", "pt", "res", "npz"]
 NOTE = "set.npz"
-DESCRIBED = "described"  # the array with a set's description as JSON
-TENSORS = (
-    *("images", "labels", "lr", "distilled", "indices", "weights", "zca_mean", "zca_transform"),
-    *("schedule_rates", "schedule_batches", "schedule_starts"),
-)
+TEXT = "described"  # the array with a set's description as JSON
+PUBLIC = ("images", "labels", "lr")
+UNNEEDED = (*PUBLIC, "distilled", "indices", "zca_mean", "zca_transform")  # to train on the images as they are
 COMPRESSED = 200  # times its size in the file, the most that an array may have
 OURS = re.compile(r"(\d+)_(distilled|selected)\.png")
 SMALLEST = 1e-38  # in place of a probability of 0, of which there is no logarithm
@@ -68,11 +66,11 @@ def export(subset: DistilledSet, out: Path, form: Format, logits: bool = False) 
     tensors, described = subset.parts()
     labels = tensors["labels"].clamp(min=SMALLEST).log() if logits else tensors["labels"]
     public = {"images": tensors["images"].clone(), "labels": labels.clone()}
-    rest = {name: t for name, t in tensors.items() if name not in (*public, "lr")}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in PUBLIC}
     if form == "res":
-        if subset.weights is not None or subset.schedule is not None:
-            what = "weights" if subset.schedule is None else "a schedule"
-            raise ValueError(f"the set has {what}, for which the format res has no place; use pt or npz")
+        lost = [name for name in rest if name not in UNNEEDED]
+        if lost:
+            raise ValueError(f"the set has {', '.join(lost)}, for which the format res has no place; use pt or npz")
         with atomic_write(out) as temporary:
             torch.save({"data": [[public["images"], public["labels"]]], "accs_all_exps": {}}, temporary)
     elif form == "npz":
@@ -91,7 +89,7 @@ def export(subset: DistilledSet, out: Path, form: Format, logits: bool = False) 
 def _write_arrays(path: Path, tensors: dict[str, Tensor], described: dict[str, Any]) -> None:
     arrays = {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
     with open(path, "wb") as file:
-        np.savez(file, allow_pickle=False, **arrays, **{DESCRIBED: np.array(json.dumps(described))})
+        np.savez(file, allow_pickle=False, **arrays, **{TEXT: np.array(json.dumps(described))})
 
 
 def read(path: Path, labels: Path | None = None, number: int | None = None) -> DistilledSet | Given:
@@ -146,7 +144,7 @@ def _with_labels(images: Tensor, path: Path, labels: Path | None) -> DistilledSe
         return Given(images, found, lr)
     tensors, described = _read_arrays(note)
     if described is None:
-        raise ValueError(f"{note} is damaged: it has no array called {DESCRIBED}")
+        raise ValueError(f"{note} is damaged: it has no array called {TEXT}")
     if described.get("logits") and found.is_floating_point() and found.ndim == 2:
         found = found.softmax(1)
     given = {"images": images, "labels": found}
@@ -167,18 +165,21 @@ def _read_arrays(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """(the arrays of a set, their description where the file is ours)."""
     most = COMPRESSED * path.stat().st_size
     with open_arrays(path, "set of images") as arrays:
-        found = {name: arrays.read(name, most) for name in arrays.names if name in TENSORS}
+        ours = TEXT in arrays.names
+        wanted = [name for name in arrays.names if name != TEXT and (ours or name in PUBLIC)]
+        found = {name: arrays.read(name, most) for name in wanted}
         for name, array in found.items():
             if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
                 raise ValueError(f"{name} is {array.dtype}; it must hold numbers of at most 64 bits")
-        text = arrays.text(DESCRIBED) if DESCRIBED in arrays.names else None
-        described = None if text is None else strict_json.mapping(strict_json.parse(text, DESCRIBED), DESCRIBED)
+        described = None
+        if ours:
+            described = strict_json.mapping(strict_json.parse(arrays.text(TEXT), TEXT), TEXT)
     return {n: torch.from_numpy(a.astype(a.dtype.newbyteorder("="))) for n, a in found.items()}, described
 
 
 def _whole(tensors: dict[str, Tensor], described: dict[str, Any], path: Path, lr: Tensor | None) -> DistilledSet:
-    names = ("mean", "std", "class_names", "method", "settings", "schedule_model")
-    missing = [n for n in ("distilled", "indices") if n not in tensors] + [n for n in names if n not in described]
+    missing = [name for name in ("distilled", "indices") if name not in tensors]
+    missing += [name for name in DESCRIBED if name not in described]
     if missing:
         raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}")
     try:
@@ -228,15 +229,15 @@ def _read_folder(path: Path) -> Given:
     paths, folders = sorted(listing.files, key=lambda name: name.split("/")), sorted(listing.classes)
     ours = [OURS.fullmatch(name.rpartition("/")[2]) for name in paths]
     numbers = {int(match[1]): i for i, match in enumerate(ours) if match}
-    distilled = torch.ones(len(paths), dtype=torch.bool)
+    learned = torch.ones(len(paths), dtype=torch.bool)
     if len(numbers) == len(paths):
         order = [numbers[number] for number in sorted(numbers)]
         paths = [paths[i] for i in order]
-        distilled = torch.tensor([match is not None and match[2] == "distilled" for match in (ours[i] for i in order)])
+        learned = torch.tensor([match is not None and match[2] == "distilled" for match in (ours[i] for i in order)])
     classes = [name.partition("/")[0] for name in paths]
     images = decode_split(readable(path.name), paths, classes, listing)
     labels = torch.tensor([folders.index(name) for name in classes])
-    return Given(images, labels, None, folders, distilled, _read_weights(path / "weights.csv", paths))
+    return Given(images, labels, None, folders, learned, _read_weights(path / "weights.csv", paths))
 
 
 def _read_weights(path: Path, names: list[str]) -> Tensor | None:

@@ -94,10 +94,12 @@ def _plan(path: Path, files: dict[str, list[Path]], options: FolderOptions) -> S
         raise ValueError(f"{where} has one class, {', '.join(names)}; at least two are needed")
     splits = {split: _split(f"{where}: {split}", split, part, names) for split, part in labels.items()}
     if test is not None:
-        return SplitPlan(splits["train"], splits[test], names, dict(contents))
-    if options.test_share is None:
+        parts = splits["train"], splits[test]
+    elif options.test_share is not None:
+        parts = stratified(where, splits["train"], options.test_share, options.seed)
+    else:
         raise ValueError(f"{where} has no test split; test_share would split the training images")
-    return SplitPlan(*stratified(where, splits["train"], options.test_share, options.seed), names, dict(contents))
+    return SplitPlan(*parts, names, dict(contents))
 
 
 def _split(where: str, split: str, labels: list[int], names: list[str]) -> Split:
