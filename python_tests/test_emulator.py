@@ -35,8 +35,15 @@ def test_kernels_against_the_cpu(program):
     assert "0 of " in result.stdout
 
 
-def test_divergent_barrier_is_noticed(program):
-    result = run(program, "--provoke", "divergence")
+def test_missing_barrier_is_noticed(program):
+    result = run(program, "--provoke", "race")
+    assert result.returncode != 0
+    assert "FAILED: blocks reversed" in result.stdout
+
+
+@pytest.mark.parametrize("fault", ["divergence", "shuffle"])
+def test_divergent_barrier_is_noticed(program, fault):
+    result = run(program, "--provoke", fault)
     assert result.returncode != 0
     assert "divergent barrier" in result.stderr
 
