@@ -843,6 +843,20 @@ void test_blocks_in_little_memory(bool quick) {
   emulator::use_device(usual);
 }
 
+void test_everything(bool quick) {
+  test_emulator();
+  test_narrow_floats();
+  test_distances(quick);
+  test_gradient_distances(quick);
+  test_dsa(quick);
+  test_dsa_in_workspace(quick);
+  test_blocks(quick);
+  test_blocks_in_little_memory(quick);
+  if (!quick) {
+    test_large_blocks();
+  }
+}
+
 int provoke(const std::string& what) {
   if (what == "race") {
     reverse(false);
@@ -872,16 +886,10 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "unknown argument %s\n", arguments[0].c_str());
     return 2;
   }
-  test_emulator();
-  test_narrow_floats();
-  test_distances(quick);
-  test_gradient_distances(quick);
-  test_dsa(quick);
-  test_dsa_in_workspace(quick);
-  test_blocks(quick);
-  test_blocks_in_little_memory(quick);
-  if (!quick) {
-    test_large_blocks();
+  try {
+    test_everything(quick);
+  } catch (const std::exception& error) {
+    expect(false, error.what());
   }
   std::printf("%d of %d checks failed\n", failures, cases);
   return failures == 0 ? 0 : 1;
