@@ -218,7 +218,7 @@ def _backward(job: _Job, inputs: Inputs, adjoint: Tensor) -> tuple[Tensor | None
     update = _update(job, inputs, rates_gradients)
     for i in reversed(range(len(tape.thetas))):
         x, y = _batch(plan, i, inputs.images, inputs.labels)
-        direction, factor = update.direction(i, tape.thetas[i], adjoint)
+        direction = update.direction(i, tape.thetas[i], adjoint)
         step = stepper.derivative(
             tape.thetas[i], x, y, tape.kept[i], direction, wanted_of_step(plan.gradient, i, tape.needs)
         )
@@ -227,19 +227,19 @@ def _backward(job: _Job, inputs: Inputs, adjoint: Tensor) -> tuple[Tensor | None
             u = step.images
             if plan.augmentations is not None:
                 u = augment_transposed(u, plan.augmentations[i])
-            _add_rows(images_gradient, plan.batches[i], factor, u)
+            _add_rows(images_gradient, plan.batches[i], update.scaled(i, u))
         if labels_gradient is not None and step.labels is not None:
-            _add_rows(labels_gradient, plan.batches[i], factor, step.labels)
+            _add_rows(labels_gradient, plan.batches[i], update.scaled(i, step.labels))
         adjoint = update.backward(i, adjoint, direction, step.product, step.parameters)
     return adjoint if needs_start else None, images_gradient, labels_gradient, *rates_gradients
 
 
-def _add_rows(total: Tensor, rows: Tensor, factor: Tensor | float, values: Tensor) -> None:
-    """total[rows] += factor * values, rows may repeat; the same bits at each run."""
+def _add_rows(total: Tensor, rows: Tensor, values: Tensor) -> None:
+    """total[rows] += values, rows may repeat; the same bits at each run."""
     if total.device.type == "cpu":
-        total.index_add_(0, rows, factor * values)
+        total.index_add_(0, rows, values)
     else:  # on a GPU index_add_ adds in any order, index_put_ sorts first
-        total.index_put_((rows,), factor * values, accumulate=True)
+        total.index_put_((rows,), values, accumulate=True)
 
 
 def _described(output: Any) -> str:

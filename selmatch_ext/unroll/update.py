@@ -36,8 +36,11 @@ class Update(Protocol):
     def forward(self, i: int, theta: Tensor, gradient: Tensor) -> Tensor:
         """(P,) theta_{i+1} from theta_i and g_i; called for i = 0, 1, ..., N-1."""
 
-    def direction(self, i: int, theta: Tensor, adjoint: Tensor) -> tuple[Tensor, Tensor | float]:
-        """((P,) direction, factor), whose product is dL/dg_i, from theta_i and lambda_{i+1}; called for i = N-1, ..."""
+    def direction(self, i: int, theta: Tensor, adjoint: Tensor) -> Tensor:
+        """(P,) a vector parallel to dL/dg_i, from theta_i and lambda_{i+1}; called for i = N-1, ..., 0."""
+
+    def scaled(self, i: int, derivative: Tensor) -> Tensor:
+        """dL/d(something) from the gradient of <g_i, direction> with respect to it."""
 
     def backward(self, i: int, adjoint: Tensor, direction: Tensor, product: Tensor, h: Tensor | None) -> Tensor:
         """(P,) lambda_i from lambda_{i+1}, the direction, <g_i, direction> and the gradient h of that with respect to
@@ -53,8 +56,11 @@ class PlainUpdate:
     def forward(self, i: int, theta: Tensor, gradient: Tensor) -> Tensor:
         return theta - self.lr[i] * gradient
 
-    def direction(self, i: int, theta: Tensor, adjoint: Tensor) -> tuple[Tensor, Tensor]:
-        return adjoint, -self.lr[i]
+    def direction(self, i: int, theta: Tensor, adjoint: Tensor) -> Tensor:
+        return adjoint
+
+    def scaled(self, i: int, derivative: Tensor) -> Tensor:
+        return -self.lr[i] * derivative
 
     def backward(self, i: int, adjoint: Tensor, direction: Tensor, product: Tensor, h: Tensor | None) -> Tensor:
         if self.total is not None:
@@ -86,7 +92,7 @@ class MomentumUpdate:
         self.velocity = v
         return theta - self.lr[i] * (decayed + self.momentum[i] * v if self.nesterov else v)
 
-    def direction(self, i: int, theta: Tensor, adjoint: Tensor) -> tuple[Tensor, float]:
+    def direction(self, i: int, theta: Tensor, adjoint: Tensor) -> Tensor:
         mu, a = self.momentum[i], -self.lr[i] * adjoint
         p = self.velocity_adjoint + (mu * a if self.nesterov else a)
         c = p + a if self.nesterov else p
@@ -97,7 +103,10 @@ class MomentumUpdate:
             before = self.velocities[i - 1] if i > 0 else torch.zeros_like(after)
             self._write_of_velocities(i, (before, after), (adjoint, a, p))
         self.velocity_adjoint = mu * p
-        return c, 1.0
+        return c
+
+    def scaled(self, i: int, derivative: Tensor) -> Tensor:
+        return derivative
 
     def backward(self, i: int, adjoint: Tensor, direction: Tensor, product: Tensor, h: Tensor | None) -> Tensor:
         adjoint = adjoint + self.weight_decay[i] * direction
