@@ -221,7 +221,7 @@ def unrolled_sgd_full_graph(
 def sgd_with_momentum(i, steps, theta, gradient, velocity, momentum=0.0, nesterov=False, weight_decay=0.0):
     """(what is multiplied by the learning rate in step i, the velocity after it), as in torch.optim.SGD; momentum and
     weight_decay are 0-d or (steps,)."""
-    momentum, weight_decay = (torch.as_tensor(t).to(theta).expand(steps)[i] for t in (momentum, weight_decay))
+    momentum, weight_decay = (torch.as_tensor(t, dtype=theta.dtype).expand(steps)[i] for t in (momentum, weight_decay))
     decayed = gradient + weight_decay * theta
     velocity = momentum * velocity + decayed
     return (decayed + momentum * velocity if nesterov else velocity), velocity
@@ -375,13 +375,13 @@ def distribution_matching(model, real, syn):
     return total
 
 
-def dataset_distillation(model, starts, images, labels, batches, raw, real, wanted, augmentations):
+def dataset_distillation(model, starts, images, labels, batches, raw, real, wanted, augmentations, **more):
     """DD (arXiv 1811.10959, algorithm 1): the mean over the starts of the real loss after training; `augmentations` has
-    the tables of each start, or is None."""
+    the tables of each start, or is None; `more`: arguments of `sgd_with_momentum`."""
     rates, losses = torch.log(1 + torch.exp(raw)), []
     for k, start in enumerate(starts):
         tables = None if augmentations is None else augmentations[k]
-        theta = unrolled_sgd_full_graph(model, start.requires_grad_(), images, labels, batches, rates, tables)
+        theta = unrolled_sgd_full_graph(model, start.requires_grad_(), images, labels, batches, rates, tables, **more)
         parts = theta.split([p.numel() for p in model.parameters()])
         named = {n: t.view_as(p) for (n, p), t in zip(model.named_parameters(), parts, strict=True)}
         losses.append(F.cross_entropy(functional_call(model, named, (real,)), wanted))
