@@ -16,7 +16,7 @@ from selmatch_ext.models import from_file
 from selmatch_ext.provenance import from_dict
 from selmatch_ext.ranges import Seed, check_number
 from selmatch_ext.runner import Run
-from selmatch_ext.settings import Data
+from selmatch_ext.settings import Data, StartParts
 
 OF_THE_SET = Data(dataset="of the set")
 """Stands for the data set that a set's file names."""
@@ -86,7 +86,7 @@ def check_named_networks(run: Run, parts: Collection[str], words: list[str]) -> 
     trusted = {value for word in words for value in (word, word.partition("=")[2])}
     for name, value in _networks(run):
         part = name.partition(".")[0] if "." in name else "settings"
-        if part in parts:
+        if part in parts or (part == "start" and {"scores", "features", "parts"} & set(parts)):
             from_file.checked_name(value, f"the setting {name}", f"--{name.replace('_', '-')}", trusted)
 
 
@@ -105,7 +105,8 @@ def _networks(settings: Any, prefix: str = "") -> list[tuple[str, str]]:
 def settings_by_name(run: Run) -> dict[str, Any]:
     """The parts of a run by the names that verbs have for them."""
     parts = {field.name: getattr(run, field.name) for field in fields(run) if field.name != "method"}
-    return parts | {"scores": run.start.scores, "features": run.start.features}
+    common = StartParts(**{field.name: getattr(run.start, field.name) for field in fields(StartParts)})
+    return parts | {"scores": run.start.scores, "features": run.start.features, "parts": common}
 
 
 def data_of(data: Data, path: Path, seed: int) -> tuple[Data, int]:

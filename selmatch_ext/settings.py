@@ -279,3 +279,29 @@ class Search(Checked):
     full: Training = Training(epochs=100, lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="cosine")
     full_networks: Count = 1
     """Networks of each kind trained on all images."""
+
+
+@dataclass(frozen=True)
+class StartParts(Checked):
+    """What the starts of several runs have in common: a start without its choice, size and learned share."""
+
+    window: Window = Window()
+    scores: Scores = Scores()
+    features: Features = Features()
+    ccs: Strata = Strata()
+    d2: Graph = Graph()
+    gradmatch: Pursuit = Pursuit()
+
+
+@dataclass(frozen=True)
+class Sweep(Checked):
+    """Methods and starts that are compared over shares of one data set."""
+
+    curves: tuple[str, ...] = ("random=select", "selmatch")
+    """What is compared: METHOD, or NAME=METHOD, followed by settings of its own, such as
+    dm-window=dm,start.select=window,start.alpha=0.6; a number for each share is written 0.6:0.2:0.1. In place of a
+    method, select stands for real images that are not learned, chosen by start.select (default: random)."""
+    shares: tuple[Part, ...] = (0.05, 0.1, 0.2, 0.3)
+    """Shares of the training images that a set has: images per class are the share times the mean class size."""
+    coverage_networks: Count = 3
+    """As coverage.networks."""
