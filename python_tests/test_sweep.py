@@ -267,9 +267,17 @@ def test_alone_a_rank_waits_for_nobody(monkeypatch, capsys):
     assert (ranks.world(), ranks.first()) == (2, False) and capsys.readouterr().err == ""
 
 
-def test_killed_at_any_cell_it_ends_with_the_same_bytes(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert selmatch(1, *COMMAND, "--out", whole).returncode == 0
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What one process leaves that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = selmatch(1, *COMMAND, "--out", folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+def test_killed_at_any_cell_it_ends_with_the_same_bytes(whole, tmp_path):
+    killed = tmp_path / "killed"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "selmatch_ext", *COMMAND, "--device", "cpu", "--out", str(killed)]
     for wanted in ("dm-window/0.02/checkpoint.safetensors", "selmatch/0.02/evaluation_selmatch.json"):
@@ -287,12 +295,11 @@ def test_killed_at_any_cell_it_ends_with_the_same_bytes(tmp_path):
     assert str(len(done)) in bars and "7" in bars and not re.search("evaluation|iteration/s", last.stderr)
 
 
-def test_two_processes_end_with_the_bytes_of_one(tmp_path):
-    for processes in (1, 2):
-        done = selmatch(processes, *COMMAND, "--out", tmp_path / str(processes))
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stdout.count("test accuracy") == 1  # one rank reports
-    assert files(tmp_path / "1") == files(tmp_path / "2")
+def test_two_processes_end_with_the_bytes_of_one(whole, tmp_path):
+    done = selmatch(2, *COMMAND, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("test accuracy") == 1  # one rank reports
+    assert files(tmp_path) == files(whole)
 
 
 def test_the_settings_of_a_recipe_are_the_sweeps(monkeypatch, tmp_path):

@@ -75,10 +75,14 @@ class Data(Checked):
     """Keep only this many random training images of each class."""
     zca: bool = False
     """Whiten all images by ZCA, fitted on the training images; a distilled set keeps the transform."""
+    classes: tuple[str, ...] | None = None
+    """Keep only the classes of these names, in the data set's order; None: all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         color(self.background)
+        if self.classes is not None and (isinstance(self.classes, str) or len(self.classes) == 0):
+            raise SettingError("classes", repr(self.classes), "a tuple of names of classes, or None for all")
 
 
 @dataclass(frozen=True)
