@@ -43,12 +43,12 @@ BASE = replace(
 )
 SWEEP = Sweep(CURVES, SHARES, coverage_networks=1)
 COMMAND = [
-    *("sweep", "--data.dataset", "digits", "--curves", *CURVES, "--shares", *map(str, SHARES)),
+    *("sweep", "--data.dataset", "digits", "--curves", *CURVES[1:], "--shares", *map(str, SHARES)),
     *("--start.window.step", "0.5", "--start.window.beta", "0.2", "--start.scores.source", "el2n"),
     *("--start.scores.model", MODEL, "--start.scores.runs", "1", "--start.scores.training.epochs", "1"),
-    *("--start.features.model", MODEL, "--start.features.training.epochs", "1", "--coverage-networks", "2"),
+    *("--start.features.model", MODEL, "--start.features.training.epochs", "1", "--coverage-networks", "1"),
     *("--experts.model", MODEL, "--experts.count", "2", "--experts.training.epochs", "3"),
-    *("--evaluation.model", MODEL, "--evaluation.networks", "2", "--evaluation.training.epochs", "3"),
+    *("--evaluation.model", MODEL, "--evaluation.networks", "1", "--evaluation.training.epochs", "2"),
     *("--evaluation.training.batch", "16", "--evaluation.selected-strategy", "crop"),
 ]
 
@@ -291,8 +291,8 @@ def test_killed_at_any_cell_it_ends_with_the_same_bytes(whole, tmp_path):
     last = selmatch(1, *COMMAND, "--out", killed)
     assert last.returncode == 0 and done and all(p.stat().st_mtime_ns == t for p, t in done.items())
     assert files(killed) == files(whole)
-    bars = set(re.findall(r"(\d+)/7 ", last.stderr))
-    assert str(len(done)) in bars and "7" in bars and not re.search("evaluation|iteration/s", last.stderr)
+    bars = set(re.findall(r"(\d+)/5 ", last.stderr))
+    assert str(len(done)) in bars and "5" in bars and not re.search("evaluation|iteration/s", last.stderr)
 
 
 def test_two_processes_end_with_the_bytes_of_one(whole, tmp_path):

@@ -72,7 +72,13 @@ def given_run(arguments: list[str], with_method: Collection[str]) -> tuple[Run |
 
 def _find(given: str, method: str | None, whole: bool) -> Run:
     if given in recipes.RECIPES or not Path(given).exists():
-        run = recipes.find(given).settings
+        recipe = recipes.find(given)
+        run = recipe.settings
+        if whole and recipe.method == recipes.SELECT:
+            raise ValueError(
+                f"the recipe {given} selects real images and learns none: selmatch select --settings {given} --out "
+                f"DIR, then selmatch evaluate DIR/{run.start.select}.safetensors --settings {given}"
+            )
         if method not in (None, run.method):
             raise ValueError(f"the recipe {given} is of the method {run.method}, not {method}")
         return run
