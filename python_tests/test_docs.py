@@ -17,6 +17,7 @@ from selmatch_ext import cli, cli_process
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.methods import METHODS
 from selmatch_ext.runner import Run
+from selmatch_ext.settings import Sweep
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -131,6 +132,7 @@ def test_options_in_the_text_exist():
     known = {name for method in METHODS for name in options(Run.of(method))}
     known |= {"--out", "--device", "--seed", "--settings", "--reduced", "--help", "--experts", "--replay-buffer"}
     known |= {"--nproc-per-node", "--nnodes", "--node-rank"}  # torchrun's
+    known |= {name for name in options(Sweep())} | {"--method", "--data"}  # of selmatch sweep and recipes
     for page in PAGES:
         text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
         if page.name == "moving-over.md":
