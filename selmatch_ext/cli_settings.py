@@ -92,7 +92,7 @@ def check_named_networks(run: Run, parts: Collection[str], words: list[str]) -> 
     trusted = {value for word in words for value in (word, word.partition("=")[2])}
     for name, value in _networks(run):
         part = name.partition(".")[0] if "." in name else "settings"
-        if part in parts or (part == "start" and {"scores", "features", "parts"} & set(parts)):
+        if part in parts or (part == "start" and {name.split(".")[1], "parts"} & set(parts)):
             from_file.checked_name(value, f"the setting {name}", f"--{name.replace('_', '-')}", trusted)
 
 
