@@ -52,6 +52,7 @@ def main():
     parser.add_argument("--json", type=Path, help="write the figures there as well, after each measurement")
     options = parser.parse_args()
     modules = chosen(parser, options.names, options.device)
+    sm.keep_memory()  # fresh pages for every result cost both sides time, and more at one time than at another
     setting = Setting(options.device, options.quick)
     if setting.gpu:
         torch.cuda.set_device(torch.device(options.device).index or 0)

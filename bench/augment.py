@@ -14,7 +14,7 @@ import torch
 
 import selmatch_ext as sm
 from bench.peaks import copy_rate
-from bench.timing import Setting, alternate, keep_memory, rotations, threads
+from bench.timing import Setting, alternate, rotations, threads
 
 NAMES = ("color", "crop", "cutout", "flip", "scale", "rotate")
 STRATEGY = "_".join(NAMES)
@@ -115,7 +115,6 @@ def _combined(setting, count, side):
 
 def run(setting: Setting) -> dict:
     """Seconds by name and for combined augmentation, and how many times faster the fused operation is."""
-    keep_memory()
     side = setting.size(32, 32, 8)
     batch = setting.size(1024, 8192, 8)
     with threads():

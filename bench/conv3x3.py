@@ -8,7 +8,7 @@ whatever the algorithm: Winograd's filtering does fewer, so that its share of th
 import torch
 
 from bench.peaks import product_rate
-from bench.timing import Setting, alternate, keep_memory, threads
+from bench.timing import Setting, alternate, threads
 from selmatch_ext.ops.conv3x3 import conv3x3, conv3x3_input_gradient, conv3x3_weight_gradient
 
 DEVICES = ("cpu",)
@@ -47,7 +47,6 @@ def _case(setting, batch, channels, outputs, side):
 @torch.no_grad()
 def run(setting: Setting) -> dict:
     """By shape and direction: seconds, direct-equivalent FLOP per second and their share of the peak, of both."""
-    keep_memory()
     shapes = [(50, 3, 128, 32), (50, 128, 128, 16), (50, 128, 128, 8)]
     if setting.quick:
         shapes = [(2, 3, 32, 8), (2, 32, 32, 8)]

@@ -11,7 +11,7 @@ import contextlib
 import torch
 
 from bench.peaks import NAMES, precisions, product_rate, tensors_in
-from bench.timing import Setting, alternate, keep_memory, rotations, threads
+from bench.timing import Setting, alternate, rotations, threads
 
 DIRECTIONS = ("forward", "input gradient", "weight gradient")
 FORMATS = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
@@ -62,7 +62,6 @@ def _benchmark(on: bool):
 @torch.no_grad()
 def run(setting: Setting) -> dict:
     """By layer, direction, precision and memory format: seconds, FLOP per second, share of the precision's peak."""
-    keep_memory()
     batch, width, side = setting.size((16, 64, 32), (125, 128, 32), (2, 8, 8))
     rows = []
     for layer in layers(width, setting.size(3, 3, 2), side):

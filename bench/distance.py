@@ -7,7 +7,7 @@ vectors are read on the way forward; student and target are read and the gradien
 import torch
 
 from bench.peaks import copy_rate
-from bench.timing import Setting, alternate, keep_memory, rotations, threads
+from bench.timing import Setting, alternate, rotations, threads
 from selmatch_ext import trajectory_distance
 
 PASSES = 6  # over memory of one vector's size
@@ -45,7 +45,6 @@ def _case(setting, shapes, dtype):
 
 def run(setting: Setting) -> dict:
     """Seconds by case ("flat" or a list of 100 tensors of the same total, by dtype) and how many times faster."""
-    keep_memory()
     count = setting.size(10_000_000, 10_000_000, 10_000)
     shapes = {"flat": [(count,)], "list of 100": [(count // 10_000, 100)] * 100}
     cases = {}

@@ -8,7 +8,7 @@ the gradient is written on the way back.
 import torch
 
 from bench.peaks import copy_rate
-from bench.timing import Setting, alternate, keep_memory, rotations, threads
+from bench.timing import Setting, alternate, rotations, threads
 from selmatch_ext import gradient_distance, models
 
 METRICS = ("layerwise", "mse", "cos")
@@ -53,7 +53,6 @@ def _case(setting, shapes, metric):
 
 def run(setting: Setting) -> dict:
     """Seconds by network and metric, how many times faster, and the share of a copy's bandwidth."""
-    keep_memory()
     cases = {}
     with threads():
         for name in setting.size(("ConvNet", "ResNet18"), ("ConvNet", "ResNet18"), ("ConvNetD2W8",)):

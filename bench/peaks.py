@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from bench.timing import Setting, alternate, keep_memory, threads
+from bench.timing import Setting, alternate, threads
 from selmatch_ext.precision import is_slow, precision_scope
 
 NAMES = {"float32": "IEEE float32", "tf32": "TF32", "bfloat16": "bfloat16"}
@@ -32,7 +32,6 @@ def tensors_in(setting: Setting, precision: str) -> tuple[torch.dtype, AbstractC
 def copy_rate(setting: Setting) -> float:
     """Bytes per second of a copy from memory to memory on the device, read and written bytes together; of tensors far
     larger than the caches."""
-    keep_memory()
     count = setting.size(2**26, 2**28, 2**16)
     source = torch.ones(count, device=setting.device)
     target = torch.empty_like(source)

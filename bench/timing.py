@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import platform
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -61,15 +59,6 @@ def threads(count: int = THREADS):
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def keep_memory() -> None:
-    """Lets this process keep the memory that it frees (glibc). As it is, the kernel clears fresh pages for every result
-    of some megabytes, ours and the other's, and that takes longer, and varies more, than what is to be measured."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def rotations(setting: Setting, nbytes: int) -> int:

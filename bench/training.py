@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from bench.peaks import NAMES, precisions
-from bench.timing import Setting, alternate, keep_memory, threads
+from bench.timing import Setting, alternate, threads
 from selmatch_ext import models
 from selmatch_ext.fused.training import fast
 from selmatch_ext.precision import precision_scope
@@ -40,7 +40,6 @@ def _step(setting, name, precision, fused, batch, side):
 
 def run(setting: Setting) -> dict:
     """Seconds of a step by network and precision, plain and fast, and how many times faster fast is."""
-    keep_memory()
     batch, side = setting.size((50, 32), (125, 32), (4, 8))
     cases = {}
     with threads():

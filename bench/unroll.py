@@ -131,7 +131,7 @@ def label(kind: str, precision: str) -> str:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def _resident(key):
+def resident(key):
     """VmRSS or VmHWM of this process in MB. Not ru_maxrss, which a child process starts with its parent's size in."""
     with open("/proc/self/status") as status:
         return int(next(line for line in status if line.startswith(key)).split()[1]) / 1024
@@ -141,9 +141,9 @@ def _peak_here(setting, network, kind, precision, steps):
     """Peak memory of one matching step in this process, on the CPU, in MB."""
     problem = Problem(setting, network)
     with threads():
-        before = _resident("VmRSS")
+        before = resident("VmRSS")
         problem.step(kind, precision, steps)
-        return _resident("VmHWM") - before
+        return resident("VmHWM") - before
 
 
 def _peak(setting, network, kind, precision, steps):

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "selmatch_ext"
 FLOORS = """
-    openmp strict_json ranges seeds output compiling stages
+    openmp allocator strict_json ranges seeds output compiling stages
     ranks files precision
     arrays
     second_order

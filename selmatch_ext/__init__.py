@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from selmatch_ext import models
 from selmatch_ext._C import build_info
+from selmatch_ext.allocator import keep_memory
 from selmatch_ext.ops.distance import trajectory_distance
 from selmatch_ext.ops.dsa import Augmentation, augment, mix_augmentations
 from selmatch_ext.ops.gradient_distance import gradient_distance
@@ -77,6 +78,7 @@ __all__ = [
     "build_info",
     "explain_engine",
     "gradient_distance",
+    "keep_memory",
     "load",
     "mix_augmentations",
     "models",

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from selmatch_ext import cli_process, cli_studies, models, preflight, recipes, report, runner
+from selmatch_ext.allocator import keep_memory_unless_chosen
 from selmatch_ext.cli_process import device_of
 from selmatch_ext.cli_settings import Here, Place, WithExperts, check_named_networks, given_run, settings_by_name
 from selmatch_ext.context import Context
@@ -284,4 +285,5 @@ def main(arguments: list[str] | None = None) -> int:
     current folder can be named, as in experts.model my_networks:build."""
     if "" not in sys.path:
         sys.path.append("")
+    keep_memory_unless_chosen()
     return cli_process.guarded(command, sys.argv[1:] if arguments is None else arguments)

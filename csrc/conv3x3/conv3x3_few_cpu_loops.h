@@ -5,7 +5,7 @@
 template <typename T>
 struct Conv3x3FewLoops {
   using Products = Conv3x3Loops<T>;
-  static constexpr int kRows = Products::kRows, kColumns = Products::kColumns;
+  static constexpr int kFewRows = Products::kFewRows, kColumns = Products::kColumns;
   static constexpr int kPixels = 64;  // done together
 
   const Conv3x3Call<T>& call;
@@ -49,14 +49,13 @@ struct Conv3x3FewLoops {
     for (const T* p = x + count * channels; p < end; p += 64 / sizeof(T)) {
       __builtin_prefetch(p);
     }
-    if (count % kRows != 0) {
+    if (count % kFewRows != 0) {
       x = std::copy_n(x, count * channels, rest) - count * channels;
     }
+    const int64_t rows = (count + kFewRows - 1) / kFewRows * kFewRows;
     for (int column = 0; column < length; column += kColumns) {
-      for (int64_t row = 0; row < count; row += kRows) {
-        Products::template multiply<false>(x + row * channels, channels, 1, matrix + column, length, channels,
-                                           given + row * length + column, length);
-      }
+      Products::template multiply<false>({x, channels, 1}, rows, matrix + column, length, channels, given + column,
+                                         length);
     }
   }
 
