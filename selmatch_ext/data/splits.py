@@ -66,8 +66,10 @@ class SplitPlan:
     skipped: Counter = field(default_factory=Counter)
     whole: tuple[Split, list[str]] | None = None
 
-    def of_classes(self, wanted: tuple[str, ...], where: str) -> SplitPlan:
-        """The part of some classes, by their readable names. Raises ValueError as `positions` does."""
+    def of_classes(self, wanted: tuple[str, ...] | None, where: str) -> SplitPlan:
+        """The part of some classes, by their readable names; None: of all. Raises ValueError as `positions` does."""
+        if wanted is None:
+            return self
         found = positions(wanted, unique_names(self.class_folders), where)
         folders = [self.class_folders[i] for i in found]
         train, test = self.train.of_classes(folders), self.test.of_classes(folders)
@@ -82,7 +84,7 @@ def plan_splits(root: Path, tree: Tree, options: FolderOptions) -> SplitPlan:
         raise ValueError(
             f"{readable(str(root))} has one class, {readable(plan.class_folders[0])}; at least two are needed"
         )
-    return plan if options.classes is None else plan.of_classes(options.classes, readable(str(root)))
+    return plan.of_classes(options.classes, readable(str(root)))
 
 
 class _Planner:
@@ -103,7 +105,7 @@ class _Planner:
         if name is not None:
             test = self._test_split(name, class_names)
         elif self.options.test_share is not None:
-            train, test = _stratified(self.where, train, self.options.test_share, self.options.seed)
+            train, test = stratified(self.where, train, self.options.test_share, self.options.seed)
         else:
             raise ValueError(
                 f"{self.where} has neither a test nor a val folder; test_share would split the train folder"
@@ -158,7 +160,7 @@ def _split(where: str, listing: Listing, name: str) -> tuple[Split, list[str]]:
     return Split(["/".join(parts) for parts in images], [parts[depth] for parts in images]), sorted(listing.classes)
 
 
-def _stratified(where: str, split: Split, share: float, seed: int) -> tuple[Split, Split]:
+def stratified(where: str, split: Split, share: float, seed: int) -> tuple[Split, Split]:
     """Sets `share` of the images of each class aside, at least one, drawn from `seed`."""
     in_test: set[str] = set()
     for class_name in sorted(set(split.classes)):
