@@ -17,6 +17,7 @@ from selmatch_ext.ranges import (
     Decay,
     Depth,
     Momentum,
+    Number,
     Part,
     Pixels,
     Positive,
@@ -83,7 +84,7 @@ class Data(Checked):
 
 @dataclass(frozen=True)
 class Training(Checked):
-    """How a network is trained by SGD."""
+    """How a network is trained."""
 
     epochs: Count = 100
     """Passes over the training images."""
@@ -92,7 +93,11 @@ class Training(Checked):
     momentum: Momentum = 0.0
     """Momentum of SGD."""
     weight_decay: Decay = 0.0
-    """Weight decay of SGD (L2 penalty)."""
+    """Weight decay (L2 penalty)."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """adam: torch's Adam, whose betas are 0.9 and 0.999."""
+    warmup: Number = 0
+    """Epochs at the beginning in which the learning rate rises in equal steps up to lr; the schedule follows."""
     batch: Count = 256
     """Images per update; the last batch of an epoch may be smaller. A last batch of one image is dropped where
     BatchNorm cannot compute statistics from it."""
@@ -238,6 +243,9 @@ class Evaluation(Checked):
     selected_strategy: str | None = "simple"
     """Augmentation of the images in the set that were not learned, all of its names in their order; simple =
     RandomCrop(padding 4) and horizontal flip; None = as distilled images."""
+    loss: Literal["cross-entropy", "mse"] = "cross-entropy"
+    """mse: half the squared distance of a network's outputs from the scores of the set (KIP, FRePo), or from its labels
+    minus 1/K, K the number of classes, where it has none."""
     training: Training = Training(epochs=1000, lr=0.1, momentum=0.9, weight_decay=5e-4, batch=128, schedule="cosine")
 
 
