@@ -16,7 +16,7 @@ from selmatch_ext.methods.base import Defaults, MethodSettings, Task
 from selmatch_ext.methods.kernels import coefficients
 from selmatch_ext.methods.scores import ScoreMethod
 from selmatch_ext.models import embed, flat
-from selmatch_ext.ranges import Count, Positive
+from selmatch_ext.ranges import Count, Decay, Positive, Rate
 from selmatch_ext.settings import Evaluation, Training
 
 
@@ -35,9 +35,9 @@ class FRePoSettings(MethodSettings):
     """lamb: timm's Lamb, which the extra timm installs; adam: torch's Adam."""
     lr_images: Positive = 3e-4
     """Learning rate of the images; it falls along a cosine to a tenth."""
-    lr_labels: Positive = 3e-4
+    lr_labels: Rate = 3e-4
     """Learning rate of the labels; it falls likewise."""
-    ridge: Positive = 1e-6
+    ridge: Decay = 1e-6
     """λ, the penalty, times the mean of the kernel's diagonal."""
     flip: bool = True
     """Regression from the images and their mirror images; False where a mirror image may be of another class (digits)."""
@@ -116,7 +116,7 @@ class FRePo(ScoreMethod):
         self.model.eval()
         data, scores = self.task.data, self.all_scores()
         indices = torch.randperm(len(data.train), generator=generator)[: self.settings.batch_real]
-        wanted = centered(data.train.labels[indices], data.classes)
+        wanted = centered(data.train.labels[indices], data.classes, torch.float64)
         top = scores.topk(2).values
         margin = (top[:, 0] - top[:, 1]).clamp(max=1 / data.classes)
         return self._distance(self.task.real(indices), wanted, scores) - margin.mean()

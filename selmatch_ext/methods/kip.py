@@ -14,10 +14,13 @@ from selmatch_ext.methods.base import CONVNET, Defaults, LoopSettings, MethodSet
 from selmatch_ext.methods.kernels import Kernel, coefficients, relu_kernel
 from selmatch_ext.methods.scores import ScoreMethod
 from selmatch_ext.ops.dsa import augment
-from selmatch_ext.ranges import Count, Depth, Positive
+from selmatch_ext.ranges import Count, Decay, Depth, Positive, Rate
 
 CHUNK = 1000
 """Real images whose kernel is computed at once, where all of them are needed."""
+RANK = 1e-9
+"""Directions of y_S with a singular value below this share of the largest one are taken for rounding errors, which are
+about the precision of float64 over the ridge: equal images get equal scores."""
 REGRESSION = Defaults(evaluation=replace(CONVNET, model="MLP", distilled_strategy="none", loss="mse"))
 
 
@@ -30,7 +33,7 @@ class LabelSolveSettings(LoopSettings):
     training the last layer alone."""
     depth: Depth = 1
     """Hidden layers of that network."""
-    ridge: Positive = 1e-6
+    ridge: Decay = 1e-6
     """λ, the penalty, times the mean of the kernel's diagonal."""
 
 
@@ -48,11 +51,11 @@ class KIPSettings(MethodSettings):
     """Real images per update, equally many of each class."""
     lr_images: Positive = 0.04
     """Adam's learning rate for the images."""
-    lr_labels: Positive = 0.04
+    lr_labels: Rate = 0.04
     """Adam's learning rate for the labels."""
     labels: Literal["hard", "learned"] = "learned"
     """hard: they stay one-hot minus 1/K."""
-    ridge: Positive = 1e-6
+    ridge: Decay = 1e-6
     """λ, the penalty, times the mean of the kernel's diagonal."""
     strategy: str = "none"
     """Augmentation of the real images: one of the names, drawn per update, with parameters of its own for each image."""
@@ -111,7 +114,7 @@ class KIP(KernelMethod):
         data, images = self.task.data, self.combined()
         indices = data.sample_each(self.per_class, generator)
         p = self.task.draw(len(indices), self.settings.strategy, generator)
-        real, wanted = augment(self.task.real(indices), p), centered(data.train.labels[indices], data.classes)
+        real, wanted = augment(self.task.real(indices), p), centered(data.train.labels[indices], data.classes, torch.float64)
         guess = self.kernel(real, images) @ self.coefficients(images, self.all_scores(), self.weights)
         return (guess - wanted.to(guess)).square().sum(1).mean() / 2
 
@@ -129,12 +132,15 @@ class LabelSolve(KernelMethod):
     name = "label-solve"
     settings_type = LabelSolveSettings
     defaults = REGRESSION
-    iterations = 1
 
     def __init__(self, task: Task, settings: LabelSolveSettings):
         super().__init__(task, settings, learns=True)
         self.images.requires_grad_(False)
         del self.learned["images"]
+
+    @property
+    def iterations(self) -> int:
+        return 1
 
     def optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([self.scores], lr=1.0)  # of the gradient y − y*, see `loss`
@@ -144,7 +150,7 @@ class LabelSolve(KernelMethod):
         triangle = self._triangle()
         unknowns = len(self.scores)
         a, b = triangle[:, :unknowns].cpu(), triangle[:, unknowns:].cpu()
-        solved = torch.linalg.lstsq(a, b, driver="gelsd").solution
+        solved = torch.linalg.lstsq(a, b, rcond=RANK, driver="gelsd").solution
         least = (a @ solved - b).square().sum() / (2 * len(self.task.data.train))
         distance = (self.scores - solved.to(self.scores.device)).square().sum() / 2
         return distance - distance.detach() + least.to(distance)
@@ -159,7 +165,7 @@ class LabelSolve(KernelMethod):
         rows = identity.new_empty(0, len(self.scores) + data.classes)
         for indices in torch.arange(len(data.train)).split(CHUNK):
             a = self.kernel(self.task.real(indices), images) @ solved
-            wanted = centered(data.train.labels[indices], data.classes).to(a)
+            wanted = centered(data.train.labels[indices], data.classes, torch.float64).to(a)
             rest = wanted - a[:, ~learned] @ given.to(a)
             rows = torch.linalg.qr(torch.cat([rows, torch.cat([a[:, learned], rest], 1)]), mode="r").R
         return rows
