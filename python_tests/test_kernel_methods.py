@@ -1,4 +1,5 @@
-"""KIP, Label Solve and FRePo: kernels against wide random networks and finite differences, steps against their formulas."""
+"""KIP, Label Solve and FRePo: kernels against wide random networks and finite differences, steps against their
+formulas."""
 
 import math
 import sys
@@ -67,13 +68,17 @@ def random_network(x, width, depth, seed):
     """(covariance of the outputs given the last hidden layer, inner products of the gradients), both (n, n), of one
     network with weights √2/√fan_in and biases 0.1 times standard normal numbers."""
     sizes = [x.shape[1], *[width] * depth, 1]
-    weights = [normal(f"{seed} {i}", b, a).requires_grad_() for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))]
+    weights = [
+        normal(f"{seed} {i}", b, a).requires_grad_() for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))
+    ]
     biases = [normal(f"{seed} bias {i}", b).requires_grad_() for i, b in enumerate(sizes[1:])]
     h = x
     for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
         h = h if i == 0 else h.relu()
         last, h = h, math.sqrt(2 / w.shape[1]) * h @ w.T + 0.1 * b
-    gradients = [torch.cat([g.flatten() for g in torch.autograd.grad(f, weights + biases, retain_graph=True)]) for f in h]
+    gradients = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(f, weights + biases, retain_graph=True)]) for f in h
+    ]
     gradients = torch.stack(gradients)
     return (2 * last @ last.T / width + 0.01).detach(), gradients @ gradients.T
 

@@ -46,7 +46,7 @@ def test_the_figures_of_the_other_methods_are_those_of_the_papers():
     table = """
         mtt-cifar10 46.3 65.3 71.6, dc-mnist 91.7 97.4 98.8, dc-fashionmnist 70.5 82.3 83.6, dc-svhn 31.2 76.1 82.3,
         dc-cifar10 28.3 44.9 53.9, dsa-mnist 88.7 97.8 99.2, dsa-fashionmnist 70.6 84.6 88.7, dsa-svhn 27.5 79.2 84.4,
-        dsa-cifar10 28.8 52.1 60.6"""
+        dsa-cifar10 28.8 52.1 60.6, frepo-cifar10 46.8 65.5 71.7"""
     expected = {"dd-mnist-known-10": 94.0, "dd-mnist-unknown-100": 80.0, "dd-cifar10-known-100": 54.0}
     for row in table.split(","):
         name, *figures = row.split()
@@ -124,6 +124,8 @@ def test_a_recipe_fits_together(name, scale):
         ("ConvNetBN", "ConvNetW32BN"),
         ("ConvNetD4BN", "ConvNetW32D4BN"),
         ("ConvNetW256", "ConvNetW32"),
+        ("FRePoNetD4BN", "FRePoNetD4W16BN"),
+        ("FRePoNet", "FRePoNetW16"),
         ("ResNet18BN_Tiny", "ConvNetW32BN"),
         ("LeNet", "LeNet"),
     ],

@@ -95,13 +95,15 @@ def test_rates_rise_and_then_follow_the_schedule():
 
 
 def test_evaluations_regress_on_scores_where_they_are_asked_to(digits):
-    """Scores of shifted classes: a network trained by the squared error follows them, one by the cross-entropy labels."""
+    """Scores of shifted classes: a network trained by the squared error follows them, one by the cross-entropy
+    labels."""
     subset = random_set(digits, 10)
     shifted = replace(subset, scores=centered((subset.labels + 1) % 10, 10))
     training = Training(epochs=60, lr=0.02, momentum=0.9, batch=50)
-    how = replace(tiny_run().evaluation, model="MLP", distilled_strategy="none", selected_strategy=None, training=training)
+    how = replace(
+        tiny_run().evaluation, model="MLP", distilled_strategy="none", selected_strategy=None, training=training
+    )
     x = digits.normalize(digits.train.images)
     for loss, shift in (("mse", 1), ("cross-entropy", 0)):
         guess = trained_on(shifted, Context(digits), replace(how, loss=loss))(x).argmax(1)
         assert (guess == (digits.train.labels + shift) % 10).double().mean() > 0.8
-

@@ -221,6 +221,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "cross": cli_studies.cross,
     "continual": cli_studies.continual,
     "search": cli_studies.search,
+    "rank": cli_studies.rank,
     "methods": cli_studies.methods,
     "report": cli_studies.report_,
     "export": cli_studies.export,

@@ -14,15 +14,17 @@ from selmatch_ext.context import Context
 from selmatch_ext.data.distilled import DistilledSet, training_set
 from selmatch_ext.data.load import load_data
 from selmatch_ext.evaluation import evaluate as evaluate_set
+from selmatch_ext.methods.base import CONVNET
 from selmatch_ext.output import say
 from selmatch_ext.preflight import check_choices
-from selmatch_ext.settings import Continual, Coverage, Data, Evaluation, Features, Search
+from selmatch_ext.settings import Continual, Coverage, Data, Evaluation, Features, Ranking, Search
 from selmatch_ext.studies.architectures import search as search_networks
 from selmatch_ext.studies.comparison import compare
 from selmatch_ext.studies.continual import continual as learn_continually
 from selmatch_ext.studies.coverage import coverage as measure_coverage
 from selmatch_ext.studies.coverage import snapshots
 from selmatch_ext.studies.cross import cross as cross_table
+from selmatch_ext.studies.rank import rank as rank_set
 
 
 def _context(data: Data, path: Path, seed: int, device: torch.device) -> Context:
@@ -157,6 +159,30 @@ def search(
     where = device_of(device)
     check_choices({"search": search, "evaluation": evaluation}, where)
     search_networks(path, _context(data, path, seed, where), search, evaluation, out)
+
+
+def rank(
+    path: Positional[Path],
+    data: Data = OF_THE_SET,
+    ranking: Ranking = Ranking(),
+    evaluation: Evaluation = CONVNET,
+    *,
+    out: Path,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """DD-Ranking's label-robust and augmentation-robust scores of a set: how good it is beside labels and augmentation.
+
+    Args:
+        path: The set (a .safetensors file of selmatch).
+        evaluation: The method's own evaluation, in which the set is compared with random images.
+        out: Folder for rank.json, rank.md, rank.png and the records that a killed call continues from.
+        seed: Seed of random and held-out images, initial weights, order and augmentation.
+        device: auto, cpu, cuda, cuda:1 …
+    """
+    where = device_of(device)
+    check_choices({"ranking": ranking, "evaluation": evaluation}, where)
+    rank_set(path, _context(data, path, seed, where), ranking, evaluation, out)
 
 
 def report_(path: Positional[Path], *, out: Path, columns: int = 10) -> None:

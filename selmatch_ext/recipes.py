@@ -10,7 +10,9 @@ from typing import Any
 from selmatch_ext.methods.base import CONVNET, LoopSettings
 from selmatch_ext.methods.dd import DDSettings
 from selmatch_ext.methods.distribution import DMSettings
+from selmatch_ext.methods.frepo import FRePoSettings
 from selmatch_ext.methods.gradient import DCSettings
+from selmatch_ext.methods.kip import KIPSettings
 from selmatch_ext.methods.mtt import MTTSettings
 from selmatch_ext.methods.selmatch import SelMatchSettings
 from selmatch_ext.runner import Run
@@ -127,6 +129,17 @@ def _unrolled() -> Iterator[Recipe]:
         )
 
 
+# --- FRePo (arXiv 2206.00719) and KIP (arXiv 2011.00050), whose published figures are of convolutional kernels ----------
+
+
+def _regressions() -> Iterator[Recipe]:
+    row = Run.of("frepo", data=Data("CIFAR10", zca=True))
+    for ipc, steps, published in ((1, 1000, 46.8), (10, 2000, 65.5), (50, 5000, 71.7)):
+        evaluation = replace(row.evaluation, training=replace(row.evaluation.training, epochs=steps))
+        yield Recipe(f"frepo-cifar10-ipc{ipc}", replace(row, start=Start(ipc=ipc), evaluation=evaluation), published)
+    yield Recipe("kip-cifar10-ipc10", Run.of("kip", data=Data("CIFAR10", zca=True)))
+
+
 # --- a demonstration --------------------------------------------------------------------------------------------------
 
 
@@ -166,7 +179,9 @@ def _digits() -> Iterator[Recipe]:
 
 
 DEMO = "selmatch-digits-ipc6"
-RECIPES = {r.name: r for rows in (_selmatch, _trajectories, _matching, _unrolled, _digits) for r in rows()}
+RECIPES = {
+    r.name: r for rows in (_selmatch, _trajectories, _matching, _unrolled, _regressions, _digits) for r in rows()
+}
 
 
 def find(name: str) -> Recipe:
@@ -183,7 +198,7 @@ def find(name: str) -> Recipe:
 # place of wider ones and of ResNet18, 3 experts of 15 epochs, at most 3 evaluated networks of 60 epochs. SelMatch: as
 # large a share of the images as in the whole recipe; scores are computed. Trajectory matching: 100 iterations of at
 # most 20 steps. DC and DSA: 20 networks; DM: 200 iterations; all with 64 real images of a class. DD: 40 passes over the
-# images. The figures are no reproduction, but compare methods.
+# images. KIP and FRePo: 300 iterations. The figures are no reproduction, but compare methods.
 
 _MANY_CLASSES = {"CIFAR100": 500, "tinyimagenet": 500}
 _CLASS_SIZE = {
@@ -196,11 +211,14 @@ _CLASS_SIZE = {
 
 
 def narrow(model: str) -> str:
-    """The name of a ConvNet, at most 32 wide, with depth and norm of a wider one; of ResNet18 with its norm."""
+    """The name of a ConvNet, at most 32 wide, with depth and norm of a wider one; of ResNet18 with its norm. FRePo's
+    network begins 16 wide."""
     if model.startswith("ResNet"):
         return "ConvNetW32BN" if "BN" in model else "ConvNetW32"
     if model.startswith("ConvNet"):
         return "ConvNetW32" + re.sub(r"W\d+", "", model.removeprefix("ConvNet"))
+    if model.startswith("FRePoNet"):
+        return re.sub(r"(FRePoNet(?:D\d+)?)(?:W\d+)?", r"\1W16", model)
     return model
 
 
@@ -257,11 +275,23 @@ def _brief_unrolled(settings: DDSettings, ipc: int) -> DDSettings:
     return replace(settings, passes=40, halve_every=10, networks=1)
 
 
+def _brief_kernels(settings: KIPSettings, ipc: int) -> KIPSettings:
+    return replace(settings, iterations=300, batch_real=1000)
+
+
+def _brief_pool(settings: FRePoSettings, ipc: int) -> FRePoSettings:
+    return replace(
+        settings, model=narrow(settings.model), iterations=300, batch_real=256, optimizer="adam", lr_images=0.01
+    )
+
+
 _BRIEF: dict[str, Callable[[Any, int], LoopSettings]] = {
     **dict.fromkeys(("mtt", "datm", "selmatch"), _brief_matching),
     **dict.fromkeys(("dc", "dsa"), _brief_gradients),
     "dm": _brief_features,
     "dd": _brief_unrolled,
+    "kip": _brief_kernels,
+    "frepo": _brief_pool,
 }
 
 

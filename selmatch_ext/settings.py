@@ -287,3 +287,22 @@ class Search(Checked):
     full: Training = Training(epochs=100, lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="cosine")
     full_networks: Count = 1
     """Networks of each kind trained on all images."""
+
+
+@dataclass(frozen=True)
+class Ranking(Checked):
+    """Label-robust and augmentation-robust scores of a set (DD-Ranking, arXiv 2505.13300)."""
+
+    rates: tuple[Positive, ...] = (0.001, 0.005, 0.01, 0.05, 0.1)
+    """Learning rates that are tried, beside that of the training itself; the best on held-out training images is
+    used."""
+    held_out: Part = 0.1
+    """Share of each class's training images that rates are compared on; random images come from the others."""
+    label_weight: Share = 0.5
+    """w: weight of the improvement over random images against what hard labels lose."""
+    augmentation_weight: Share = 0.5
+    """γ: weight of the improvement with augmentation against that without."""
+    strategy: str = DSA
+    """Augmentation with hard labels, and for the augmentation-robust score: one of the names."""
+    hard: Training = Training(epochs=1000, lr=0.01, momentum=0.9, weight_decay=5e-4, batch=128, schedule="step")
+    full: Training = Training(epochs=200, lr=0.01, momentum=0.9, weight_decay=5e-4, batch=512, schedule="step")

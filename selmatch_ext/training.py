@@ -103,10 +103,10 @@ def train(
 
 
 def _optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
-    how = {"lr": settings.lr, "weight_decay": settings.weight_decay}
-    if settings.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), **how)
-    return torch.optim.SGD(model.parameters(), momentum=settings.momentum, **how)
+    s, parameters = settings, model.parameters()
+    if s.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=s.lr, weight_decay=s.weight_decay)
+    return torch.optim.SGD(parameters, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
 
 
 def _loss(outputs: Tensor, labels: Tensor | Regression, indices: Tensor) -> Tensor:
@@ -148,8 +148,8 @@ def _batches(model: nn.Module, take: Take, labels: Tensor | Regression, settings
 
 
 def learning_rate(settings: Training, epoch: int) -> float:
-    """The learning rate of `epoch`, counted from 0. First it rises over settings.warmup epochs, to lr in the last of them.
-    cosine: from lr down to lr / 100 in the last epoch; step: lr / 10 from the middle epoch on."""
+    """The learning rate of `epoch`, counted from 0. First it rises over settings.warmup epochs, to lr in the last of
+    them. cosine: from lr down to lr / 100 in the last epoch; step: lr / 10 from the middle epoch on."""
     if epoch < settings.warmup:
         return settings.lr * (epoch + 1) / settings.warmup
     if settings.schedule == "constant":

@@ -40,7 +40,8 @@ class FRePoSettings(MethodSettings):
     ridge: Decay = 1e-6
     """λ, the penalty, times the mean of the kernel's diagonal."""
     flip: bool = True
-    """Regression from the images and their mirror images; False where a mirror image may be of another class (digits)."""
+    """Regression from the images and their mirror images; False where a mirror image may be of another class
+    (digits)."""
     networks: Count = 10
     """Networks in the pool."""
     max_age: Count = 100
@@ -50,12 +51,13 @@ class FRePoSettings(MethodSettings):
 
 
 class FRePo(ScoreMethod):
-    """Loss: ½ Σ_k mean over a real batch of (K_TS (K_SS + λ̃I)⁻¹ y_S − y_T)², K the inner products of the features, before
-    the classifier, of a network of the pool in evaluation mode; plus the mean over S of −min(margin, 1/K), the margin of
-    an image the difference of its two largest scores. Learned: the images and y_S, from (one-hot − 1/K)/√(K/10) on.
+    """Loss: ½ Σ_k mean over a real batch of (K_TS (K_SS + λ̃I)⁻¹ y_S − y_T)², K the inner products of the features,
+    before the classifier, of a network of the pool in evaluation mode; plus the mean over S of −min(margin, 1/K), the
+    margin of an image the difference of its two largest scores. Learned: the images and y_S, from (one-hot −
+    1/K)/√(K/10) on.
 
-    State: the pool. The network of an iteration then takes one step of Adam on the set, and is replaced when it has taken
-    more than max_age. At the beginning they have taken different numbers of steps on the starting set."""
+    State: the pool. The network of an iteration then takes one step of Adam on the set, and is replaced when it has
+    taken more than max_age. At the beginning they have taken different numbers of steps on the starting set."""
 
     name = "frepo"
     settings_type = FRePoSettings
@@ -174,4 +176,5 @@ class FRePo(ScoreMethod):
 
     def advice(self) -> str:
         s = self.settings
-        return f"Try a smaller lr_images ({s.lr_images:g}) or lr_labels ({s.lr_labels:g}), or a larger ridge ({s.ridge:g})."
+        rates = f"a smaller lr_images ({s.lr_images:g}) or lr_labels ({s.lr_labels:g})"
+        return f"Try {rates}, or a larger ridge ({s.ridge:g})."

@@ -1,7 +1,7 @@
 """Kernels of infinitely wide, fully connected ReLU networks in closed form, and ridge regression with any kernel.
 
-Convolutional kernels need the covariance of every pair of pixels of every pair of images, (H·W)² numbers for each pair of
-images, which takes many GPUs and a library of its own; they are left out (see docs/methods.md).
+Convolutional kernels need the covariance of every pair of pixels of every pair of images, (H·W)² numbers for each pair
+of images, which takes many GPUs and a library of its own; they are left out (see docs/methods.md).
 """
 
 from __future__ import annotations

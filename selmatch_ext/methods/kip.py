@@ -1,4 +1,5 @@
-"""Kernel regression with the kernel of an infinitely wide network: kernel inducing points (KIP) and Label Solve (LS)."""
+"""Kernel regression with the kernel of an infinitely wide network: kernel inducing points (KIP) and Label Solve
+(LS)."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ class LabelSolveSettings(LoopSettings):
     """Label Solve: real images, whose labels are solved for in closed form (arXiv 2011.00050)."""
 
     kernel: Kernel = "ntk"
-    """Kernel of a fully connected ReLU network of infinite width: ntk that of training by gradient descent, nngp that of
-    training the last layer alone."""
+    """Kernel of a fully connected ReLU network of infinite width: ntk that of training by gradient descent, nngp that
+    of training the last layer alone."""
     depth: Depth = 1
     """Hidden layers of that network."""
     ridge: Decay = 1e-6
@@ -42,8 +43,8 @@ class KIPSettings(MethodSettings):
     """Kernel inducing points (arXiv 2011.00050)."""
 
     kernel: Kernel = "ntk"
-    """Kernel of a fully connected ReLU network of infinite width: ntk that of training by gradient descent, nngp that of
-    training the last layer alone."""
+    """Kernel of a fully connected ReLU network of infinite width: ntk that of training by gradient descent, nngp that
+    of training the last layer alone."""
     depth: Depth = 1
     """Hidden layers of that network."""
     iterations: Count = 50000
@@ -58,7 +59,8 @@ class KIPSettings(MethodSettings):
     ridge: Decay = 1e-6
     """λ, the penalty, times the mean of the kernel's diagonal."""
     strategy: str = "none"
-    """Augmentation of the real images: one of the names, drawn per update, with parameters of its own for each image."""
+    """Augmentation of the real images: one of the names, drawn per update, with parameters of its own for each
+    image."""
 
 
 class KernelMethod(ScoreMethod):
@@ -114,18 +116,20 @@ class KIP(KernelMethod):
         data, images = self.task.data, self.combined()
         indices = data.sample_each(self.per_class, generator)
         p = self.task.draw(len(indices), self.settings.strategy, generator)
-        real, wanted = augment(self.task.real(indices), p), centered(data.train.labels[indices], data.classes, torch.float64)
+        real = augment(self.task.real(indices), p)
+        wanted = centered(data.train.labels[indices], data.classes, torch.float64)
         guess = self.kernel(real, images) @ self.coefficients(images, self.all_scores(), self.weights)
         return (guess - wanted.to(guess)).square().sum(1).mean() / 2
 
     def advice(self) -> str:
         s = self.settings
-        return f"Try a smaller lr_images ({s.lr_images:g}) or lr_labels ({s.lr_labels:g}), or a larger ridge ({s.ridge:g})."
+        rates = f"a smaller lr_images ({s.lr_images:g}) or lr_labels ({s.lr_labels:g})"
+        return f"Try {rates}, or a larger ridge ({s.ridge:g})."
 
 
 class LabelSolve(KernelMethod):
-    """y_S = A⁺ (y_T − A_F y_F) over all real images T: A and A_F are the columns of K_TS (K_SS + λ̃I)⁻¹ of the images whose
-    labels are solved for and of the others. Of several solutions it is the shortest. The images stay as they are.
+    """y_S = A⁺ (y_T − A_F y_F) over all real images T: A and A_F are the columns of K_TS (K_SS + λ̃I)⁻¹ of the images
+    whose labels are solved for and of the others. Of several solutions it is the shortest. The images stay as they are.
 
     It takes one iteration: a Newton step, which reaches the minimum of this quadratic loss at once."""
 

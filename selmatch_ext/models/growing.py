@@ -55,8 +55,8 @@ def _lecun(layer: nn.Conv2d | nn.Linear) -> None:
 
 
 def parse_name(name: str) -> tuple[int, int, bool] | None:
-    """(depth, width of the first block, whether it has BatchNorm) of a name such as "FRePoNet" (3, 128, no), "FRePoNetBN"
-    or "FRePoNetD4W32BN"; None where it is no such name."""
+    """(depth, width of the first block, whether it has BatchNorm) of a name such as "FRePoNet" (3, 128, no),
+    "FRePoNetBN" or "FRePoNetD4W32BN"; None where it is no such name."""
     match = _NAME.fullmatch(name)
     if match is None:
         return None

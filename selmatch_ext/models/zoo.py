@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selmatch_ext.models.classic import MLP, VGG, AlexNet, LeNet, ResNet
 from selmatch_ext.models import growing
+from selmatch_ext.models.classic import MLP, VGG, AlexNet, LeNet, ResNet
 from selmatch_ext.models.convnet import ConvNet, parse_name
 
 _RESNET = re.compile(r"ResNet(?P<layers>18|34)(?P<norm>BN|IN)?(?P<pool>_AP)?(?P<tiny>_Tiny)?")
@@ -52,9 +52,9 @@ def build(
         name: one of `names()`; "ConvNet" with any combination of D<depth>, W<width>, a norm (BN, IN, GN, LN, NN), an
             activation (AR relu, AL leaky relu, AS sigmoid, ASwish) and a pooling (AP, MP, NP); "torchvision:NAME" or
             "timm:NAME" for a classifier of those packages, without pretrained weights; "package.module:function" for
-            your own, a function (channels, classes, (H, W)) -> nn.Module. "FRePoNet" takes D, W (of the first block, the
-            next ones are twice as wide each) and BN, in this order. VGG and ResNet have instance norm unless the
-            name says BN (as in the public code of the papers).
+            your own, a function (channels, classes, (H, W)) -> nn.Module. VGG and ResNet have instance norm unless the
+            name says BN (as in the public code of the papers). "FRePoNet" takes D, W (of the first block; each of the
+            others doubles it) and BN, in this order.
         channels: of the images. With other than 3, a torchvision network gets a new first convolution.
         classes: number of logits.
         image_size: side, or (H, W), in pixels.

@@ -174,7 +174,8 @@ def _table(rows: dict[str, Run], results: dict[str, dict[str, Any]]) -> list[lis
     table = [["method, images per class", "random", "start", "distilled"]]
     for name, found in results.items():
         title, sets = name.replace("-ipc", ", "), ("random", "start", rows[name].method)
-        table.append([title, *(f"{found[key]['mean']:.1f} ± {found[key]['std']:.1f}" for key in sets)])
+        other = "" if rows[name].evaluation.model == MODEL else f" ({rows[name].evaluation.model})"
+        table.append([title + other, *(f"{found[key]['mean']:.1f} ± {found[key]['std']:.1f}" for key in sets)])
         for what, shares in {**found.get("attack", {}), **found.get("kernel", {})}.items():
             table.append([f"{title}: {what}", *[f"{shares[key]:.1f}" for key in sets]])
     return table
