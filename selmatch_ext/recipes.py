@@ -129,7 +129,7 @@ def _unrolled() -> Iterator[Recipe]:
         )
 
 
-# --- FRePo (arXiv 2206.00719) and KIP (arXiv 2011.00050), whose published figures are of convolutional kernels ----------
+# --- FRePo (arXiv 2206.00719) and KIP (arXiv 2011.00050), whose published figures are of convolutional kernels --------
 
 
 def _regressions() -> Iterator[Recipe]:
