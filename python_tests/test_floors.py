@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "selmatch_ext"
 FLOORS = """
     openmp allocator strict_json ranges seeds output compiling stages
-    ranks files precision
+    ranks clock files precision
     arrays
     second_order
     ops

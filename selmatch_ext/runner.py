@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from selmatch_ext import preflight, ranks, report
+from selmatch_ext.clock import expect, measured, recorded
 from selmatch_ext.context import Context
 from selmatch_ext.data.distilled import DistilledSet, seen_as, to_train_on
 from selmatch_ext.data.load import load_data
 from selmatch_ext.data.trajectories import ExpertStore
-from selmatch_ext.evaluation import Accuracy, evaluate
+from selmatch_ext.evaluation import Accuracy, evaluate, training_work
 from selmatch_ext.experts import train_experts
 from selmatch_ext.files import check_writable, read_json, write_json, write_text
 from selmatch_ext.methods import LoopSettings, Method, SelMatch, Task, find_method
@@ -90,6 +91,7 @@ class Run(Checked):
         return find_method(self.method).needs_experts(self.settings) or self.start.select == "correct"
 
 
+@recorded("run", ranks.first, "distillation", "evaluation")
 def run(
     settings: Run, folder: str | Path, device: torch.device, experts: str | Path | None = None
 ) -> dict[str, dict[str, Any]]:
@@ -122,6 +124,7 @@ def run(
     return read_json(folder / "results.json")
 
 
+@recorded("distill", ranks.first, "distillation")
 def distill_alone(
     settings: Run, folder: str | Path, device: torch.device, experts: Path | None, experts_model: str | None = None
 ) -> Path:
@@ -138,6 +141,7 @@ def distill_alone(
     return folder / "distilled.safetensors"
 
 
+@recorded("select", ranks.first, "start")
 def select(settings: Run, folder: str | Path, device: torch.device) -> tuple[Path, float | None]:
     """Real images chosen as settings.start says; writes folder/SELECT.safetensors and, after a search of windows,
     beta.png. Returns the file and where the window lies. Method, experts and their settings are not used."""
@@ -158,6 +162,7 @@ def select(settings: Run, folder: str | Path, device: torch.device) -> tuple[Pat
     return path, chosen.beta
 
 
+@measured("distillation")
 def distill(settings: Run, chosen: Chosen, context: Context, folder: Path, store: ExpertStore | None = None) -> Method:
     """Runs the method from the chosen images; writes folder/start.safetensors, distilled.safetensors and loss.png.
     Returns the method as it is at the end, its set with what it was made from.
@@ -180,6 +185,8 @@ def distill(settings: Run, chosen: Chosen, context: Context, folder: Path, store
     # A checkpoint depends on the images' content, not on their path, and not on how the set is evaluated later
     identity = {key: value for key, value in made_from.items() if key != "evaluation"}
     identity["data"] = of_images(task.data)
+    kind, each = training_work(method.distilled(), settings.evaluation)
+    expect("evaluation", kind, 3 * settings.evaluation.networks * each)
     sizes, memory = _sizes(method)
     try:
         with stage(f"distillation by {method.name}", memory, **sizes):
@@ -194,6 +201,7 @@ def distill(settings: Run, chosen: Chosen, context: Context, folder: Path, store
     return method
 
 
+@measured("data and checks")
 def _begin(settings: Run, folder: Path, device: torch.device, check: Callable[[Context], None]) -> Context:
     """Runs all checks that need no training, claims the folder and loads the data. check: those that need the data."""
     preflight.check_choices(settings, device)
@@ -212,6 +220,7 @@ def _sizes(method: Method) -> tuple[dict[str, Any], str]:
     return sizes | {name: given[name] for name in names}, less
 
 
+@measured("evaluation")
 def _compare(
     sets: dict[str, DistilledSet], context: Context, settings: Evaluation, folder: Path
 ) -> dict[str, Accuracy]:
