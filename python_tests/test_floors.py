@@ -33,6 +33,7 @@ FLOORS = """
     selection.start
     methods
     preflight report
+    page
     runner
     studies
     recipes

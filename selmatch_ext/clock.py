@@ -12,7 +12,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -124,7 +124,7 @@ class Bar(tqdm):
         return super().update(n)
 
     @property
-    def format_dict(self) -> dict[str, Any]:
+    def format_dict(self) -> MutableMapping[str, Any]:
         shown = super().format_dict
         if self.clock is not None and self.clock.stage is not None:
             shown["postfix"] = ", ".join(filter(None, (shown["postfix"], self.clock.left())))

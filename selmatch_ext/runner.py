@@ -22,6 +22,7 @@ from selmatch_ext.files import check_writable, read_json, write_json, write_text
 from selmatch_ext.methods import LoopSettings, Method, SelMatch, Task, find_method
 from selmatch_ext.methods.loop import run_method
 from selmatch_ext.output import attempt, say
+from selmatch_ext.page import write_page
 from selmatch_ext.provenance import claim, from_dict, of_images, record_images, to_dict
 from selmatch_ext.ranges import Checked, Seed
 from selmatch_ext.selection.start import Chosen, choose, random_like
@@ -138,6 +139,8 @@ def distill_alone(
     context = _begin(settings, folder, device, lambda c: preflight.check_distillation(settings, c, folder, store))
     chosen = choose(settings.start, context, settings.evaluation, folder, store)
     distill(settings, chosen, context, folder, store)
+    if ranks.first():
+        attempt(write_page, folder)
     return folder / "distilled.safetensors"
 
 
@@ -159,6 +162,7 @@ def select(settings: Run, folder: str | Path, device: torch.device) -> tuple[Pat
     if ranks.first():
         replace(chosen.images, settings={**plain, "beta": chosen.beta}).save(path)
         _plot_windows(chosen, folder)
+        attempt(write_page, folder)
     return path, chosen.beta
 
 
@@ -194,6 +198,7 @@ def distill(settings: Run, chosen: Chosen, context: Context, folder: Path, store
     except FloatingPointError:
         if ranks.first():
             method.distilled().save(folder / "stopped.safetensors")
+            attempt(write_page, folder)
         raise
     if ranks.first():
         method.distilled().save(folder / "distilled.safetensors")
@@ -243,7 +248,7 @@ def _write_report(
     results: dict[str, Accuracy],
     further: dict[str, Any],
 ) -> None:
-    """results.json, the table, which is printed as well, and pictures."""
+    """results.json, the table, which is printed as well, pictures and the page."""
     window = "" if chosen.beta is None else f", β = {chosen.beta:.2f}"
     ipc = round(len(distilled) / context.data.classes)
     title = f"{context.data.name}, {ipc} images per class{window}, {settings.evaluation.model}"
@@ -259,6 +264,7 @@ def _write_report(
         kept = before[~learned], folder / "selected.png", labels[~learned], names
         attempt(report.image_grid, *kept, title="selected: kept as they are")
     attempt(report.before_after, before[learned], after[learned], labels[learned], folder / "distilled.png", names)
+    attempt(write_page, folder)
 
 
 def _plot_windows(chosen: Chosen, folder: Path) -> None:
