@@ -163,18 +163,17 @@ def recorded(verb: str, writes: Callable[[], bool], *stages: str) -> Callable[[F
 
 
 @contextlib.contextmanager
-def measured(stage: str) -> Iterator[None]:
-    """Within, or within the function that it decorates, is a stage of the run. What ends in a refusal (ValueError)
-    counts nothing: the folder may belong to another run. A stage within a stage is part of it."""
+def measured(stage: str, refuses: bool = False) -> Iterator[None]:
+    """Within, or within the function that it decorates, is a stage of the run. A stage within a stage is part of it.
+
+    refuses: the stage finds out whether the folder belongs to this run; where it raises, it counts nothing."""
     clock = _clock if _clock is not None and _clock.stage is None else None
     if clock is not None:
         clock.begin(stage)
-    keep = True
+    keep = not refuses
     try:
         yield
-    except ValueError:
-        keep = False
-        raise
+        keep = True
     finally:
         if clock is not None:
             clock.end(keep)

@@ -206,7 +206,7 @@ def distill(settings: Run, chosen: Chosen, context: Context, folder: Path, store
     return method
 
 
-@measured("data and checks")
+@measured("data and checks", refuses=True)
 def _begin(settings: Run, folder: Path, device: torch.device, check: Callable[[Context], None]) -> Context:
     """Runs all checks that need no training, claims the folder and loads the data. check: those that need the data."""
     preflight.check_choices(settings, device)

@@ -7,7 +7,7 @@ import errno
 import io
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,9 @@ from selmatch_ext import ranks
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.files import one_line, write_text
 from selmatch_ext.methods.base import Method
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 MOST_IMAGES = 100  # in one picture of the log
 
@@ -24,7 +27,7 @@ def check_log(name: str, value: str | None) -> None:
     if value is None:
         return
     try:
-        from torch.utils import tensorboard  # noqa: F401
+        _writer()
     except Exception as error:  # a broken installation fails in many ways
         raise ImportError(
             f"{name} {value} needs a package of the extra log: pip install 'selmatch_ext[log]' ({one_line(error)})"
@@ -41,7 +44,8 @@ class Log:
     stopped."""
 
     def __init__(self, folder: Path, method: Method, optimizer: torch.optim.Optimizer, losses: list[float]):
-        self.path, self.count, self.writer = folder / "losses.csv", len(losses), None
+        self.path, self.count = folder / "losses.csv", len(losses)
+        self.writer: SummaryWriter | None = None
         names = {id(t): name for name, t in method.learned.items()}
         self.groups = [
             (names[id(t)], group) for group in optimizer.param_groups for t in group["params"] if id(t) in names
@@ -52,10 +56,8 @@ class Log:
             return
         self._find_rows(losses)
         if method.settings.log is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
             # Events from the purged step on, which came after the checkpoint, are not shown
-            self.writer = SummaryWriter(str(folder / method.settings.log), purge_step=len(losses) + 1)
+            self.writer = _writer()(str(folder / method.settings.log), purge_step=len(losses) + 1)
 
     def _find_rows(self, losses: list[float]) -> None:
         """Keeps the rows of the iterations that are done. Where the file has not all of them, because it was deleted
@@ -119,6 +121,13 @@ class Log:
                 file.write(line)
         except OSError as error:
             raise OSError(error.errno or errno.EIO, f"cannot write {self.path}: {error.strerror}") from error
+
+
+def _writer() -> type[SummaryWriter]:
+    """TensorBoard's writer; it is imported only where a log is asked for."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter
 
 
 def _line(cells: list[Any]) -> bytes:
