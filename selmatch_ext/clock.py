@@ -39,13 +39,13 @@ class Clock:
     stages: {name: {"seconds", "memory", "gpu_memory"}}, the last two in bytes and None where they could not be
     measured, over all calls. runs: for each verb and machine on which the run was computed, its versions and device.
     work: for each stage that is to come or has begun, how much of which kinds of work is left, None where that is not
-    known yet. speed: for each kind of work how much was done in this call, and in how many seconds."""
+    known yet. speed: for each kind of work how much was done in this call, in how many seconds and updates."""
 
     path: Path | None
     stages: dict[str, dict[str, float | None]]
     runs: list[dict[str, str]]
     work: dict[str, dict[str, float] | None]
-    speed: dict[str, tuple[float, float]] = field(default_factory=dict)
+    speed: dict[str, tuple[float, float, int]] = field(default_factory=dict)
     stage: str | None = None
     before: dict[str, float | None] = field(default_factory=dict)
     since: float = 0.0
@@ -87,7 +87,7 @@ class Clock:
         seconds, known = 0.0, True
         for kinds in self.work.values():
             for kind, amount in (kinds or {"": math.inf}).items():
-                done, took = self.speed.get(kind, (0.0, 0.0))
+                done, took, _ = self.speed.get(kind, (0.0, 0.0, 0))
                 if done > 0:
                     seconds += max(0.0, amount) * took / done
                 elif amount > 0:
@@ -114,8 +114,10 @@ class Bar(tqdm):
     def update(self, n: float | None = 1) -> bool | None:
         now, clock, amount = time.monotonic(), self.clock, (n or 0) * self.each
         if clock is not None and clock.stage is not None:
-            done, seconds = clock.speed.get(self.kind, (0.0, 0.0))
-            clock.speed[self.kind] = done + amount, seconds + now - self.last
+            done, seconds, updates = clock.speed.get(self.kind, (0.0, 0.0, 0))
+            if updates == 1:  # the first one also loads and compiles, so that it counts only as long as it is alone
+                done = seconds = 0.0
+            clock.speed[self.kind] = done + amount, seconds + now - self.last, updates + 1
             kinds = clock.work.get(clock.stage) or {}
             if self.kind in kinds:
                 kinds[self.kind] -= amount

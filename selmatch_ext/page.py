@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selmatch_ext import clock, report
-from selmatch_ext.data.distilled import DistilledSet, to_train_on
+from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.memory import size_text
 from selmatch_ext.data.names import readable
 from selmatch_ext.evaluation import Accuracy
@@ -154,7 +154,8 @@ def _chosen(settings: dict[str, Any], sets: dict[str, DistilledSet], beta: float
     facts = [("choice", _shown(settings.get("start", {}).get("select", subset.method)))]
     facts += [("window", f"β = {beta:.4g}")] if beta is not None else []
     facts.append(("images", f"{len(subset)} in {len(subset.hard_labels.unique())} classes, {real} of them real ones"))
-    facts.append(("learned", f"{learned} of them; {len(subset) - learned} stay as they are"))
+    if "start" in sets:
+        facts.append(("learned", f"{learned} of them; {len(subset) - learned} stay as they are"))
     if subset.weights is not None:
         facts.append(("weights", f"from {subset.weights.min():.3g} to {subset.weights.max():.3g}"))
     rate = next((s.lr for name, s in sets.items() if name != "start" and s.lr is not None), None)
@@ -227,14 +228,14 @@ def _images(sets: dict[str, DistilledSet], made: DistilledSet | None) -> Iterato
     start = sets.get("start") or next(iter(sets.values()), None)
     if start is None:
         return
-    learned = to_train_on(start).distilled if made is None else start.distilled
+    learned = start.distilled if "start" in sets else torch.zeros_like(start.distilled)  # a selection learns nothing
     if made is not None and made.images.shape == start.images.shape and learned.any():
         both = {"before": start.denormalized()[learned], "after": made.denormalized()[learned]}
         yield from _section("Images before and after", both, start, learned)
     elif learned.any():
         yield from _section("Images to be learned", {"": start.denormalized()[learned]}, start, learned)
     if not learned.all():
-        title = "Selected images" if made is None else "Selected images that stay as they are"
+        title = "Selected images that stay as they are" if "start" in sets else "Selected images"
         yield from _section(title, {"": start.denormalized()[~learned]}, start, ~learned)
 
 
