@@ -207,13 +207,16 @@ MOMENTS = {  # which file, and the how many-th time that a run writes it
     "experts/expert_0000.safetensors": 1,
     "experts/expert_0001.safetensors": 1,
     "start.safetensors": 1,
+    "losses.csv": 1,
     "checkpoint.safetensors": 2,
+    "times.json": 1,
     "distilled.safetensors": 1,
     "loss.png": 1,
     "evaluation_random.json": 2,
     "evaluation_selmatch.json": 1,
     "table.md": 1,
     "results.json": 1,
+    "report.html": 1,
 }
 
 

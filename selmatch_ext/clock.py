@@ -28,7 +28,7 @@ from selmatch_ext.output import attempt
 Function = TypeVar("Function", bound=Callable[..., Any])
 FILE = "times.json"
 SECONDS_BETWEEN = 10.0  # two writes of the file within a stage
-PACKAGES = ("torch", "torchvision", "numpy")
+PACKAGES = ("torchvision", "numpy")
 _clock: Clock | None = None
 
 
@@ -201,7 +201,11 @@ def _bounded(value: Any) -> float | None:
 
 def _machine(device: torch.device) -> dict[str, str]:
     """The versions and the device that a run is computed with."""
-    versions = {"selmatch_ext": build_info()["version"], "Python": platform.python_version()}
+    versions = {
+        "selmatch_ext": build_info()["version"],
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
