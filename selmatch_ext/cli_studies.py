@@ -1,4 +1,4 @@
-"""Verbs of the command line that ask what a set is good for, and those that show or export one."""
+"""Verbs of the command line that ask what a set is good for, and one that shows it."""
 
 from __future__ import annotations
 
@@ -181,19 +181,6 @@ def report_(path: Positional[Path], *, out: Path | None = None, columns: int = 1
         report.image_grid(subset.denormalized(), out, subset.hard_labels, subset.class_names, columns, subset.method)
     else:
         report.class_grids(subset.denormalized(), subset.hard_labels, subset.class_names, out)
-    say(out)
-
-
-def export(path: Positional[Path], *, out: Path) -> None:
-    """Writes a set as a folder of PNGs that torchvision's ImageFolder reads.
-
-    Where learned labels leave a class without images, pass allow_empty=True to ImageFolder.
-
-    Args:
-        path: The set (a .safetensors file of selmatch).
-        out: The folder to make; it must not exist or be empty.
-    """
-    DistilledSet.load(path).export(out)
     say(out)
 
 

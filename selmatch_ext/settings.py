@@ -56,7 +56,8 @@ class Data(Checked):
     """The data set."""
 
     dataset: str = "CIFAR10"
-    """digits, MNIST, FashionMNIST, SVHN, CIFAR10, CIFAR100, tinyimagenet:PATH or imagefolder:PATH (or an archive)."""
+    """digits, MNIST, FashionMNIST, SVHN, CIFAR10, CIFAR100, tinyimagenet:PATH, huggingface:PATH, or
+    imagefolder:PATH (or an archive)."""
     root: str | None = None
     """Folder of torchvision's data sets; None: the folder data."""
     download: bool = False

@@ -5,8 +5,9 @@ template <typename T>
 struct Conv3x3Loops {
   typedef T Lanes __attribute__((vector_size(SELMATCH_LANES)));
   static constexpr int kLanes = SELMATCH_LANES / sizeof(T);
-  // Of the block of a matrix product that stays in registers, of which AVX-512 has 32 and the others have 16.
-  static constexpr int kRows = SELMATCH_LANES == 64 ? 8 : 4, kColumns = 2 * kLanes;
+  // Of the block of a matrix product that stays in registers, of which AVX-512 has 32 and the others have 16. With 6
+  // rows 12 sums are in progress, more than the 8 that hide the time of a multiply-add; what 6 do not divide takes 4.
+  static constexpr int kRows = SELMATCH_LANES == 64 ? 8 : 6, kFewRows = 4, kColumns = 2 * kLanes;
   // Done together, their transforms stay in the second cache. A row of the gradient's has a quarter of the parts.
   static constexpr int kTiles = 32, kGradientTiles = 64;
 
@@ -21,28 +22,52 @@ struct Conv3x3Loops {
   }
   static SELMATCH_HD void store(Lanes value, T* p) { std::memcpy(p, &value, sizeof(value)); }
 
-  // out[r][0..kColumns) = (or +=, where kAdd) sum over d of a[r row_stride + d depth_stride] b[d b_stride +
-  // 0..kColumns)
+  // A matrix as a factor on the left, from its first number on.
+  struct Rows {
+    const T* at;
+    int64_t row_stride, depth_stride;
+  };
+
+  // out[r][0..kColumns) = (or +=, where kAdd) sum over d of a[r, d] b[d b_stride + 0..kColumns) for r below `rows`, a
+  // multiple of kFewRows.
   template <bool kAdd>
-  static void multiply(const T* a, int64_t row_stride, int64_t depth_stride, const T* b, int64_t b_stride,
-                       int64_t depth, T* out, int64_t out_stride) {
-    Lanes left[kRows], right[kRows];
+  static void multiply(Rows a, int64_t rows, const T* b, int64_t b_stride, int64_t depth, T* out, int64_t out_stride) {
+    int64_t many = rows;
+    while (many % kRows != 0) {
+      many -= kFewRows;
+    }
+    for (int64_t row = 0; row < rows;) {
+      const Rows rest = {a.at + row * a.row_stride, a.row_stride, a.depth_stride};
+      T* to = out + row * out_stride;
+      if (row < many) {
+        multiply_block<kRows, kAdd>(rest, b, b_stride, depth, to, out_stride);
+        row += kRows;
+      } else {
+        multiply_block<kFewRows, kAdd>(rest, b, b_stride, depth, to, out_stride);
+        row += kFewRows;
+      }
+    }
+  }
+
+  template <int kBlock, bool kAdd>
+  static void multiply_block(Rows a, const T* b, int64_t b_stride, int64_t depth, T* out, int64_t out_stride) {
+    Lanes left[kBlock], right[kBlock];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kBlock; ++r) {
       left[r] = kAdd ? load(out + r * out_stride) : Lanes{};
       right[r] = kAdd ? load(out + r * out_stride + kLanes) : Lanes{};
     }
-    for (int64_t d = 0; d < depth; ++d, a += depth_stride, b += b_stride) {
+    for (int64_t d = 0; d < depth; ++d, a.at += a.depth_stride, b += b_stride) {
       const Lanes b_left = load(b), b_right = load(b + kLanes);
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const T value = a[r * row_stride];
+      for (int r = 0; r < kBlock; ++r) {
+        const T value = a.at[r * a.row_stride];
         left[r] += value * b_left;
         right[r] += value * b_right;
       }
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kBlock; ++r) {
       store(left[r], out + r * out_stride);
       store(right[r], out + r * out_stride + kLanes);
     }
@@ -189,7 +214,7 @@ struct Conv3x3Loops {
       for (int64_t block = begin; block < end; ++block) {
         const int64_t first = block * kTiles, last = std::min(first + kTiles, tiles(call));
         transform_input(call, first, last, zeros, v);
-        const int64_t rows = (last - first + kRows - 1) / kRows * kRows;
+        const int64_t rows = (last - first + kFewRows - 1) / kFewRows * kFewRows;
         for (int k = 0; k < 16; ++k) {
           products(v + k * part(call.channels), rows, weights + k * static_cast<int64_t>(call.channels) * call.outputs,
                    m + k * part(call.outputs));
@@ -200,10 +225,7 @@ struct Conv3x3Loops {
 
     void products(const T* v, int64_t rows, const T* u, T* m) const {
       for (int column = 0; column < call.outputs; column += kColumns, u += call.channels * kColumns) {
-        for (int64_t row = 0; row < rows; row += kRows) {
-          multiply<false>(v + row * call.channels, call.channels, 1, u, kColumns, call.channels,
-                          m + row * call.outputs + column, call.outputs);
-        }
+        multiply<false>({v, call.channels, 1}, rows, u, kColumns, call.channels, m + column, call.outputs);
       }
     }
 
@@ -301,10 +323,7 @@ struct Conv3x3Loops {
     template <bool kAdd>
     void products(const T* v, const T* m, int64_t depth, T* sum) const {
       for (int column = 0; column < side; column += kColumns) {
-        for (int c = 0; c < channels; c += kRows) {
-          multiply<kAdd>(v + c, 1, channels, m + column, side, depth, sum + static_cast<int64_t>(c) * side + column,
-                         side);
-        }
+        multiply<kAdd>({v, 1, channels}, channels, m + column, side, depth, sum + column, side);
       }
     }
 
@@ -359,13 +378,17 @@ struct Conv3x3Loops {
 
 template <typename T>
 void run(const Conv3x3Call<T>& call, CpuParallel parallel) {
-  if (call.outputs <= kConv3x3Few) {
-    return Conv3x3FewLoops<T>{call, parallel}.run();
+  const int channels = call.transposed ? call.outputs : call.channels;  // of the input
+  if (channels <= kConv3x3Few) {
+    return run_few<T>(call, channels, parallel);
   }
   typename Conv3x3Loops<T>::Forward{call, parallel}.run();
 }
 
 template <typename T>
 void run(const Conv3x3GradientCall<T>& call, CpuParallel parallel) {
+  if (call.channels <= kConv3x3Few) {
+    return run_few<T>(call, call.channels, parallel);
+  }
   typename Conv3x3Loops<T>::Gradient{call, parallel}.run();
 }

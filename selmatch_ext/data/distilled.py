@@ -192,11 +192,10 @@ class DistilledSet:
             found["weights"] = self.weights
         return found
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes the set to one safetensors file, atomically."""
+    def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, what describes them, JSON-able) by their names in a file; `of_parts` makes the set of them."""
         tensors = {name: getattr(self, name) for name in ("images", "labels", "distilled", "indices")}
-        tensors |= self._optional()
-        fields = {
+        return tensors | self._optional(), {
             "mean": self.mean.tolist(),
             "std": self.std.tolist(),
             "class_names": self.class_names,
@@ -204,7 +203,16 @@ class DistilledSet:
             "settings": self.settings,
             "schedule_model": None if self.schedule is None else self.schedule.model,
         }
-        save_tensors(path, KIND, tensors, {name: json.dumps(value) for name, value in fields.items()})
+
+    @classmethod
+    def of_parts(cls, tensors: dict[str, Tensor], described: dict[str, Any], source: str) -> DistilledSet:
+        """The set of the `parts` that the file `source` holds. Raises TypeError or ValueError naming what is wrong."""
+        return cls(**_fields(tensors, described, source))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the set to one safetensors file, atomically."""
+        tensors, described = self.parts()
+        save_tensors(path, KIND, tensors, {name: json.dumps(value) for name, value in described.items()})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> DistilledSet:
@@ -213,7 +221,7 @@ class DistilledSet:
         tensors, metadata = load_tensors(path, KIND, "images", "labels", "distilled", "indices")
         described = {name: json_field(metadata, name, path) for name in DESCRIBED}
         try:
-            return cls(**_fields(tensors, described, str(path)))
+            return cls.of_parts(tensors, described, str(path))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 
@@ -228,8 +236,7 @@ class DistilledSet:
         Raises FileExistsError when `folder` exists and is not empty, ValueError for images of neither 1 nor 3 channels.
         """
         folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise FileExistsError(f"{folder} exists and is not an empty folder; export makes a new one")
+        check_new_folder(folder)
         if self.images.shape[1] not in (1, 3):
             raise ValueError(f"images have {self.images.shape[1]} channels; PNGs are made of 1 or 3")
         pixels = (self.denormalized() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -274,6 +281,12 @@ def _fields(tensors: dict[str, Tensor], described: dict[str, Any], source: str) 
             rates, batches, described["schedule_model"], tensors.get("schedule_starts"), source
         )
     return fields
+
+
+def check_new_folder(folder: Path) -> None:
+    """FileExistsError unless there is no `folder`, or an empty one."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder; export makes a new one")
 
 
 def _check_weights(weights: Tensor, count: int) -> None:

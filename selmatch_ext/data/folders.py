@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,8 +23,8 @@ from selmatch_ext.data.decoding import DecodedImage, Levels, decode, extensions
 from selmatch_ext.data.images import ImageData, ImageSplit
 from selmatch_ext.data.memory import available_memory, size_text
 from selmatch_ext.data.names import readable, shortened, unique_names
-from selmatch_ext.data.splits import ANNOTATIONS, FolderOptions, SplitPlan, bytes_of, plan_splits
-from selmatch_ext.data.tree import ArchiveTree, Content, FolderTree, extension, skipped_text
+from selmatch_ext.data.splits import ANNOTATIONS, FolderOptions, Split, SplitPlan, bytes_of, plan_splits
+from selmatch_ext.data.tree import ArchiveTree, Content, FolderTree, Listing, extension, skipped_text
 from selmatch_ext.files import json_field, load_tensors, save_tensors
 from selmatch_ext.settings import color
 
@@ -39,20 +40,29 @@ def load_folder(path: Path, options: FolderOptions, cache: str | os.PathLike | N
     set of one class and for training images that are all equal, and OSError."""
     if not path.exists():
         raise FileNotFoundError(f"image data set {readable(str(path))} does not exist")
+    if not path.is_dir():
+        key = cache_key({path.name: path}, options, (None, None))
+        return load_planned(path, lambda: plan_splits(path, _archive_tree(path), options), options, cache, key)
+    plan = plan_splits(path, FolderTree(path), options)
+    key = cache_key(plan.contents, options, (plan.test.paths, plan.test.classes))
+    return load_planned(path, lambda: plan, options, cache, key)
+
+
+def load_planned(
+    path: Path, plan: Callable[[], SplitPlan], options: FolderOptions, cache: str | os.PathLike | None, key: str
+) -> ImageData:
+    """Decodes what `plan()` lists, or reads it from the cache, where it was kept under `key` (see `cache_key`)."""
     name = readable(_stem(path)) + (f" ({options.resize}x{options.resize})" if options.resize is not None else "")
-    plan = plan_splits(path, FolderTree(path), options) if path.is_dir() else None
     store = None
     if cache is not None:
         stem = readable(_stem(path)).encode()[:100].decode(errors="ignore")
-        store = Path(cache) / f"{stem}-{_cache_key(path, plan, options)}.safetensors"
+        store = Path(cache) / f"{stem}-{key}.safetensors"
         if store.exists():
             try:
                 return _read_cache(store, name)
             except (ValueError, TypeError):
                 pass  # damaged: decoded again and replaced below
-    if plan is None:
-        plan = plan_splits(path, _archive_tree(path), options)
-    data, notes = _decode_all(name, plan, options)
+    data, notes = _decode_all(name, plan(), options)
     first = data.train.images[0]
     if all(torch.equal(image, first) for image in data.train.images):
         raise ValueError(f"{name}: the {len(data.train)} training images do not differ; there is nothing to learn")
@@ -88,6 +98,14 @@ def _archive_tree(path: Path) -> ArchiveTree:
             break  # the one folder is a class
         tree.prefix = f"{inside[0].node}/"
     return tree
+
+
+def decode_split(name: str, paths: list[str], classes: list[str], listing: Listing) -> Tensor:
+    """The images at `paths` of a listing as one tensor (n, C, H, W) uint8; what was left out is said in the log."""
+    plan = SplitPlan(Split(paths, classes), Split([], []), listing.classes, listing.files)
+    images, notes = _Decoding(name, plan, FolderOptions()).run()
+    _log([f"{name}: {skipped_text(listing.skipped)}"] * bool(listing.skipped) + notes)
+    return images
 
 
 def _decode_all(name: str, plan: SplitPlan, options: FolderOptions) -> tuple[ImageData, list[str]]:
@@ -186,14 +204,11 @@ class _Decoding:
         ]
 
 
-def _cache_key(path: Path, plan: SplitPlan | None, options: FolderOptions) -> str:
-    if plan is None:
-        listed: dict[str, Content] = {path.name: path}
-    else:
-        listed = plan.contents
+def cache_key(listed: Mapping[str, Content], options: FolderOptions, tests: tuple) -> str:
+    """What the decoded images depend on: the files' names, sizes and times, the options, and which images are for
+    testing, where the files do not say it."""
     stamps = [(name, file.stat()) for name, file in sorted(listed.items()) if isinstance(file, Path)]
     listing = [(name, stamp.st_size, stamp.st_mtime_ns) for name, stamp in stamps]
-    tests = None if plan is None else plan.test.paths, plan and plan.test.classes
     return hashlib.sha256(json.dumps([options.key(), listing, tests]).encode()).hexdigest()[:16]
 
 

@@ -85,7 +85,7 @@ class _Planner:
         if name is not None:
             test = self._test_split(name, class_names)
         elif self.options.test_share is not None:
-            train, test = _stratified(self.where, train, self.options.test_share, self.options.seed)
+            train, test = stratified(self.where, train, self.options.test_share, self.options.seed)
         else:
             raise ValueError(
                 f"{self.where} has neither a test nor a val folder; test_share would split the train folder"
@@ -140,7 +140,7 @@ def _split(where: str, listing: Listing, name: str) -> tuple[Split, list[str]]:
     return Split(["/".join(parts) for parts in images], [parts[depth] for parts in images]), sorted(listing.classes)
 
 
-def _stratified(where: str, split: Split, share: float, seed: int) -> tuple[Split, Split]:
+def stratified(where: str, split: Split, share: float, seed: int) -> tuple[Split, Split]:
     """Sets `share` of the images of each class aside, at least one, drawn from `seed`."""
     in_test: set[str] = set()
     for class_name in sorted(set(split.classes)):
