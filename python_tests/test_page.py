@@ -11,14 +11,12 @@ import shutil
 import signal
 import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import CPU, MODEL, tiny_run
 from PIL import Image
-from setuptools import Distribution
 
 from selmatch_ext import cli, page
 from selmatch_ext.data.distilled import DistilledSet
@@ -308,14 +306,3 @@ def test_a_browser_has_no_complaint(finished, tmp_path):
     broken = (finished[0] / page.NAME).read_text().replace("</main>", "<script>1</script></main>")
     (tmp_path / "broken.html").write_text(broken)
     assert len(messages(tmp_path / "broken.html")[0]) == 1  # the page's own policy lets no script run
-
-
-def test_the_template_is_packaged(monkeypatch):
-    root = Path(__file__).parents[1]
-    monkeypatch.chdir(root)
-    distribution = Distribution({"script_name": "setup.py"})
-    distribution.parse_config_files()
-    command = distribution.get_command_obj("build_py")
-    command.ensure_finalized()
-    packaged = {name: files for name, _, _, files in command.data_files}
-    assert "page.html" in packaged["selmatch_ext"]
