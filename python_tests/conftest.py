@@ -11,8 +11,10 @@ from selmatch_ext.context import CPU, Context
 
 # Other modules are imported where they are used: tests of the operations run without the packages of the pipeline.
 
-__all__ = ["CPU", "DEVICES", "MODEL", "digits", "experts", "random_set", "run_for", "tiny_run"]
+__all__ = ["CPU", "DEVICES", "MEASURED", "MODEL", "digits", "experts", "random_set", "run_for", "tiny_run"]
 MODEL = "ConvNetD2W8"
+MEASURED = ("times.json", "report.html")
+"""Files of a run that hold times, which no two runs have in common."""
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 

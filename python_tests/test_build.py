@@ -97,7 +97,7 @@ def test_a_wheel_says_what_it_was_built_for(tmp_path):
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         built = json.loads(archive.read("selmatch_ext/built_for.json"))
-        assert {"selmatch_ext/py.typed", "selmatch_ext/_C.pyi"} <= set(archive.namelist())
+        assert {"selmatch_ext/py.typed", "selmatch_ext/_C.pyi", "selmatch_ext/page.html"} <= set(archive.namelist())
         assert any(name.startswith("selmatch_ext/_C.") and name.endswith(".so") for name in archive.namelist())
     assert built["version"] == sm.__version__ and built["torch"] == torch.__version__
     chosen, every = done.stdout.splitlines()[-1].removeprefix("architectures: ").split(" of ")

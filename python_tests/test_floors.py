@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "selmatch_ext"
 FLOORS = """
     openmp allocator strict_json ranges seeds output compiling stages built_for cli_help
-    ranks files precision
+    ranks clock files precision
     arrays
     second_order
     ops
@@ -33,6 +33,7 @@ FLOORS = """
     selection.start
     methods
     preflight report doctor
+    page
     runner
     studies
     recipes

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, MODEL, tiny_run
+from conftest import CPU, MEASURED, MODEL, tiny_run
 
 from selmatch_ext import cli
 from selmatch_ext.cli_settings import OF_THE_SET, data_of
@@ -69,7 +69,7 @@ def experts(scores, tmp_path_factory):
 
 
 def files(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in MEASURED}
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.5])

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from tyro.conf import Positional, arg
 
-from selmatch_ext import report
+from selmatch_ext import page, report
 from selmatch_ext.cli_process import device_of
 from selmatch_ext.cli_settings import OF_THE_SET, Here, data_of
 from selmatch_ext.context import Context
@@ -222,14 +222,23 @@ def rank(
     rank_set(path, _context(data, path, seed, where), ranking, evaluation, out)
 
 
-def report_(path: Positional[Path], *, out: Path, columns: int = 10) -> None:
-    """A PNG of a set's images, a row for each class (20 classes at most); or one of each class, with all its images.
+def report_(path: Positional[Path], *, out: Path | None = None, columns: int = 10) -> None:
+    """Of a run's folder, a page with everything that it holds: results, images, plots, times, settings. Of a set, a PNG
+    of its images, a row for each class (20 classes at most); or one of each class, with all its images.
 
     Args:
-        path: The set (a .safetensors file of selmatch).
-        out: The PNG to write; or, where the name does not end in .png, a new folder for one PNG of each class.
+        path: The folder of a run, or a set (a .safetensors file of selmatch).
+        out: Of a run, the page to write; by default report.html in its folder. Of a set, the PNG to write; or, where
+            the name does not end in .png, a new folder for one PNG of each class.
         columns: Images a class at most, for one PNG.
     """
+    if path.is_dir():
+        out = path / page.NAME if out is None else out
+        page.write_page(path, out)
+        say(out)
+        return
+    if out is None:
+        raise ValueError(f"--out is missing: it names the PNG or the folder for the pictures of {path}")
     subset = DistilledSet.load(path)
     if out.suffix.lower() == ".png":
         report.image_grid(subset.denormalized(), out, subset.hard_labels, subset.class_names, columns, subset.method)

@@ -68,7 +68,9 @@ def evaluate(
     if subset.schedule is not None and subset.schedule.starts is not None:
         networks = min(networks, len(subset.schedule.starts))
     finished = [] if record is None else _recorded(Path(record), header, networks, len(names))
-    with ranks.progress(total=networks, initial=len(finished), desc=label, unit="network") as progress:
+    kind, each = training_work(subset, settings)
+    work = {"initial": len(finished), "unit": "network", "kind": kind, "each": each}
+    with ranks.progress(total=networks, desc=label, **work) as progress:
         while len(finished) < networks:  # of several processes each takes every world-th network
             k, left = len(finished) + ranks.rank(), networks - len(finished)
             seen = torch.zeros(len(names), dtype=torch.float64)
@@ -106,6 +108,14 @@ def _header(
     if groups:
         header["groups"] = {name: mask.nonzero().squeeze(1).tolist() for name, mask in groups.items()}
     return header
+
+
+def training_work(subset: DistilledSet, settings: Evaluation) -> tuple[str, float]:
+    """The kind of work that training a network on `subset` is, and how much of it this process does: passes of an image
+    through the network, or of a set with a schedule its steps."""
+    if subset.schedule is not None:
+        return f"{subset.schedule.model} by its schedule", len(subset.schedule.rates) / ranks.world()
+    return settings.model, settings.training.epochs * len(subset) / ranks.world()
 
 
 def trained_on(subset: DistilledSet, context: Context, settings: Evaluation, k: int = 0) -> torch.nn.Module:

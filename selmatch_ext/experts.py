@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from selmatch_ext import ranks
+from selmatch_ext.clock import measured
 from selmatch_ext.context import Context
 from selmatch_ext.data.trajectories import ExpertSource, ExpertStore
 from selmatch_ext.files import check_writable
@@ -19,6 +20,7 @@ from selmatch_ext.settings import Experts
 from selmatch_ext.training import train_on_real
 
 
+@measured("experts")
 def train_experts(context: Context, settings: Experts, folder: str | Path) -> ExpertStore:
     """Trains the experts that `folder` still lacks and returns the store (MTT, arXiv 2203.11932, section 3.1).
 
@@ -39,12 +41,14 @@ def train_experts(context: Context, settings: Experts, folder: str | Path) -> Ex
     if store.count > 0:
         store.check(0, metadata)
         metadata["dataset"] = known_name(store.metadata, context.data.name, store.folder)
-    with ranks.progress(total=len(share) * settings.training.epochs, desc="experts", unit="epoch") as progress:
-        for index in share:
-            if store.path(index).exists():
-                store.check(index, metadata)
-                progress.update(settings.training.epochs)
-                continue
+    there = [index for index in share if store.path(index).exists()]
+    for index in there:
+        store.check(index, metadata)
+    epochs = settings.training.epochs
+    work = {"unit": "epoch", "kind": settings.model, "each": len(context.data.train)}
+    bar = ranks.progress(total=len(share) * epochs, initial=len(there) * epochs, desc="experts", **work)
+    with bar as progress:
+        for index in (index for index in share if index not in there):
             check_writable(store.path(index))
             model = context.network(settings.model, "expert", index)
             rows = [flat.flatten(model.parameters()).cpu()]

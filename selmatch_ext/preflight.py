@@ -18,6 +18,7 @@ from selmatch_ext.data.distilled import DistilledSet, seen_as
 from selmatch_ext.data.images import ImageData
 from selmatch_ext.data.trajectories import ExpertSource
 from selmatch_ext.methods import Method, Task, find_method
+from selmatch_ext.methods.log import check_log
 from selmatch_ext.methods.loop import check_shares
 from selmatch_ext.models.batchnorm import refuses_one_image
 from selmatch_ext.models.flat import parameter_count
@@ -46,8 +47,8 @@ def settings_of(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_choices(settings: Any, device: torch.device) -> None:
-    """ValueError naming the setting where a strategy is none, or `device` cannot do what is asked of it. Looks at no
-    image."""
+    """ValueError naming the setting where a strategy is none, or `device` cannot do what is asked of it; ImportError
+    where a log needs a package that is not there. Looks at no image."""
     for name, value in settings_of(settings):
         field = name.rpartition(".")[2]
         if value is not None and (field == "strategy" or field.endswith("_strategy")):
@@ -56,6 +57,8 @@ def check_choices(settings: Any, device: torch.device) -> None:
             check_precision(name, value, device)
         elif field == "cuda_graphs" and value and device.type != "cuda":
             raise ValueError(f"{name} needs a CUDA device; the device is {device}")
+        elif field == "log":
+            check_log(name, value)
 
 
 def check_networks(settings: Any, data: ImageData) -> None:

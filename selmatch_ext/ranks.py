@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from tqdm import tqdm
 
+from selmatch_ext.clock import Bar
 from selmatch_ext.output import safe
 
 PATIENCE = timedelta(days=30)  # a rank may wait for another's whole expert
@@ -88,9 +88,9 @@ def _wait(begin: Callable[[], dist.Work]) -> None:
         ) from error
 
 
-def progress(**options: Any) -> tqdm:
-    """A progress bar, shown by rank 0 alone, and not within `alone`."""
-    return tqdm(**options, disable=not first() or _apart, file=safe(sys.stderr))
+def progress(**options: Any) -> Bar:
+    """A progress bar with the options of tqdm and `Bar`, shown by rank 0 alone, and not within `alone`."""
+    return Bar(**options, disable=not first() or _apart, file=safe(sys.stderr))
 
 
 @contextlib.contextmanager

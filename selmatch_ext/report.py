@@ -54,7 +54,7 @@ def image_grid(
         rows = [list(range(len(pixels)))[i : i + columns] for i in range(0, len(pixels), columns)]
         names = None
     else:
-        rows, names = _rows(labels, class_names, len(pixels), columns or 20)
+        rows, names = class_rows(labels, class_names, len(pixels), columns or 20)
     _write_mosaic([_mosaic(pixels, rows)], names, [title] if title else None, path)
 
 
@@ -87,7 +87,7 @@ def before_after(
     """
     if before.shape != after.shape:
         raise ValueError(f"before has shape {tuple(before.shape)}, after {tuple(after.shape)}; they must be equal")
-    rows, names = _rows(labels, class_names, len(before), columns)
+    rows, names = class_rows(labels, class_names, len(before), columns)
     _write_mosaic([_mosaic(_pixels(x), rows) for x in (before, after)], names, titles, path)
 
 
@@ -268,10 +268,11 @@ def _pixels(images: Tensor) -> np.ndarray:
     return images.permute(0, 2, 3, 1).numpy()
 
 
-def _rows(
+def class_rows(
     labels: Tensor, class_names: Sequence[str] | None, count: int, columns: int
 ) -> tuple[list[list[int]], list[str]]:
-    """Indices of the images to show, a row for each class that occurs, and the rows' names."""
+    """Indices of the images to show, a row for each class that occurs, and the rows' names. count: of all images;
+    columns: at most in a row."""
     if tuple(labels.shape) != (count,):
         raise ValueError(f"labels has shape {tuple(labels.shape)}; it must be ({count},), one label per image")
     rows, names = [], []

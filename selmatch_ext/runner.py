@@ -11,16 +11,18 @@ from typing import Any
 import torch
 
 from selmatch_ext import preflight, ranks, report
+from selmatch_ext.clock import expect, measured, recorded
 from selmatch_ext.context import Context
 from selmatch_ext.data.distilled import DistilledSet, seen_as, to_train_on
 from selmatch_ext.data.load import load_data
 from selmatch_ext.data.trajectories import ExpertStore
-from selmatch_ext.evaluation import Accuracy, evaluate
+from selmatch_ext.evaluation import Accuracy, evaluate, training_work
 from selmatch_ext.experts import train_experts
 from selmatch_ext.files import check_writable, read_json, write_json, write_text
 from selmatch_ext.methods import LoopSettings, Method, SelMatch, Task, find_method
 from selmatch_ext.methods.loop import run_method
 from selmatch_ext.output import attempt, say
+from selmatch_ext.page import write_page
 from selmatch_ext.provenance import claim, from_dict, of_images, record_images, to_dict
 from selmatch_ext.ranges import Checked, Seed
 from selmatch_ext.selection.start import Chosen, Kept, choose, random_like
@@ -90,6 +92,7 @@ class Run(Checked):
         return find_method(self.method).needs_experts(self.settings) or self.start.select == "correct"
 
 
+@recorded("run", ranks.first, "distillation", "evaluation")
 def run(
     settings: Run, folder: str | Path, device: torch.device, experts: str | Path | None = None
 ) -> dict[str, dict[str, Any]]:
@@ -129,6 +132,7 @@ def make(settings: Run, context: Context, folder: Path, experts: Path, kept: Kep
     return chosen, distill(settings, chosen, context, folder, store)
 
 
+@recorded("distill", ranks.first, "distillation")
 def distill_alone(
     settings: Run, folder: str | Path, device: torch.device, experts: Path | None, experts_model: str | None = None
 ) -> Path:
@@ -142,9 +146,12 @@ def distill_alone(
     context = _begin(settings, folder, device, lambda c: preflight.check_distillation(settings, c, folder, store))
     chosen = choose(settings.start, context, settings.evaluation, folder, store)
     distill(settings, chosen, context, folder, store)
+    if ranks.first():
+        attempt(write_page, folder)
     return folder / "distilled.safetensors"
 
 
+@recorded("select", ranks.first, "start")
 def select(settings: Run, folder: str | Path, device: torch.device) -> tuple[Path, float | None]:
     """Real images chosen as settings.start says; writes folder/SELECT.safetensors and, after a search of windows,
     beta.png. Returns the file and where the window lies. Method, experts and their settings are not used."""
@@ -162,9 +169,11 @@ def select(settings: Run, folder: str | Path, device: torch.device) -> tuple[Pat
     if ranks.first():
         replace(chosen.images, settings={**plain, "beta": chosen.beta}).save(path)
         _plot_windows(chosen, folder)
+        attempt(write_page, folder)
     return path, chosen.beta
 
 
+@measured("distillation")
 def distill(settings: Run, chosen: Chosen, context: Context, folder: Path, store: ExpertStore | None = None) -> Method:
     """Runs the method from the chosen images; writes folder/start.safetensors, distilled.safetensors and loss.png.
     Returns the method as it is at the end, its set with what it was made from.
@@ -187,6 +196,8 @@ def distill(settings: Run, chosen: Chosen, context: Context, folder: Path, store
     # A checkpoint depends on the images' content, not on their path, and not on how the set is evaluated later
     identity = {key: value for key, value in made_from.items() if key != "evaluation"}
     identity["data"] = of_images(task.data)
+    kind, each = training_work(method.distilled(), settings.evaluation)
+    expect("evaluation", kind, 3 * settings.evaluation.networks * each)
     sizes, memory = _sizes(method)
     try:
         with stage(f"distillation by {method.name}", memory, **sizes):
@@ -194,6 +205,7 @@ def distill(settings: Run, chosen: Chosen, context: Context, folder: Path, store
     except FloatingPointError:
         if ranks.first():
             method.distilled().save(folder / "stopped.safetensors")
+            attempt(write_page, folder)
         raise
     if ranks.first():
         method.distilled().save(folder / "distilled.safetensors")
@@ -201,6 +213,7 @@ def distill(settings: Run, chosen: Chosen, context: Context, folder: Path, store
     return method
 
 
+@measured("data and checks", refuses=True)
 def _begin(settings: Run, folder: Path, device: torch.device, check: Callable[[Context], None]) -> Context:
     """Runs all checks that need no training, claims the folder and loads the data. check: those that need the data."""
     preflight.check_choices(settings, device)
@@ -219,6 +232,7 @@ def _sizes(method: Method) -> tuple[dict[str, Any], str]:
     return sizes | {name: given[name] for name in names}, less
 
 
+@measured("evaluation")
 def _compare(
     sets: dict[str, DistilledSet], context: Context, settings: Evaluation, folder: Path
 ) -> dict[str, Accuracy]:
@@ -241,7 +255,7 @@ def _write_report(
     results: dict[str, Accuracy],
     further: dict[str, Any],
 ) -> None:
-    """results.json, the table, which is printed as well, and pictures."""
+    """results.json, the table, which is printed as well, pictures and the page."""
     window = "" if chosen.beta is None else f", β = {chosen.beta:.2f}"
     ipc = round(len(distilled) / context.data.classes)
     title = f"{context.data.name}, {ipc} images per class{window}, {settings.evaluation.model}"
@@ -257,6 +271,7 @@ def _write_report(
         kept = before[~learned], folder / "selected.png", labels[~learned], names
         attempt(report.image_grid, *kept, title="selected: kept as they are")
     attempt(report.before_after, before[learned], after[learned], labels[learned], folder / "distilled.png", names)
+    attempt(write_page, folder)
 
 
 def _plot_windows(chosen: Chosen, folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ class LoopSettings(Checked):
     """Seconds between two saves of the checkpoint."""
     snapshot_every: Number = 0
     """Also keep the set as it is after every so many updates, in snapshots/, for `selmatch coverage`; 0 = never."""
+    log: Literal["tensorboard"] | None = None
+    """tensorboard: also write losses, learning rates and, at snapshots, pictures to tensorboard/ (needs the extra log).
+    losses.csv is always written."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,11 @@ class Method:
         """The 0-d loss of one iteration, differentiable in `learned`. Every random choice comes from `generator` (CPU),
         `iteration` and the context's seed."""
         raise NotImplementedError
+
+    def learned_rates(self) -> dict[str, float]:
+        """The learning rates that are learned, as they are now, by the names that losses.csv gives them; always the
+        same names."""
+        return {}
 
     def check(self) -> None:
         """Raises FloatingPointError when `learned` is no longer usable, e.g. a learning rate that is not positive."""

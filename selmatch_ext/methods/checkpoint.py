@@ -12,22 +12,25 @@ import torch
 from torch import Tensor
 
 from selmatch_ext import ranks
+from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.files import json_field, load_tensors, save_tensors
 from selmatch_ext.methods.base import Method
 from selmatch_ext.provenance import check_same
 
 
 class Snapshots:
-    """Saves the set after every `every` iterations, before the next checkpoint, so that a resumed run misses none."""
+    """Saves the set after every `every` iterations, before the next checkpoint, so that a resumed run misses none, and
+    returns it; None where no snapshot is due."""
 
     def __init__(self, folder: Path, every: int, last: int, settings: dict[str, Any]):
         self.folder, self.every, self.last, self.settings = folder, every, last, settings
 
-    def __call__(self, method: Method, iteration: int) -> None:
+    def __call__(self, method: Method, iteration: int) -> DistilledSet | None:
         if self.every < 1 or not ranks.first() or (iteration % self.every and iteration != self.last):
-            return
-        path = self.folder / f"iteration_{iteration:06d}.safetensors"
-        replace(method.distilled(), settings=self.settings).save(path)
+            return None
+        subset = replace(method.distilled(), settings=self.settings)
+        subset.save(self.folder / f"iteration_{iteration:06d}.safetensors")
+        return subset
 
 
 class LoopState:

@@ -205,6 +205,9 @@ class DD(Method):
             losses.append(F.cross_entropy(logits, wanted))
         return torch.stack(losses).mean()
 
+    def learned_rates(self) -> dict[str, float]:
+        return {"mean_rate": F.softplus(self.raw.detach()).mean().item()}
+
     def wanted(self, labels: Tensor) -> Tensor:
         """The labels of the objective: the true ones, but for the attacked class."""
         s = self.settings

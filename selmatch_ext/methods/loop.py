@@ -17,6 +17,7 @@ from torch import Tensor
 from selmatch_ext import ranks
 from selmatch_ext.methods.base import Method
 from selmatch_ext.methods.checkpoint import Checkpoint, LoopState, Snapshots
+from selmatch_ext.methods.log import Log
 from selmatch_ext.precision import precision_scope
 from selmatch_ext.second_order import twice_differentiable
 from selmatch_ext.seeds import global_stream
@@ -34,7 +35,8 @@ def run_method(
 
     Where the method averages several draws, each comes from its own stream, and several processes (ranks.py) share them
     and end with the same bits as one. With settings.snapshot_every the set as it is before the first iteration, after
-    every so many and at the end goes to `folder`/snapshots/iteration_000100.safetensors and so on.
+    every so many and at the end goes to `folder`/snapshots/iteration_000100.safetensors and so on. Losses and learning
+    rates go to `folder`/losses.csv.
 
     made_from: what snapshots are saved with as their settings. identity: what a checkpoint must have been made from to
     be continued; None: `made_from`.
@@ -50,27 +52,38 @@ def run_method(
     rates = [group["lr"] for group in optimizer.param_groups]
     losses = checkpoint.restore(method, optimizer)
     keep = Snapshots(Path(folder) / "snapshots", settings.snapshot_every, iterations, made_from)
-    keep(method, len(losses))
+    log = Log(Path(folder), method, optimizer, losses)
+    log.show(keep(method, len(losses)), len(losses))
     saved_at = time.monotonic()
     good = None
     done = min(len(losses), iterations)
-    bar = ranks.progress(total=iterations, initial=done, desc=method.name, unit="iteration")
+    work = {"unit": "iteration", "kind": "iterations"}
+    bar = ranks.progress(total=iterations, initial=done, desc=method.name, **work)
     with using(_threads(method)), bar as progress:
         while len(losses) < iterations:
-            iteration = len(losses)
+            iteration, learned = len(losses), method.learned_rates()
             good, problem = _iterate(method, optimizer, rates, losses, good)
             if problem is not None:
-                checkpoint.save(method, optimizer, losses)
+                _save(checkpoint, log, method, optimizer, losses)
                 raise _stopped(method, iteration, losses, checkpoint, problem)
-            keep(method, len(losses))
+            log.add(len(losses), losses[-1], learned)
+            log.show(keep(method, len(losses)), len(losses))
             progress.update()
             progress.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
             if time.monotonic() - saved_at > settings.checkpoint_seconds:
-                checkpoint.save(method, optimizer, losses)
+                _save(checkpoint, log, method, optimizer, losses)
                 saved_at = time.monotonic()
-    checkpoint.save(method, optimizer, losses)
+    _save(checkpoint, log, method, optimizer, losses)
+    log.close()
     ranks.barrier()
     return losses
+
+
+def _save(
+    checkpoint: Checkpoint, log: Log, method: Method, optimizer: torch.optim.Optimizer, losses: list[float]
+) -> None:
+    log.hold(len(losses))
+    checkpoint.save(method, optimizer, losses)
 
 
 def _threads(method: Method) -> int:

@@ -158,6 +158,9 @@ class MTT(Method):
         student = self.unrolled(start, images, targets, batches, self.lr, augmentations, **optimizer)
         return trajectory_distance(student, start, target)
 
+    def learned_rates(self) -> dict[str, float]:
+        return {"lr": self.lr.item()}
+
     def check(self) -> None:
         if not self.lr.item() > 0:
             raise FloatingPointError(f"the learned learning rate η became {self.lr.item():.6g}; it must stay positive")

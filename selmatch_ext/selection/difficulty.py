@@ -66,7 +66,8 @@ def compute_scores(context: Context, settings: Scores) -> Tensor:
     averaged over the epochs) and AUM (arXiv 2001.10528), and after the last epoch for how unsure they are."""
     labels, epochs, measure = context.data.train.labels, settings.training.epochs, MEASURES[settings.source]
     watched = {}
-    with ranks.progress(total=len(ranks.mine(settings.runs)) * epochs, desc="scores", unit="epoch") as progress:
+    work = {"unit": "epoch", "kind": settings.model, "each": len(labels)}
+    with ranks.progress(total=len(ranks.mine(settings.runs)) * epochs, desc="scores", **work) as progress:
         for run in ranks.mine(settings.runs):
             model = context.network(settings.model, "scores", run)
             take = context.real_images()

@@ -25,10 +25,12 @@ def trained_networks(context: Context, settings: Features, folder: str | Path, c
 
     Raises ValueError when a file holds a network made otherwise."""
     folder = Path(folder)
-    with ranks.progress(total=count * settings.training.epochs, desc="networks on all data", unit="epoch") as progress:
-        for index in ranks.mine(count):
-            if not _path(folder, index).exists():
-                _train(context, settings, folder, index, progress)
+    missing = [index for index in ranks.mine(count) if not _path(folder, index).exists()]
+    work = {"unit": "epoch", "kind": settings.model, "each": len(context.data.train)}
+    total = len(missing) * settings.training.epochs
+    with ranks.progress(total=total, desc="networks on all data", **work) as progress:
+        for index in missing:
+            _train(context, settings, folder, index, progress)
     ranks.barrier()
     return [_load(context, settings, folder, index) for index in range(count)]
 

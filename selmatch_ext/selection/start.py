@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from selmatch_ext.clock import measured
 from selmatch_ext.context import Context
 from selmatch_ext.data.distilled import DistilledSet, real_subset, seen_as
 from selmatch_ext.data.trajectories import ExpertStore
@@ -66,6 +67,7 @@ def is_file(select: str) -> bool:
     return True
 
 
+@measured("start")
 def choose(
     settings: Start,
     context: Context,
