@@ -17,6 +17,7 @@ from selmatch_ext.methods.datm import DATMSettings
 from selmatch_ext.methods.dd import DDSettings
 from selmatch_ext.methods.distribution import DMSettings
 from selmatch_ext.methods.gradient import DCSettings, DSASettings
+from selmatch_ext.methods.ld import LDSettings
 from selmatch_ext.methods.mtt import MTTSettings
 from selmatch_ext.models import flat
 from selmatch_ext.ops.sampling import sample_augmentation
@@ -180,6 +181,7 @@ SMALL = {
     "dsa": DSASettings(model=MODEL, outer_loop=3, inner_loop=2, batch_real=6, iterations=2),
     "dm": DMSettings(model=MODEL + "BN", batch_real=6, iterations=6),
     "dd": DDSettings(**{**UNROLLED, "batch_real": 700}, passes=3, halve_every=1),
+    "ld": LDSettings(model=MODEL, inner_steps=2, batch_syn=7, batch_real=50, iterations=6, patience=2),
     "mtt": MTTSettings(**TRAJECTORY, lr_lr=1e-8, iterations=6, lr_images=10.0),
     "datm": DATMSettings(**TRAJECTORY, lr_lr=1e-8, iterations=6, first_max_start_epoch=1, lr_images=10.0),
     "selmatch": replace(tiny_run().settings, iterations=6),
@@ -215,7 +217,7 @@ def test_each_method_from_the_command_line(digits, experts, tmp_path, name):
     assert cli.main(arguments) == 0
     made = DistilledSet.load(tmp_path / "distilled.safetensors")
     assert made.method == name and len(made) == 20 and made.distilled.all()
-    assert (made.schedule is not None) == (name == "dd") and made.labels.is_floating_point() == (name == "datm")
+    assert (made.schedule is not None) == (name == "dd") and made.labels.is_floating_point() == (name in ("datm", "ld"))
 
 
 def test_methods_that_need_experts_say_so(digits, capsys, tmp_path):

@@ -11,10 +11,11 @@ from selmatch_ext.methods.datm import DATM
 from selmatch_ext.methods.dd import DD
 from selmatch_ext.methods.distribution import DM
 from selmatch_ext.methods.gradient import DC, DSA
+from selmatch_ext.methods.ld import LD
 from selmatch_ext.methods.mtt import MTT
 from selmatch_ext.methods.selmatch import SelMatch
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (DC, DSA, DM, DD, MTT, DATM, SelMatch)}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (DC, DSA, DM, DD, LD, MTT, DATM, SelMatch)}
 TAKEN = ("random", "start", "expert", "evaluation", "scores", "features", "noise", "correct")
 """Names of other sets and random streams, which no method can have."""
 RESERVED = (
@@ -56,6 +57,7 @@ __all__ = [
     "DM",
     "DSA",
     "Defaults",
+    "LD",
     "LoopSettings",
     "METHODS",
     "MTT",

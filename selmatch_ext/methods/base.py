@@ -8,12 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from selmatch_ext.context import Context
 from selmatch_ext.data.distilled import DistilledSet, weighted
 from selmatch_ext.data.images import ImageData
 from selmatch_ext.data.trajectories import ExpertSource
 from selmatch_ext.experts import expert_network
+from selmatch_ext.models.batchnorm import refuses_one_image
 from selmatch_ext.ops.dsa import Augmentation
 from selmatch_ext.ops.sampling import sample_augmentation
 from selmatch_ext.ranges import Checked, Count, Number, Seconds
@@ -135,6 +137,17 @@ def check_engine(method: Method, model: torch.nn.Module, engine: str, cuda_graph
         raise ValueError(f"{asked}, but {found.reason}")
 
 
+def check_batches(method: Method, model: torch.nn.Module, batch: int) -> None:
+    """ValueError where training on the set by batches of batch_syn would give BatchNorm of the network one image."""
+    count = len(method.task.start)
+    alone = min(count, batch) == 1 or count % batch == 1
+    if alone and refuses_one_image(model, method.combined()[:1].detach()):
+        raise ValueError(
+            f"batch_syn {batch} leaves a batch of one of the {count} images, from which BatchNorm of this network "
+            "cannot take statistics; choose another batch_syn"
+        )
+
+
 class Method:
     """Base of all methods. A subclass gives `name`, `optimizer` and `loss`, adds what else it learns to `learned`, and
     has settings and defaults of its own where it needs them.
@@ -199,7 +212,17 @@ class Method:
 
     def combined(self) -> Tensor:
         """(n, C, H, W): the whole set, learned images as they are now; differentiable in them."""
-        return self._fixed.index_copy(0, self._where, self.images)
+        return self.merged(self._fixed, self.images)
+
+    def merged(self, fixed: Tensor, learned: Tensor) -> Tensor:
+        """(n, …): `fixed`, with `learned` (m, …) in the rows of the images that are learned; differentiable in both."""
+        return fixed.index_copy(0, self._where, learned)
+
+    def soft_labels(self) -> Tensor:
+        """(n, K): the labels of the start as probabilities, of the type of the images."""
+        if self.labels.is_floating_point():
+            return self.labels
+        return F.one_hot(self.labels, self.task.data.classes).to(self.task.dtype)
 
     def of_class(self, label: int) -> Tensor:
         """(m,) indices into `combined()` of a class, in order, on the device."""
@@ -222,6 +245,9 @@ class Method:
         """The 0-d loss of one iteration, differentiable in `learned`. Every random choice comes from `generator` (CPU),
         `iteration` and the context's seed."""
         raise NotImplementedError
+
+    def updated(self) -> None:
+        """Called after each update of what is learned, by every process: the place to project it, or to average it."""
 
     def check(self) -> None:
         """Raises FloatingPointError when `learned` is no longer usable, e.g. a learning rate that is not positive."""

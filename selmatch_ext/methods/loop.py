@@ -110,6 +110,7 @@ def _iterate(
     if problem is None:
         good = before
         optimizer.step()
+        method.updated()
         problem = _refusal(method)
     elif good is not None:
         losses.pop()  # `good` is the state before the update that led here

@@ -11,8 +11,7 @@ from torch import Tensor
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.trajectories import ExpertSource
 from selmatch_ext.experts import expert_logits
-from selmatch_ext.methods.base import Method, MethodSettings, Task, check_engine
-from selmatch_ext.models.batchnorm import refuses_one_image
+from selmatch_ext.methods.base import Method, MethodSettings, Task, check_batches, check_engine
 from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.ops.distance import trajectory_distance
 from selmatch_ext.ranges import Count, Momentum, Number, Positive, Rate
@@ -91,7 +90,7 @@ class MTT(Method):
         self.model = task.expert_network()
         check_trajectories(task.experts, self.model, settings)
         self.unrolled = self._unrolled()
-        self._check_batches()
+        check_batches(self, self.model, settings.batch_syn)
         self.lr = torch.tensor(settings.lr_init, device=task.device, dtype=task.dtype, requires_grad=True)
         self.learned["lr"] = self.lr
         if settings.labels != "hard":
@@ -105,16 +104,6 @@ class MTT(Method):
             on_gpu = self.task.device.type == "cuda" and s.engine != "autograd"
             graphs = on_gpu and explain_engine(self.model, self.combined()[:2].detach()).name == "fused"
         return UnrolledSGD(self.model, s.engine, s.keep, s.gradient, s.precision, graphs)
-
-    def _check_batches(self) -> None:
-        """ValueError where the student would train on a batch of one image that BatchNorm refuses."""
-        count, batch = len(self.task.start), self.settings.batch_syn
-        alone = min(count, batch) == 1 or count % batch == 1
-        if alone and refuses_one_image(self.model, self.combined()[:1].detach()):
-            raise ValueError(
-                f"batch_syn {batch} leaves a batch of one of the {count} images, from which BatchNorm of this network "
-                "cannot take statistics; choose another batch_syn"
-            )
 
     @classmethod
     def needs_experts(cls, settings: MTTSettings) -> bool:
