@@ -7,12 +7,12 @@ import reference
 import reference_options
 import torch
 from conftest import MODEL, run_for
-from method_steps import ALL, UNROLLED, assert_same_step, begin, real, task
+from method_steps import ALL, TRAJECTORY, UNROLLED, assert_same_step, begin, real, task
 
 from selmatch_ext.context import Context
 from selmatch_ext.data.distilled import DistilledSet, normalized_labels, without_schedule
 from selmatch_ext.learned_steps import follow_schedule
-from selmatch_ext.methods import DD, LD, Task
+from selmatch_ext.methods import DD, LD, MTT, SelMatch, Task
 from selmatch_ext.methods.dd import DDSettings
 from selmatch_ext.methods.ld import LDSettings
 from selmatch_ext.methods.mtt import chunks
@@ -171,3 +171,40 @@ def test_learned_labels_allow_fewer_images_than_classes(digits, tmp_path):
     assert method.distilled().labels.shape == (4, 10)
     with pytest.raises(ValueError, match="each step takes equally many images of each class"):
         DD(few, DDSettings(**UNROLLED))
+
+
+# trajectory matching
+
+
+@pytest.mark.parametrize("labels", ["soft", "learned"])
+@pytest.mark.parametrize("kind", [MTT, SelMatch])
+def test_labels_of_the_learned_part_in_trajectory_matching(digits, experts, kind, labels):
+    """Those of the other images stay one-hot, to the bit."""
+    t = half_learned(digits, experts)
+    method = kind(t, kind.settings_type(**TRAJECTORY, labels=labels, strategy="none"))
+    got = method.loss(0, generator(0, "step"))
+    g = generator(0, "step")
+    expert, epoch = (int(torch.randint(n, (), generator=g)) for n in (experts.count, 3))
+    start, target = (experts.row(expert, e).double() for e in (epoch, epoch + 1))
+    net = t.network(experts.model, "student")
+    logits = reference_options.outputs(net, experts.row(0, 3).double(), t.start.images[::2].double()).detach()
+    torch.testing.assert_close(method.logits.detach(), logits, rtol=1e-9, atol=1e-9)
+    leaf = method.logits if labels == "learned" else logits
+    rows = leaf.exp() / leaf.exp().sum(1, keepdim=True)
+    soft = one_hot(t.start.labels).index_copy(0, torch.arange(0, 20, 2), rows)
+    theta = reference.unrolled_sgd_full_graph(
+        net, start.clone().requires_grad_(), method.combined(), soft, chunks(20, 7, 3, g), method.lr
+    )
+    assert_same_step(method, ((theta - target) ** 2).sum() / ((start - target) ** 2).sum(), got)
+    assert ("logits" in method.learned) == (labels == "learned")
+
+
+def test_only_the_labels_of_learned_images_change(digits, experts, tmp_path):
+    t = half_learned(digits, experts, torch.float32)
+    settings = SelMatch.settings_type(**TRAJECTORY, labels="learned", lr_labels=50.0, lr_images=10.0, lr_lr=1e-8)
+    method = SelMatch(t, settings)
+    before = method.distilled()
+    run_for(method, 2, tmp_path, {}, seed=0)
+    made = method.distilled()
+    assert torch.equal(made.labels[1::2].double(), one_hot(t.start.labels)[1::2])
+    assert (made.labels != before.labels).any(1).tolist() == [True, False] * 10

@@ -165,7 +165,7 @@ class Method:
     learned: dict[str, Tensor]
     """What is optimized, by name: leaf tensors that require a gradient."""
     state: dict[str, Tensor]
-    """What else goes from one iteration to the next, by name: tensors that `loss` changes in place."""
+    """What else goes from one iteration to the next, by name: tensors that `loss` or `updated` changes in place."""
 
     def __init__(self, task: Task, settings: Any):
         start = task.start
@@ -196,6 +196,11 @@ class Method:
     def iterations(self) -> int:
         """Updates of the images that the settings ask for."""
         return self.settings.iterations
+
+    @property
+    def losses_change_state(self) -> bool:
+        """Whether `loss` changes `state`; then an iteration cannot average several losses."""
+        return bool(self.state)
 
     @property
     def experts_from_other_data(self) -> bool:
@@ -259,6 +264,10 @@ class Method:
     def distilled(self) -> DistilledSet:
         """The set as it is now, on the CPU."""
         return replace(self.task.start, images=self.combined().detach().cpu().float(), method=self.name)
+
+    def further_sets(self) -> dict[str, DistilledSet]:
+        """Sets that are written beside the distilled one, by the names of their files."""
+        return {}
 
     def further_results(self, sets: dict[str, DistilledSet]) -> dict[str, Any]:
         """What results.json says beside accuracies. sets: those that are compared, by name (random, start, and the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,10 +12,13 @@ from torch import Tensor
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.trajectories import ExpertSource
 from selmatch_ext.experts import expert_logits
+from selmatch_ext.methods.average import MovingAverage
 from selmatch_ext.methods.base import Method, MethodSettings, Task, check_batches, check_engine
+from selmatch_ext.methods.end_step import nearest_step
+from selmatch_ext.methods.partial_distance import compared
 from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.ops.distance import trajectory_distance
-from selmatch_ext.ranges import Count, Momentum, Number, Positive, Rate
+from selmatch_ext.ranges import Count, Momentum, Number, Positive, Rate, Skipped
 from selmatch_ext.settings import DSA, Precision
 from selmatch_ext.unroll import UnrolledSGD, explain_engine
 
@@ -46,11 +50,24 @@ class MTTSettings(MethodSettings):
     lr_init: Positive = 0.01
     """η₀, the student's learning rate at the start; it is learned."""
     labels: Literal["hard", "soft", "learned"] = "hard"
-    """soft: softmax of the logits that expert 0 gives the starting images; learned: those logits are learned too."""
+    """soft: those of learned images are the softmax of the logits that expert 0 gives them; learned: these logits are
+    learned too. Labels of images that are not learned stay as they are."""
     lr_labels: Rate = 1.0
     """Step size of learned logits."""
     labels_momentum: Momentum = 0.9
     """Momentum of learned logits."""
+    ema: Momentum = 0.0
+    """Above 0 (FTD, arXiv 2211.11004): the set is the moving average, with this decay, of all that is learned; the last
+    state is written beside it, to last.safetensors."""
+    end_step: Literal["last", "nearest"] = "last"
+    """nearest (ATT, arXiv 2407.14245): the student takes as many of the N steps as bring it nearest to the target; all
+    are taken first to find how many."""
+    skip_first: Skipped = 0.0
+    """Share of the network's parameters, those of its first layers, that is left out of the distance (PAD, arXiv
+    2408.03360)."""
+    skip_smallest: Skipped = 0.0
+    """Share of the remaining parameters, those with the smallest squared error, that is left out of the distance (EDF,
+    arXiv 2410.17193, and the code of PAD)."""
     strategy: str = DSA
     """Augmentation of each student update: one of the names, drawn per batch."""
     gradient: Literal["exact", "tesla"] = "exact"
@@ -93,10 +110,12 @@ class MTT(Method):
         check_batches(self, self.model, settings.batch_syn)
         self.lr = torch.tensor(settings.lr_init, device=task.device, dtype=task.dtype, requires_grad=True)
         self.learned["lr"] = self.lr
+        self.fixed = self.soft_labels()
         if settings.labels != "hard":
-            self.logits = expert_logits(task.experts, task.context, task.start.images.to(task.dtype))
+            self.logits = expert_logits(task.experts, task.context, task.start.images.to(task.dtype))[self._where]
         if settings.labels == "learned":
             self.learned["logits"] = self.logits.requires_grad_()
+        self.average = MovingAverage(self, settings.ema) if settings.ema else None
 
     def _unrolled(self) -> UnrolledSGD:
         s, graphs = self.settings, self.settings.cuda_graphs
@@ -128,7 +147,7 @@ class MTT(Method):
 
     def targets(self) -> Tensor:
         """(n,) int64 labels, or (n, K) probabilities."""
-        return self.labels if self.settings.labels == "hard" else self.logits.softmax(1)
+        return self.labels if self.settings.labels == "hard" else self.merged(self.fixed, self.logits.softmax(1))
 
     def loss(self, iteration: int, generator: torch.Generator) -> Tensor:
         """‖θ̂_N − θ*_{t+M}‖² / ‖θ*_t − θ*_{t+M}‖² for a random expert and start epoch t (SelMatch, equation 2).
@@ -142,8 +161,28 @@ class MTT(Method):
         target = store.row(expert, epoch + s.expert_epochs).to(images)
         batches = chunks(len(images), s.batch_syn, s.inner_steps, generator)
         batches, augmentations = self.task.steps(batches, s.strategy, generator)
-        student = self.unrolled(start, images, self.weighted(self.targets()), batches, self.lr, augmentations)
+        targets = self.weighted(self.targets())
+
+        def steps(theta: Tensor, first: int, end: int) -> Tensor:
+            tables = None if augmentations is None else augmentations[first:end]
+            return self.unrolled(theta, images, targets, batches[first:end], self.lr, tables)
+
+        end = len(batches)
+        if s.end_step == "nearest":
+            end = nearest_step(lambda theta, i: steps(theta, i, i + 1), start, target, end)
+        student = steps(start, 0, end)
+        if s.skip_first or s.skip_smallest:
+            kept = compared(student, target, s.skip_first, s.skip_smallest)
+            student, start, target = (t.index_select(0, kept) for t in (student, start, target))
         return trajectory_distance(student, start, target)
+
+    @property
+    def losses_change_state(self) -> bool:
+        return False
+
+    def updated(self) -> None:
+        if self.average is not None:
+            self.average.update()
 
     def check(self) -> None:
         if not self.lr.item() > 0:
@@ -157,6 +196,14 @@ class MTT(Method):
         )
 
     def distilled(self) -> DistilledSet:
+        with contextlib.nullcontext() if self.average is None else self.average.in_place():
+            return self.last()
+
+    def further_sets(self) -> dict[str, DistilledSet]:
+        return {} if self.average is None else {"last": self.last()}
+
+    def last(self) -> DistilledSet:
+        """The set with what is learned as it is now, whether or not `distilled` is an average."""
         labels = self.targets().detach().cpu()
         labels = labels.float() if labels.is_floating_point() else labels
         return replace(super().distilled(), labels=labels, lr=self.lr.item())
