@@ -1,5 +1,6 @@
 # Each target makes .venv when it is not there: torch, torchvision and this package, built with CUDA where nvcc is found.
 #   make demo [SEED=0]   make methods [SEED=0]   make test   make bench   make lint   make docs
+#   make wheel      one wheel in dist/, with the kernels of all GPU architectures where nvcc is found
 #   make gpu [DEVICE=cuda] [OUT=runs/gpu]      a first session on a GPU, in ten minutes: build, tests, comparisons, figures.
 #       It takes .venv where that is, else PYTHON with whatever torch it has, and asks no registry for anything.
 PYTHON ?= python3
@@ -11,7 +12,7 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.c
 SHELL := bash
 DEVICE ?= cuda
 OUT ?= runs/gpu
-.PHONY: demo methods test bench gpu lint style types docs clean
+.PHONY: demo methods test bench gpu wheel lint style types docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -28,6 +29,9 @@ bench: $(VENV)/.installed
 
 gpu:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m bench.gpu --device $(DEVICE) --out $(OUT)
+
+wheel: $(VENV)/.torch  # for this Python, this torch and its CUDA; selmatch_ext/built_for.py says so beside another one
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
 
 lint: style types
 

@@ -6,6 +6,7 @@ there is none for PORTABLE_ARCHS.
 """
 
 import glob
+import json
 import os
 import re
 import shutil
@@ -94,6 +95,16 @@ class Build(BuildExtension):
         super().finalize_options()
         # One place for the objects of wheels, editable installs and builds in place: only what changed is compiled.
         self.build_temp = os.path.join("build", f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
+
+    def run(self):
+        super().run()
+        # What selmatch_ext/built_for.py compares with the torch that it is imported beside.
+        cuda = torch.version.cuda if TOOLKIT is not None else None
+        note = {"version": project_version(), "torch": torch.__version__, "cuda": cuda}
+        with open(
+            os.path.join(os.path.dirname(self.get_ext_fullpath("selmatch_ext._C")), "built_for.json"), "w"
+        ) as file:
+            json.dump(note, file)
 
     def build_extensions(self):
         # Sources of the same name in two folders, or with two endings, must not share one object file.

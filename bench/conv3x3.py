@@ -21,18 +21,20 @@ def _case(setting, batch, channels, outputs, side):
 
     def normal(*shape):
         x = torch.randn(shape, generator=generator)
-        return x.contiguous(memory_format=torch.channels_last) if shape[1] > 4 else x
+        return x.contiguous(memory_format=torch.channels_last)
 
     x, g = normal(batch, channels, side, side), normal(batch, outputs, side, side)
     weight = torch.randn(outputs, channels, 3, 3, generator=generator)
-    ours = {"input gradient": lambda: conv3x3_input_gradient(g, weight)}
-    plain = {"input gradient": lambda: BACKWARD(g, x, weight, None, *SETTINGS, [True, False, False])[0]}
-    if channels > 4:  # with fewer the engine leaves these to torch
-        ours |= {"forward": lambda: conv3x3(x, weight), "weight gradient": lambda: conv3x3_weight_gradient(x, g)}
-        plain |= {
-            "forward": lambda: torch.conv2d(x, weight, padding=1),
-            "weight gradient": lambda: BACKWARD(g, x, weight, None, *SETTINGS, [False, True, False])[1],
-        }
+    ours = {
+        "forward": lambda: conv3x3(x, weight),
+        "input gradient": lambda: conv3x3_input_gradient(g, weight),
+        "weight gradient": lambda: conv3x3_weight_gradient(x, g),
+    }
+    plain = {
+        "forward": lambda: torch.conv2d(x, weight, padding=1),
+        "input gradient": lambda: BACKWARD(g, x, weight, None, *SETTINGS, [True, False, False])[0],
+        "weight gradient": lambda: BACKWARD(g, x, weight, None, *SETTINGS, [False, True, False])[1],
+    }
     flops = 2 * 9 * batch * side * side * channels * outputs
     cases = {}
     for name in sorted(ours):
@@ -47,7 +49,7 @@ def _case(setting, batch, channels, outputs, side):
 @torch.no_grad()
 def run(setting: Setting) -> dict:
     """By shape and direction: seconds, direct-equivalent FLOP per second and their share of the peak, of both."""
-    shapes = [(50, 3, 128, 32), (50, 128, 128, 16), (50, 128, 128, 8)]
+    shapes = [(50, 3, 128, 32), (50, 128, 128, 16), (50, 128, 128, 8), (50, 64, 64, 8)]
     if setting.quick:
         shapes = [(2, 3, 32, 8), (2, 32, 32, 8)]
     with threads():

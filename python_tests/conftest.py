@@ -99,3 +99,21 @@ def experts(digits, tmp_path_factory):
     from selmatch_ext.experts import train_experts
 
     return train_experts(Context(digits), tiny_run().experts, tmp_path_factory.mktemp("experts"))
+
+
+@pytest.fixture
+def learned(digits):
+    """A set of images that are no pixels any more, of which some leave the range of pixels."""
+    real = random_set(digits, 2)
+    noise = torch.randn(real.images.shape, generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(20) % 3 > 0
+    return replace(real, images=real.images + noise, distilled=mask, lr=0.0123, method="mtt", settings={"a": [1]})
+
+
+@pytest.fixture
+def public(learned, tmp_path):
+    """MTT's two files with the images and labels of `learned`; the path of the first."""
+    (tmp_path / "mtt").mkdir()
+    torch.save(learned.images, tmp_path / "mtt" / "images_100.pt")
+    torch.save(learned.labels, tmp_path / "mtt" / "labels_100.pt")
+    return tmp_path / "mtt" / "images_100.pt"

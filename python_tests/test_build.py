@@ -1,12 +1,14 @@
 """What was built, and that everything is registered."""
 
 import importlib.metadata
+import json
 import os
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -63,6 +65,43 @@ def test_registered(name):
 def test_no_operator_is_left_out():
     schemas = [s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("selmatch_ext::")]
     assert sorted(schemas) == sorted(f"selmatch_ext::{name}" for name in (*OPERATORS, "draw_augmentation"))
+
+
+WHEEL = """
+import os, shutil, sys
+import torch.utils.cpp_extension as extensions
+
+def place(build):  # in place of compiling
+    target = build.get_ext_fullpath("selmatch_ext._C")
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    shutil.copy(os.environ["MODULE"], target)
+
+extensions.BuildExtension.build_extensions = place
+exec(compile(open("setup.py").read(), "setup.py", "exec"))
+print("architectures:", os.environ.get("TORCH_CUDA_ARCH_LIST"), "of", WHEEL_ARCHS)
+"""
+
+
+def test_a_wheel_says_what_it_was_built_for(tmp_path):
+    """Without compiling it."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in"):
+        shutil.copy(ROOT / name, tmp_path)
+    ignored = shutil.ignore_patterns("*.so", "built_for.json", "__pycache__")
+    shutil.copytree(ROOT / "selmatch_ext", tmp_path / "selmatch_ext", ignore=ignored)
+    (tmp_path / "csrc").mkdir()
+    environment = {**os.environ, "MODULE": sys.modules["selmatch_ext._C"].__file__}
+    environment.pop("TORCH_CUDA_ARCH_LIST", None)
+    command = [sys.executable, "-c", WHEEL, "bdist_wheel", "--dist-dir", "dist"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        built = json.loads(archive.read("selmatch_ext/built_for.json"))
+        assert {"selmatch_ext/py.typed", "selmatch_ext/_C.pyi"} <= set(archive.namelist())
+        assert any(name.startswith("selmatch_ext/_C.") and name.endswith(".so") for name in archive.namelist())
+    assert built["version"] == sm.__version__ and built["torch"] == torch.__version__
+    chosen, every = done.stdout.splitlines()[-1].removeprefix("architectures: ").split(" of ")
+    assert (built["cuda"], chosen) in ((None, "None"), (torch.version.cuda, every))
 
 
 def test_public_names():

@@ -15,8 +15,10 @@ import torch
 
 from selmatch_ext import cli, cli_process
 from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.data.foreign import Reading
 from selmatch_ext.methods import METHODS
 from selmatch_ext.runner import Run
+from selmatch_ext.settings import Sweep
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -71,7 +73,7 @@ def commands(page):
     found = []
     for text in [*shell, *re.findall(r"`([^`\n]+)`", prose.replace("\n", " "))]:
         text = re.sub(r"\$\w+", "1", text)  # variables of the shell
-        match = re.search(r"(?:^|\s|')(?:selmatch|torchrun .*-m selmatch_ext|-m selmatch_ext) ([^#|;']*)", text)
+        match = re.search(r"(?:^|\s|')(?:selmatch|torchrun .*-m selmatch_ext|-m selmatch_ext) ([^#|;>']*)", text)
         words = shlex.split(match[1]) if match else []
         # VERB and METHOD stand for others; a method alone is no command
         if words[1:] and not {"VERB", "METHOD"} & set(words) and not set(words[1:]) <= {*METHODS, "…"}:
@@ -130,7 +132,9 @@ def test_options_in_the_text_exist():
     """In backticks, also in tables; not in the first column of moving-over.md's tables, which has public code's."""
     known = {name for method in METHODS for name in options(Run.of(method))}
     known |= {"--out", "--device", "--seed", "--settings", "--reduced", "--help", "--experts", "--replay-buffer"}
+    known |= {"--format", "--version", "--json", "--tyro-print-completion", *options(Reading())}
     known |= {"--nproc-per-node", "--nnodes", "--node-rank"}  # torchrun's
+    known |= {name for name in options(Sweep())} | {"--method", "--data"}  # of selmatch sweep and recipes
     for page in PAGES:
         text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
         if page.name == "moving-over.md":

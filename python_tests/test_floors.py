@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "selmatch_ext"
 FLOORS = """
-    openmp allocator strict_json ranges seeds output compiling stages
+    openmp allocator strict_json ranges seeds output compiling stages built_for cli_help
     ranks files precision
     arrays
     second_order
@@ -32,13 +32,13 @@ FLOORS = """
     selection.window_search
     selection.start
     methods
-    preflight report
+    preflight report doctor
     runner
     studies
     recipes
     cli_process
     cli_settings
-    cli_studies
+    cli_studies cli_files cli_doctor cli_completion
     cli
     __init__ __main__
 """

@@ -116,6 +116,8 @@ def test_parameters_that_are_compared():
     assert compared(student, target, 0, 0.99).tolist() == [1]
     with pytest.raises(SettingError, match="skip_smallest is 1.0; allowed is 0 to below 1"):
         MTTSettings(skip_smallest=1.0)
+    with pytest.raises(SettingError, match="end_step is nearest; allowed is last where inner_momentum is above 0"):
+        MTTSettings(end_step="nearest", inner_momentum=0.5)
 
 
 def test_the_nearest_step_leaves_global_draws_as_they_were():

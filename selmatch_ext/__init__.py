@@ -7,24 +7,33 @@ line does so by itself (`openmp.py`).
 
 # ruff: noqa: E402
 # isort: off
-from selmatch_ext import openmp
+import sys
+
+from selmatch_ext import cli_help, openmp
 
 openmp.prepare()  # before torch loads the OpenMP runtime
-
-import torch  # noqa: F401  (the extension needs torch's libraries loaded)
 # isort: on
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from selmatch_ext import models
-from selmatch_ext._C import build_info
-from selmatch_ext.allocator import keep_memory
-from selmatch_ext.ops.distance import trajectory_distance
-from selmatch_ext.ops.dsa import Augmentation, augment, mix_augmentations
-from selmatch_ext.ops.gradient_distance import gradient_distance
-from selmatch_ext.ops.sampling import DiffAugment, ParamDiffAug, sample_augmentation
-from selmatch_ext.unroll import UnrolledSGD, explain_engine, unrolled_sgd
+if TYPE_CHECKING or not (openmp.is_command_line() and cli_help.asked(sys.argv[1:])):
+    import torch
+
+    from selmatch_ext import built_for
+
+    built_for.check(torch.__version__, torch.version.cuda)
+
+    from selmatch_ext import models
+    from selmatch_ext._C import build_info
+    from selmatch_ext.allocator import keep_memory
+    from selmatch_ext.ops.distance import trajectory_distance
+    from selmatch_ext.ops.dsa import Augmentation, augment, mix_augmentations
+    from selmatch_ext.ops.gradient_distance import gradient_distance
+    from selmatch_ext.ops.sampling import DiffAugment, ParamDiffAug, sample_augmentation
+    from selmatch_ext.unroll import UnrolledSGD, explain_engine, unrolled_sgd
+
+    __version__ = build_info()["version"]
 
 if TYPE_CHECKING:
     from selmatch_ext import ranges
@@ -34,8 +43,6 @@ if TYPE_CHECKING:
     from selmatch_ext.methods import Method, MethodSettings, Task
     from selmatch_ext.runner import Run, run
     from selmatch_ext.settings import Start
-
-__version__ = build_info()["version"]
 
 _LATER = {
     "Context": "context",

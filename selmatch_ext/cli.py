@@ -12,7 +12,19 @@ from typing import Annotated, Any
 
 import tyro
 
-from selmatch_ext import cli_process, cli_studies, models, preflight, recipes, report, runner
+from selmatch_ext import (
+    cli_completion,
+    cli_doctor,
+    cli_files,
+    cli_help,
+    cli_process,
+    cli_studies,
+    models,
+    preflight,
+    recipes,
+    report,
+    runner,
+)
 from selmatch_ext.allocator import keep_memory_unless_chosen
 from selmatch_ext.cli_process import device_of
 from selmatch_ext.cli_settings import Here, Place, WithExperts, check_named_networks, given_run, settings_by_name
@@ -28,8 +40,6 @@ from selmatch_ext.runner import Run
 from selmatch_ext.selection.difficulty import COMPUTED, training_difficulty
 from selmatch_ext.settings import Data, Evaluation, Experts, Scores, Start
 
-ABOUT = """Dataset distillation, from data set to evaluated distilled set. `selmatch VERB --help` lists the settings of
-a verb, `selmatch run METHOD --help` those of a method."""
 SELECTED = Run().start
 DEMO = recipes.RECIPES[recipes.DEMO].settings
 
@@ -200,13 +210,18 @@ def experts(
     say(f"{store.count} experts of {store.epochs} epochs in {out}")
 
 
-def recipes_() -> None:
-    """The rows of the papers' tables as named settings, with the published figures.
+def recipes_(*, method: str | None = None, data: str | None = None) -> None:
+    """The cells of the papers' tables as named settings, with the published figures, and ours where there is one.
 
     `selmatch run --settings NAME --out FOLDER` runs one from data set to evaluated distilled set; with --reduced at a
-    scale for a laptop. All its settings can be changed, and --help lists them.
+    scale for a laptop. All its settings can be changed, and --help lists them. Recipes of the method select choose real
+    images: `selmatch select --settings NAME --out FOLDER`, and `selmatch evaluate --settings NAME` with its file.
+
+    Args:
+        method: Only those of this method, or of this row of the tables, such as random or tesla.
+        data: Only those of this data set, such as cifar100.
     """
-    say(report.table(recipes.listing()))
+    say(report.table(recipes.listing(method, data)))
 
 
 METHOD_VERBS: dict[str, Callable[[str], Callable[..., None]]] = {"run": run_by, "distill": distill_by}
@@ -221,19 +236,22 @@ VERBS: dict[str, Callable[..., None]] = {
     "cross": cli_studies.cross,
     "continual": cli_studies.continual,
     "search": cli_studies.search,
+    "sweep": cli_studies.sweep,
     "methods": cli_studies.methods,
     "report": cli_studies.report_,
-    "export": cli_studies.export,
+    "export": cli_files.export,
+    "import": cli_files.import_,
+    "doctor": cli_doctor.doctor,
 }
 
 
-def _method_verb(by: Callable[[str], Callable[..., None]]) -> Callable[..., None]:
+def _method_verb(name: str) -> Callable[..., None]:
     """What --help shows of a verb that is followed by a method."""
 
     def verb() -> None:
         """See selmatch VERB METHOD --help."""
 
-    verb.__doc__ = f"{(by.__doc__ or '').removesuffix('.')}; METHOD is {', '.join(METHODS)}, or package.module:Class."
+    verb.__doc__ = cli_help.of_methods(name, METHOD_VERBS[name].__doc__ or "")
     return verb
 
 
@@ -256,6 +274,8 @@ def _later(verb: Callable[..., None], defaults: Run | None) -> Callable[..., Cal
 
 def command(arguments: list[str]) -> None:
     """Runs one verb, given the words after `selmatch`."""
+    if arguments[:1] == [cli_completion.FLAG]:
+        return say(cli_completion.script(" ".join(arguments[1:]), VERBS, METHOD_VERBS, METHODS))
     defaults, words = given_run(arguments, METHOD_VERBS)
     verbs, prog = dict(VERBS), "selmatch"
     if words[:1] and words[0] in METHOD_VERBS:
@@ -263,14 +283,11 @@ def command(arguments: list[str]) -> None:
         names = [words[0]] if words and not words[0].startswith("-") else list(METHODS)
         verbs = {name: by(name) for name in names}
     else:
-        verbs = {name: _method_verb(by) for name, by in METHOD_VERBS.items()} | verbs
+        verbs = {name: _method_verb(name) for name in METHOD_VERBS} | verbs
     if defaults is not None and len(words) > 0 and words[0] in verbs:
         check_named_networks(defaults, inspect.signature(verbs[words[0]]).parameters, words)
     later = {name: _later(verb, defaults) for name, verb in verbs.items()}
-    about = ABOUT + cli_process.OPTIONS
-    call = cli_process.parsed(
-        lambda: tyro.extras.subcommand_cli_from_dict(later, prog=prog, args=words, description=about), words
-    )
+    call = cli_process.parsed(lambda: cli_help.parsed(later, prog, words), words)
     call()
 
 
@@ -279,5 +296,8 @@ def main(arguments: list[str] | None = None) -> int:
     current folder can be named, as in experts.model my_networks:build."""
     if "" not in sys.path:
         sys.path.append("")
+    words = sys.argv[1:] if arguments is None else arguments
+    if cli_help.asked(words):
+        return cli_help.answer(words)
     keep_memory_unless_chosen()
-    return cli_process.guarded(command, sys.argv[1:] if arguments is None else arguments)
+    return cli_process.guarded(command, words)

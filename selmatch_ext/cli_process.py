@@ -25,11 +25,6 @@ from selmatch_ext.stages import describe_error
 
 T = TypeVar("T")
 
-OPTIONS = """
-Options of every verb: --debug shows where an error comes from; --insist-on-bfloat16 lets a run use bfloat16 on a
-processor without instructions for it.
-"""
-
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, raised where Ctrl-C would be."""

@@ -34,7 +34,7 @@ struct Conv3x3GradientCall {
   T* weight;   // (outputs, channels, 3, 3)
 };
 
-// channels and outputs must be multiples of the first; outputs of the transpose may be 1 to kConv3x3Few.
+// Numbers of channels must be multiples of the first; an input, which the transpose makes, may have 1 to kConv3x3Few.
 constexpr int kConv3x3Multiple = 32, kConv3x3Few = 4;
 
 void conv3x3(const Conv3x3Call<float>& call, CpuParallel parallel);

@@ -17,14 +17,14 @@ void check(const char* name, const at::Tensor& tensor, const at::Tensor& x) {
   check_dtype("conv3x3", name, tensor, x.scalar_type());
 }
 
-void check_channels(const c10::SymInt& channels, const c10::SymInt& outputs, bool few) {
+// Of the convolution's input and of its result, whichever of them a call is given.
+void check_channels(const c10::SymInt& inputs, const c10::SymInt& outputs) {
   const auto fits = [](const c10::SymInt& count) {
     return count > 0 && count <= (1 << 20) && count % kConv3x3Multiple == 0;
   };
-  TORCH_CHECK_VALUE(fits(channels) && (fits(outputs) || (few && outputs > 0 && outputs <= kConv3x3Few)),
-                    "conv3x3: numbers of channels must be multiples of ", kConv3x3Multiple, " up to 2^20",
-                    few ? " (the input whose gradient it is may have 1 to 4)" : "", ", got ", channels, " and ",
-                    outputs);
+  TORCH_CHECK_VALUE(fits(outputs) && (fits(inputs) || (inputs > 0 && inputs <= kConv3x3Few)),
+                    "conv3x3: numbers of channels must be multiples of ", kConv3x3Multiple,
+                    " up to 2^20 (of the input also 1 to 4), got ", inputs, " and ", outputs);
 }
 
 // Memory for the result, after all checks. x: (batch, channels, height, width); weight: (outputs, channels, 3, 3),
@@ -36,7 +36,7 @@ at::Tensor conv3x3_result(const at::Tensor& x, const at::Tensor& weight, const s
   check_images("conv3x3", "x", x);
   check_images("conv3x3", "weight", weight);
   const c10::SymInt channels = x.sym_size(1), outputs = weight.sym_size(transposed ? 1 : 0);
-  check_channels(channels, outputs, transposed);
+  transposed ? check_channels(outputs, channels) : check_channels(channels, outputs);
   check_sizes("conv3x3", "weight", weight, {transposed ? channels : outputs, transposed ? outputs : channels, 3, 3});
   if (bias) {
     check("bias", *bias, x);
@@ -52,7 +52,7 @@ at::Tensor conv3x3_weight_gradient_result(const at::Tensor& x, const at::Tensor&
   check("g", g, x);
   check_images("conv3x3", "x", x);
   check_images("conv3x3", "g", g);
-  check_channels(x.sym_size(1), g.sym_size(1), false);
+  check_channels(x.sym_size(1), g.sym_size(1));
   check_sizes("conv3x3", "g", g, {x.sym_size(0), g.sym_size(1), x.sym_size(2), x.sym_size(3)});
   return at::empty_symint({g.sym_size(1), x.sym_size(1), 3, 3}, x.options());
 }

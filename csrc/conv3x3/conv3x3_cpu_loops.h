@@ -378,13 +378,17 @@ struct Conv3x3Loops {
 
 template <typename T>
 void run(const Conv3x3Call<T>& call, CpuParallel parallel) {
-  if (call.outputs <= kConv3x3Few) {
-    return Conv3x3FewLoops<T>{call, parallel}.run();
+  const int channels = call.transposed ? call.outputs : call.channels;  // of the input
+  if (channels <= kConv3x3Few) {
+    return run_few<T>(call, channels, parallel);
   }
   typename Conv3x3Loops<T>::Forward{call, parallel}.run();
 }
 
 template <typename T>
 void run(const Conv3x3GradientCall<T>& call, CpuParallel parallel) {
+  if (call.channels <= kConv3x3Few) {
+    return run_few<T>(call, call.channels, parallel);
+  }
   typename Conv3x3Loops<T>::Gradient{call, parallel}.run();
 }

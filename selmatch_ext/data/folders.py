@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,11 +20,11 @@ from tqdm import tqdm
 from selmatch_ext import strict_json
 from selmatch_ext.data.archives import ARCHIVES, read_archive
 from selmatch_ext.data.decoding import DecodedImage, Levels, decode, extensions
-from selmatch_ext.data.images import ImageData, ImageSplit
+from selmatch_ext.data.images import Full, ImageData, ImageSplit
 from selmatch_ext.data.memory import available_memory, size_text
 from selmatch_ext.data.names import readable, shortened, unique_names
-from selmatch_ext.data.splits import ANNOTATIONS, FolderOptions, SplitPlan, bytes_of, plan_splits
-from selmatch_ext.data.tree import ArchiveTree, Content, FolderTree, extension, skipped_text
+from selmatch_ext.data.splits import ANNOTATIONS, FolderOptions, Split, SplitPlan, bytes_of, plan_splits
+from selmatch_ext.data.tree import ArchiveTree, Content, FolderTree, Listing, extension, skipped_text
 from selmatch_ext.files import json_field, load_tensors, save_tensors
 from selmatch_ext.settings import color
 
@@ -39,20 +40,29 @@ def load_folder(path: Path, options: FolderOptions, cache: str | os.PathLike | N
     set of one class and for training images that are all equal, and OSError."""
     if not path.exists():
         raise FileNotFoundError(f"image data set {readable(str(path))} does not exist")
+    if not path.is_dir():
+        key = cache_key({path.name: path}, options, (None, None))
+        return load_planned(path, lambda: plan_splits(path, _archive_tree(path), options), options, cache, key)
+    plan = plan_splits(path, FolderTree(path), options)
+    key = cache_key(plan.contents, options, (plan.test.paths, plan.test.classes))
+    return load_planned(path, lambda: plan, options, cache, key)
+
+
+def load_planned(
+    path: Path, plan: Callable[[], SplitPlan], options: FolderOptions, cache: str | os.PathLike | None, key: str
+) -> ImageData:
+    """Decodes what `plan()` lists, or reads it from the cache, where it was kept under `key` (see `cache_key`)."""
     name = readable(_stem(path)) + (f" ({options.resize}x{options.resize})" if options.resize is not None else "")
-    plan = plan_splits(path, FolderTree(path), options) if path.is_dir() else None
     store = None
     if cache is not None:
         stem = readable(_stem(path)).encode()[:100].decode(errors="ignore")
-        store = Path(cache) / f"{stem}-{_cache_key(path, plan, options)}.safetensors"
+        store = Path(cache) / f"{stem}-{key}.safetensors"
         if store.exists():
             try:
                 return _read_cache(store, name)
             except (ValueError, TypeError):
                 pass  # damaged: decoded again and replaced below
-    if plan is None:
-        plan = plan_splits(path, _archive_tree(path), options)
-    data, notes = _decode_all(name, plan, options)
+    data, notes = _decode_all(name, plan(), options)
     first = data.train.images[0]
     if all(torch.equal(image, first) for image in data.train.images):
         raise ValueError(f"{name}: the {len(data.train)} training images do not differ; there is nothing to learn")
@@ -90,6 +100,14 @@ def _archive_tree(path: Path) -> ArchiveTree:
     return tree
 
 
+def decode_split(name: str, paths: list[str], classes: list[str], listing: Listing) -> Tensor:
+    """The images at `paths` of a listing as one tensor (n, C, H, W) uint8; what was left out is said in the log."""
+    plan = SplitPlan(Split(paths, classes), Split([], []), listing.classes, listing.files)
+    images, notes = _Decoding(name, plan, FolderOptions()).run()
+    _log([f"{name}: {skipped_text(listing.skipped)}"] * bool(listing.skipped) + notes)
+    return images
+
+
 def _decode_all(name: str, plan: SplitPlan, options: FolderOptions) -> tuple[ImageData, list[str]]:
     """Decodes both splits, and what is to be said about it."""
     with warnings.catch_warnings():
@@ -99,11 +117,19 @@ def _decode_all(name: str, plan: SplitPlan, options: FolderOptions) -> tuple[Ima
     number = {folder: i for i, folder in enumerate(plan.class_folders)}
     labels = [torch.tensor([number[c] for c in split.classes]) for split in (plan.train, plan.test)]
     n = len(plan.train.paths)
+    full = None
+    if plan.whole is not None:
+        of_all = {folder: i for i, folder in enumerate(plan.whole[1])}
+        all_labels = torch.tensor([of_all[c] for c in plan.whole[0].classes])
+        kept = torch.isin(all_labels, torch.tensor([of_all[folder] for folder in plan.class_folders]))
+        full = Full(name, all_labels, kept.nonzero().squeeze(1))
+        name = f"{name} ({len(plan.class_folders)} classes)"
     data = ImageData(
         name,
         ImageSplit(images[:n], labels[0], plan.train.paths),
         ImageSplit(images[n:], labels[1], plan.test.paths),
         unique_names(plan.class_folders),
+        full=full,
     )
     skipped = [f"{name}: {skipped_text(plan.skipped)}"] if plan.skipped else []
     return data, skipped + notes
@@ -186,14 +212,11 @@ class _Decoding:
         ]
 
 
-def _cache_key(path: Path, plan: SplitPlan | None, options: FolderOptions) -> str:
-    if plan is None:
-        listed: dict[str, Content] = {path.name: path}
-    else:
-        listed = plan.contents
+def cache_key(listed: Mapping[str, Content], options: FolderOptions, tests: tuple) -> str:
+    """What the decoded images depend on: the files' names, sizes and times, the options, and which images are for
+    testing, where the files do not say it."""
     stamps = [(name, file.stat()) for name, file in sorted(listed.items()) if isinstance(file, Path)]
     listing = [(name, stamp.st_size, stamp.st_mtime_ns) for name, stamp in stamps]
-    tests = None if plan is None else plan.test.paths, plan and plan.test.classes
     return hashlib.sha256(json.dumps([options.key(), listing, tests]).encode()).hexdigest()[:16]
 
 
@@ -203,6 +226,8 @@ def _write_cache(store: Path, data: ImageData, notes: list[str]) -> None:
     for name, split in (("train", data.train), ("test", data.test)):
         tensors |= {f"{name}_images": split.images, f"{name}_labels": split.labels}
         metadata[f"{name}_paths"] = json.dumps(split.paths)
+    if data.full is not None:
+        tensors |= {"full_labels": data.full.labels, "full_kept": data.full.kept}
     save_tensors(store, "images", tensors, metadata)
 
 
@@ -216,7 +241,11 @@ def _read_cache(store: Path, name: str) -> ImageData:
         train, test = (
             ImageSplit(tensors[f"{s}_images"], tensors[f"{s}_labels"], names[f"{s}_paths"]) for s in ("train", "test")
         )
-        data = ImageData(name, train, test, names["class_names"], tensors["mean"], tensors["std"])
+        full = None
+        if "full_labels" in tensors:
+            full = Full(name, tensors["full_labels"], tensors["full_kept"])
+            name = f"{name} ({len(names['class_names'])} classes)"
+        data = ImageData(name, train, test, names["class_names"], tensors["mean"], tensors["std"], full=full)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{store} is damaged: {error}") from error
     _log(names["notes"])

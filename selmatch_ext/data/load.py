@@ -10,10 +10,12 @@ import numpy as np
 import torch
 
 from selmatch_ext.data.images import ImageData, ImageSplit
+from selmatch_ext.data.names import positions
 from selmatch_ext.seeds import generator
 from selmatch_ext.settings import Data
 
 TORCHVISION = ("MNIST", "FashionMNIST", "SVHN", "CIFAR10", "CIFAR100")
+PATHS = ("imagefolder", "tinyimagenet", "huggingface")
 
 
 def load(spec: str, root: str | os.PathLike | None = None, *, seed: int = 0, **options: Any) -> ImageData:
@@ -31,6 +33,9 @@ def load(spec: str, root: str | os.PathLike | None = None, *, seed: int = 0, **o
         visited once. The log says what was skipped, and how 16-bit files were scaled. Class names are the folders'
         names as `selmatch_ext.data.names.readable` writes them.
       - `tinyimagenet:PATH`: the same, and also Tiny ImageNet's own layout with val/val_annotations.txt; tests on `val`.
+      - `huggingface:PATH`: a folder that `save_to_disk` of Hugging Face's datasets wrote, or .parquet or .arrow files
+        of images. Names of files or folders say the split; for testing it is `test`, or else `validation`. Needs
+        pyarrow.
     resize: makes every image of a folder or archive this many pixels wide and high (scaled to fill, center kept).
     cache: a folder that keeps the decoded images of folders and archives, one file per listing (names, sizes, times)
     and arguments.
@@ -38,7 +43,8 @@ def load(spec: str, root: str | os.PathLike | None = None, *, seed: int = 0, **o
     test_share: where there is neither `test` nor `val`, this share of each class, drawn from `seed`, becomes the test
     split, and PATH/CLASS/IMAGE will do. None: such a folder is refused.
 
-    options: other settings of `Data`, such as `per_class` and `zca`. seed: of the random choices among images.
+    options: other settings of `Data`, such as `classes`, `per_class` and `zca`. seed: of the random choices among
+    images.
 
     Raises ValueError, FileNotFoundError or OSError naming the data set, class or file that is wrong.
     """
@@ -48,21 +54,28 @@ def load(spec: str, root: str | os.PathLike | None = None, *, seed: int = 0, **o
 def _load(settings: Data, seed: int) -> ImageData:
     spec, root = settings.dataset, settings.root
     kind, _, path = spec.partition(":")
-    if kind in ("imagefolder", "tinyimagenet") and path:
+    if kind in PATHS and path:
         from selmatch_ext.data.folders import FolderOptions, load_folder
+        from selmatch_ext.data.tables import load_tables
 
-        options = FolderOptions(kind == "tinyimagenet", settings.resize, settings.background, settings.test_share, seed)
-        return load_folder(Path(path).expanduser(), options, settings.cache)
+        given = settings.resize, settings.background, settings.test_share, seed, settings.classes
+        options = FolderOptions(kind == "tinyimagenet", *given)
+        load_from = load_tables if kind == "huggingface" else load_folder
+        return load_from(Path(path).expanduser(), options, settings.cache)
     if spec != "digits" and spec not in TORCHVISION:
         raise ValueError(
-            f"data set is {spec!r}; allowed are digits, {', '.join(TORCHVISION)}, imagefolder:PATH, tinyimagenet:PATH"
+            f"data set is {spec!r}; allowed are digits, {', '.join(TORCHVISION)}, "
+            + ", ".join(f"{kind}:PATH" for kind in PATHS)
         )
     _refuse_unused(settings)
-    return _digits() if spec == "digits" else _torchvision(spec, Path(root or "data"), settings.download)
+    data = _digits() if spec == "digits" else _torchvision(spec, Path(root or "data"), settings.download)
+    if settings.classes is None:
+        return data
+    return data.of_classes(torch.tensor(positions(settings.classes, data.class_names, spec)))
 
 
 def load_data(settings: Data, seed: int) -> ImageData:
-    """The data set that the settings name, reduced and whitened as they say."""
+    """The data set that the settings name, of the classes that they name, reduced and whitened as they say."""
     data = _load(settings, seed)
     if settings.per_class is not None:
         data = data.subset(settings.per_class, generator(seed, "subset"))
@@ -72,18 +85,18 @@ def load_data(settings: Data, seed: int) -> ImageData:
 def _refuse_unused(settings: Data) -> None:
     spec, resize = settings.dataset, settings.resize
     if resize is not None:
-        raise ValueError(
-            f"resize is {resize}, but {spec} has images of one size; resize is for imagefolder: and tinyimagenet:"
-        )
+        raise ValueError(f"resize is {resize}, but {spec} has images of one size; resize is for {_for_paths()}")
     for name, given, unused in (
         ("test_share", settings.test_share, None),
         ("background", settings.background, "white"),
         ("cache", settings.cache, None),
     ):
         if given != unused:
-            raise ValueError(
-                f"{name} is {given!r}, but {spec} does not use it; it is for imagefolder: and tinyimagenet:"
-            )
+            raise ValueError(f"{name} is {given!r}, but {spec} does not use it; it is for {_for_paths()}")
+
+
+def _for_paths() -> str:
+    return ", ".join(f"{kind}:" for kind in PATHS)
 
 
 def _digits() -> ImageData:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from selmatch_ext import strict_json
-from selmatch_ext.data.replay import describe_value, is_list, read_replay_buffer
+from selmatch_ext.data.torch_files import describe_value, is_list, read_torch_file
 from selmatch_ext.files import TensorFile, json_field, open_tensors, save_tensors
 from selmatch_ext.models import from_file
 from selmatch_ext.provenance import check_same
@@ -211,7 +211,9 @@ def import_replay_buffer(
     epochs are all equal, and for values that are NaN or infinite. The store is then unchanged.
     """
     path = Path(path)
-    experts, tensors = read_replay_buffer(path)
+    experts, tensors = read_torch_file(path, "replay buffer")
+    if not is_list(experts):
+        raise ValueError(f"{path} holds {describe_value(experts)}; a replay buffer is a list of experts")
     shapes = [tuple(parameter.shape) for parameter in model.parameters()]
     _check_buffer(experts, shapes, tensors, path)
     for i, expert in enumerate(experts):

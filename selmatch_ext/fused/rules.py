@@ -129,9 +129,8 @@ class Conv:
         groups."""
         return self.stride, self.padding, self.dilation, False, (0, 0), self.groups
 
-    def by_conv3x3(self, weight: Tensor, input_gradient: bool = False) -> bool:
-        usual = self._settings() == ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
-        return usual and conv3x3_suits(weight, input_gradient)
+    def by_conv3x3(self, weight: Tensor) -> bool:
+        return self._settings() == ((1, 1), (1, 1), (1, 1), False, (0, 0), 1) and conv3x3_suits(weight)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.by_conv3x3(weight):
@@ -147,21 +146,16 @@ class Conv:
         self, g: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool = True
     ) -> tuple[Any, Any]:
         """The gradients of x and of the weights from that of the convolution of x, g; None for what is not needed."""
+        if self.by_conv3x3(weight):
+            of_x = conv3x3_input_gradient(g, weight) if need_x else None
+            return of_x, conv3x3_weight_gradient(x, g) if need_weight else None
         few = self.groups == 1 and x.shape[1] <= FEW and g.device.type == "cpu" and g.dtype != torch.bfloat16
-        if not few and not self.by_conv3x3(weight) and not self.by_conv3x3(weight, input_gradient=True):
+        if not need_x or not few:
             return self._torch_gradients(g, x, weight, need_x, need_weight)
-        of_x = of_weight = None
-        if need_x and self.by_conv3x3(weight, input_gradient=True):
-            of_x = conv3x3_input_gradient(g, weight)
-        elif need_x and few:  # torch's own is several times slower where so few channels come out
-            columns = weight.flatten(1).T @ g.flatten(2)
-            of_x = F.fold(columns, x.shape[2:], weight.shape[2:], self.dilation, self.padding, self.stride)
-        elif need_x:
-            of_x = self._torch_gradients(g, x, weight, True, False)[0]
-        if need_weight:
-            ours = self.by_conv3x3(weight)
-            of_weight = conv3x3_weight_gradient(x, g) if ours else self._torch_gradients(g, x, weight, False, True)[1]
-        return of_x, of_weight
+        # torch's own is several times slower where so few channels come out
+        columns = weight.flatten(1).T @ g.flatten(2)
+        of_x = F.fold(columns, x.shape[2:], weight.shape[2:], self.dilation, self.padding, self.stride)
+        return of_x, self._torch_gradients(g, x, weight, False, True)[1] if need_weight else None
 
     def _torch_gradients(
         self, g: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool

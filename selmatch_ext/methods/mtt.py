@@ -15,16 +15,17 @@ from selmatch_ext.experts import expert_logits
 from selmatch_ext.methods.average import MovingAverage
 from selmatch_ext.methods.base import Method, MethodSettings, Task, check_batches, check_engine
 from selmatch_ext.methods.end_step import nearest_step
+from selmatch_ext.methods.inner_sgd import InnerSGD
 from selmatch_ext.methods.partial_distance import compared
 from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.ops.distance import trajectory_distance
-from selmatch_ext.ranges import Count, Momentum, Number, Positive, Rate, Skipped
+from selmatch_ext.ranges import Count, Momentum, Number, Positive, Rate, SettingError, Skipped
 from selmatch_ext.settings import DSA, Precision
 from selmatch_ext.unroll import UnrolledSGD, explain_engine
 
 
 @dataclass(frozen=True)
-class MTTSettings(MethodSettings):
+class MTTSettings(InnerSGD, MethodSettings):
     """Matching training trajectories (arXiv 2203.11932); defaults for CIFAR-10 with 10 images per class."""
 
     iterations: Count = 5000
@@ -61,7 +62,7 @@ class MTTSettings(MethodSettings):
     state is written beside it, to last.safetensors."""
     end_step: Literal["last", "nearest"] = "last"
     """nearest (ATT, arXiv 2407.14245): the student takes as many of the N steps as bring it nearest to the target; all
-    are taken first to find how many."""
+    are taken first to find how many. It does not go with inner_momentum."""
     skip_first: Skipped = 0.0
     """Share of the network's parameters, those of its first layers, that is left out of the distance (PAD, arXiv
     2408.03360)."""
@@ -85,6 +86,11 @@ class MTTSettings(MethodSettings):
     experts_per_iteration: Count = 1
     """Experts whose losses are averaged in each iteration; several processes (torchrun) share them, so it must be a
     multiple of their number."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.end_step == "nearest" and self.inner_momentum:  # the steps are taken one by one, without velocity
+            raise SettingError("end_step", self.end_step, "last where inner_momentum is above 0")
 
 
 class MTT(Method):
@@ -161,11 +167,11 @@ class MTT(Method):
         target = store.row(expert, epoch + s.expert_epochs).to(images)
         batches = chunks(len(images), s.batch_syn, s.inner_steps, generator)
         batches, augmentations = self.task.steps(batches, s.strategy, generator)
-        targets = self.weighted(self.targets())
+        targets, optimizer = self.weighted(self.targets()), s.inner_optimizer()
 
         def steps(theta: Tensor, first: int, end: int) -> Tensor:
             tables = None if augmentations is None else augmentations[first:end]
-            return self.unrolled(theta, images, targets, batches[first:end], self.lr, tables)
+            return self.unrolled(theta, images, targets, batches[first:end], self.lr, tables, **optimizer)
 
         end = len(batches)
         if s.end_step == "nearest":

@@ -1,22 +1,19 @@
 """3 x 3 convolution with stride 1 and padding 1 on the CPU, by Winograd's minimal filtering (arXiv 1509.09308): 16
-products where the direct sum takes 36."""
+products where the direct sum takes 36. For an input of 1 to 4 channels, as images have, by matrix products."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.grad import conv2d_weight
 
-MULTIPLE, FEW = 32, 4  # of channels; the second: the input may have as few, for its gradient
+MULTIPLE, FEW = 32, 4  # numbers of channels are multiples of the first; the input may also have 1 to FEW
 
 
-def conv3x3_suits(weight: Tensor, input_gradient: bool = False) -> bool:
-    """Whether a convolution with weight (K, C, 3, 3), stride 1 and padding 1 is one for `conv3x3` and its gradients, or
-    for `conv3x3_input_gradient` alone, and faster by it: float32 on the CPU, channels in multiples of 32."""
+def conv3x3_suits(weight: Tensor) -> bool:
+    """Whether a convolution with weight (K, C, 3, 3), stride 1 and padding 1 is one for `conv3x3` and its gradients,
+    and faster by it: float32 on the CPU, K a multiple of 32, C as well or at most 4."""
     outputs, channels, *size = weight.shape
-    fits = channels % MULTIPLE == 0 or (input_gradient and channels <= FEW)
-    fits = size == [3, 3] and outputs % MULTIPLE == 0 and fits
+    fits = size == [3, 3] and outputs % MULTIPLE == 0 and (channels % MULTIPLE == 0 or channels <= FEW)
     return fits and weight.dtype == torch.float32 and weight.device.type == "cpu"
 
 
@@ -24,13 +21,14 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The convolution of torch's conv2d with padding 1.
 
     x: (B, C, H, W) float32 or float64 on the CPU, best in channels-last memory (else it is copied); weight: (K, C, 3,
-    3); bias: (K,); C and K multiples of 32. The result, (B, K, H, W), is in channels-last memory. Differentiable any
-    number of times, as its two gradients are. Raises ValueError or TypeError for shapes and dtypes that do not fit."""
+    3); bias: (K,); K a multiple of 32, C as well or 1 to 4. The result, (B, K, H, W), is in channels-last memory.
+    Differentiable any number of times, as its two gradients are. Raises ValueError or TypeError for shapes and dtypes
+    that do not fit."""
     return torch.ops.selmatch_ext.conv3x3(x, weight, bias, False)
 
 
 def conv3x3_input_gradient(g: Tensor, weight: Tensor) -> Tensor:
-    """The gradient (B, C, H, W) of x from that of the result, g (B, K, H, W). C may also be 1 to 4."""
+    """The gradient (B, C, H, W) of x from that of the result, g (B, K, H, W)."""
     return torch.ops.selmatch_ext.conv3x3(g, weight, None, True)
 
 
@@ -47,12 +45,8 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    if ctx.transposed and g.shape[1] <= FEW:  # torch's convolutions are as fast there
-        gx = F.conv2d(g, weight, padding=1) if need_x else None
-        gw = conv2d_weight(g, weight.shape, x, padding=1) if need_weight else None
-    else:
-        gx = torch.ops.selmatch_ext.conv3x3(g, weight, None, not ctx.transposed) if need_x else None
-        gw = conv3x3_weight_gradient(*((g, x) if ctx.transposed else (x, g))) if need_weight else None
+    gx = torch.ops.selmatch_ext.conv3x3(g, weight, None, not ctx.transposed) if need_x else None
+    gw = conv3x3_weight_gradient(*((g, x) if ctx.transposed else (x, g))) if need_weight else None
     return gx, gw, g.sum((0, 2, 3)) if need_bias else None, None
 
 

@@ -1,4 +1,5 @@
-"""Reading a `replay_buffer_*.pt` of the public MTT code (arXiv 2203.11932), which torch.save made of lists of tensors.
+"""Reading what torch.save wrote elsewhere: a `replay_buffer_*.pt` of the public MTT code (arXiv 2203.11932), which is a
+list of lists of tensors, or the files of a distilled set.
 
 torch.load(weights_only=True) runs nothing from the file. Before it is called, the file is searched for what it would
 still do: read damaged tensors (it verifies no checksum), unpack compressed parts and take memory for declared sizes.
@@ -17,36 +18,46 @@ import torch
 
 from selmatch_ext.files import one_line, open_for_reading
 
+NUMPY = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+"""What numbers of NumPy consist of, accuracies for example. They are skipped."""
 ALLOWED = re.compile(
-    r"torch\._utils _rebuild_(tensor_v2|parameter|parameter_with_state)|collections OrderedDict|torch \w+Storage"
+    r"torch\._utils _rebuild_(tensor_v2|parameter|parameter_with_state)|collections OrderedDict|torch \w+Storage|"
+    + "|".join(re.escape(" ".join(name.rsplit(".", 1))) for name in (*NUMPY, "_codecs.encode"))
 )
 CALLS = ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4")
 PICKLE_BYTES = 2**20
 """Upper limit of the pickled lists in bytes; in large files the limit is an eighth of the file."""
 
 
-def read_replay_buffer(path: Path) -> tuple[list, int]:
-    """(what the file holds, a list of experts whose elements are not checked yet; the number of tensors in the file).
+class Skipped:
+    """Stands for a number of NumPy in what was read."""
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def read_torch_file(path: Path, what: str) -> tuple[Any, int]:
+    """(what the file holds, which is not checked yet; the number of tensors in the file). what: for messages, such as
+    "replay buffer".
 
     Files in the format of torch before 1.6 have no checksums; others are refused when one differs. Raises
     FileNotFoundError, OSError where the file cannot be read, and ValueError for a file that is truncated, damaged or
-    something else."""
+    something else, and for one that only unpickling could read, which can run any code."""
     if not path.exists():
-        raise FileNotFoundError(f"replay buffer {path} does not exist")
-    with open_for_reading(path, "a replay buffer"):
+        raise FileNotFoundError(f"{what} {path} does not exist")
+    with open_for_reading(path, f"a {what}"):
         pass
     try:
         zipped = zipfile.is_zipfile(path)
         tensors = _check_archive(path) if zipped else _check_legacy(path)
-        experts = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with torch.serialization.safe_globals([(Skipped, name) for name in NUMPY]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped), tensors
     # torch.load says nowhere what it raises: unpicklers and rebuilding functions raise nearly everything
     except Exception as error:
-        raise ValueError(
-            f"{path} is truncated or is no replay buffer that can be read safely: {one_line(error)}"
-        ) from error
-    if not is_list(experts):
-        raise ValueError(f"{path} holds {describe_value(experts)}; a replay buffer is a list of experts")
-    return experts, tensors
+        raise ValueError(f"{path} is truncated or is no {what} that can be read safely: {one_line(error)}") from error
 
 
 def _check_archive(path: Path) -> int:
@@ -94,7 +105,11 @@ def _scan(pickled: io.BytesIO, size: int | None) -> int:
     for opcode, argument, _ in pickletools.genops(pickled):
         tensors += opcode.name == "BINPERSID"
         if opcode.name in CALLS and not (isinstance(argument, str) and ALLOWED.fullmatch(argument)):
-            raise ValueError(f"it names {str(argument).replace(' ', '.')!r}; it may hold lists of dense tensors")
+            name = str(argument).replace(" ", ".")
+            raise ValueError(
+                f"it names {name!r}, which unpickling would call and which may run any code; it may hold dense "
+                "tensors, numbers, strings, and lists and dicts of them"
+            )
         if size is not None and type(argument) is int and not opcode.name.endswith(("GET", "PUT")) and argument > size:
             raise ValueError(f"it declares a size of {argument}; the file has {size} bytes")
     return tensors
