@@ -16,7 +16,7 @@ from selmatch_ext.methods.base import CONVNET, Defaults, Method, MethodSettings,
 from selmatch_ext.methods.mtt import chunks
 from selmatch_ext.models import flat
 from selmatch_ext.ops.dsa import augment
-from selmatch_ext.ranges import Count, Positive
+from selmatch_ext.ranges import Count, Positive, Rate
 from selmatch_ext.unroll import UnrolledSGD
 
 
@@ -37,7 +37,7 @@ class LDSettings(MethodSettings):
     """Images of the set per step of training."""
     batch_real: Count = 1024
     """Real images in the loss."""
-    lr_labels: Positive = 0.001
+    lr_labels: Rate = 0.001
     """Adam's learning rate for the labels."""
     lr_network: Positive = 0.001
     """Adam's learning rate for the network, which takes one step on the set after each update of the labels."""
