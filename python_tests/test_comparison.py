@@ -103,5 +103,5 @@ def test_every_entry_is_of_the_whole_family():
     found = comparison.entries(3)
     two = ("dc", "dsa", "dm", "mtt", "datm", "kip", "label-solve", "frepo")
     both = {f"{name}-ipc{ipc}" for name in two for ipc in (1, 10)}
-    assert set(found) == both | {"dd-ipc1", "dd-attack-ipc10", "selmatch-ipc10"}
+    assert set(found) == both | {"dd-ipc1", "ld-ipc1", "dd-attack-ipc10", "selmatch-ipc10"}
     assert {run.method for run in found.values()} == set(METHODS) and {run.seed for run in found.values()} == {3}

@@ -22,7 +22,7 @@ FLOORS = """
     context
     fused
     unroll
-    training
+    training sharpness
     learned_steps
     evaluation
     selection selection.window selection.coreset selection.scores selection.aum selection.grand selection.uncertainty

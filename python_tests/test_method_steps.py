@@ -19,6 +19,7 @@ from selmatch_ext.methods.distribution import DMSettings
 from selmatch_ext.methods.frepo import FRePoSettings
 from selmatch_ext.methods.gradient import DCSettings, DSASettings
 from selmatch_ext.methods.kip import KIPSettings, LabelSolveSettings
+from selmatch_ext.methods.ld import LDSettings
 from selmatch_ext.methods.mtt import MTTSettings
 from selmatch_ext.models import flat
 from selmatch_ext.ops.sampling import sample_augmentation
@@ -182,6 +183,7 @@ SMALL = {
     "dsa": DSASettings(model=MODEL, outer_loop=3, inner_loop=2, batch_real=6, iterations=2),
     "dm": DMSettings(model=MODEL + "BN", batch_real=6, iterations=6),
     "dd": DDSettings(**{**UNROLLED, "batch_real": 700}, passes=3, halve_every=1),
+    "ld": LDSettings(model=MODEL, inner_steps=2, batch_syn=7, batch_real=50, iterations=6, patience=2),
     "mtt": MTTSettings(**TRAJECTORY, lr_lr=1e-8, iterations=6, lr_images=10.0),
     "datm": DATMSettings(**TRAJECTORY, lr_lr=1e-8, iterations=6, first_max_start_epoch=1, lr_images=10.0),
     "selmatch": replace(tiny_run().settings, iterations=6),
@@ -191,7 +193,7 @@ SMALL = {
         model="FRePoNetD2W4BN", batch_real=30, batch_train=15, iterations=6, networks=2, max_age=2, lr_images=0.1
     ),
 }
-SOFT = "datm", "kip", "label-solve", "frepo"
+SOFT = "datm", "ld", "kip", "label-solve", "frepo"
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -45,6 +45,7 @@ Depth = Annotated[int, Range(1, 100)]
 Seed = Annotated[int, Range(-(2**63), 2**63 - 1)]
 Share = Annotated[float, Range(0, 1)]
 Part = Annotated[float, Range(0, 1, above=True, below=True)]  # neither none nor all
+Skipped = Annotated[float, Range(0, 1, below=True)]  # not all
 Weight = Annotated[float, Range(0, 1, above=True)]
 Beta = Annotated[float, Range(0, 1e6)]  # a share of the class, or a multiple of ipc
 Spacing = Annotated[float, Range(0.001, 1e6)]  # each value of the grid costs the training of networks

@@ -175,7 +175,8 @@ def select(settings: Run, folder: str | Path, device: torch.device) -> tuple[Pat
 
 @measured("distillation")
 def distill(settings: Run, chosen: Chosen, context: Context, folder: Path, store: ExpertStore | None = None) -> Method:
-    """Runs the method from the chosen images; writes folder/start.safetensors, distilled.safetensors and loss.png.
+    """Runs the method from the chosen images; writes folder/start.safetensors, distilled.safetensors, the method's
+    further sets and loss.png.
     Returns the method as it is at the end, its set with what it was made from.
 
     Raises FloatingPointError when the loss explodes; the last good set is then in folder/stopped.safetensors. Raises
@@ -208,7 +209,8 @@ def distill(settings: Run, chosen: Chosen, context: Context, folder: Path, store
             attempt(write_page, folder)
         raise
     if ranks.first():
-        method.distilled().save(folder / "distilled.safetensors")
+        for name, made in {"distilled": method.distilled(), **method.further_sets()}.items():
+            made.save(folder / f"{name}.safetensors")
         attempt(report.plot_loss, losses, folder / "loss.png")
     return method
 

@@ -110,6 +110,14 @@ class Training(Checked):
     """constant: lr; cosine: from lr down to lr / 100 in the last epoch; step: lr / 10 from the middle epoch on."""
     precision: Precision = "float32"
     """tf32 (GPU only): TF32 in convolutions and matrix products; bfloat16: convolutions and activations in bfloat16."""
+    sharpness_rho: Decay = 0.0
+    """Above 0 the gradient is taken at the end of a step uphill of this length (SAM, arXiv 2010.01412): it leads to
+    flat minima, and doubles the cost. FTD (arXiv 2211.11004) trains its experts so, with sharpness_alpha."""
+    sharpness_alpha: Decay = 0.0
+    """How much of the part of the plain gradient that is orthogonal to that one is subtracted (GSAM, arXiv
+    2203.08065)."""
+    sharpness_adaptive: bool = False
+    """Whether the step uphill is longer for larger parameters (adaptive SAM, arXiv 2102.11600)."""
 
 
 @dataclass(frozen=True)

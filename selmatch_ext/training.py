@@ -19,6 +19,7 @@ from selmatch_ext.ops.sampling import sample_augmentation
 from selmatch_ext.precision import precision_scope
 from selmatch_ext.seeds import global_stream
 from selmatch_ext.settings import Training
+from selmatch_ext.sharpness import sharpness_aware
 from selmatch_ext.stages import stage
 from selmatch_ext.threads import threads_for, using
 from selmatch_ext.transfers import steps_to_device
@@ -92,6 +93,12 @@ def train(
                 optimizer.zero_grad()
                 with precision_scope(backward, device):
                     loss.backward()
+                if settings.sharpness_rho:
+                    with sharpness_aware(model.parameters(), settings):
+                        with precision_scope(settings.precision, device):
+                            again = _loss(network(x), labels, indices)
+                        with precision_scope(backward, device):
+                            again.backward()
                 optimizer.step()
         if not math.isfinite(loss.item()):
             raise FloatingPointError(

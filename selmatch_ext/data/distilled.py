@@ -35,8 +35,8 @@ class DistilledSet:
     """A small training set.
 
     images: (n, C, H, W) float32, normalized with `mean` and `std`. labels: (n,) int64, or (n, K) float probabilities
-    that sum to 1. distilled: (n,) bool, True where the image was learned, False where it is a real one. lr: the learned
-    step size η, above 0, if one was learned.
+    that sum to 1; with a schedule, any finite numbers. distilled: (n,) bool, True where the image was learned, False
+    where it is a real one. lr: the learned step size η, above 0, if one was learned.
     mean, std: (C,) float32. class_names: K names. method: how it was made. settings: every setting, JSON-able.
     indices: (n,) int64, the training image that each started from, -1 where there is none (default: all).
     whitening: the ZCA that was applied after mean and std. schedule: the training that the set is made for, if any.
@@ -108,6 +108,8 @@ class DistilledSet:
                 raise ValueError(f"soft labels have shape {tuple(labels.shape)}; they must be ({n}, {classes})")
             if not labels.isfinite().all():
                 raise ValueError("soft labels hold NaN or infinite values")
+            if self.schedule is not None:
+                return
             wrong = (labels < -PROBABILITY).any(1) | ((labels.double().sum(1) - 1).abs() > PROBABILITY)
             if wrong.any():
                 row = int(wrong.nonzero()[0])
@@ -281,6 +283,14 @@ def _check_scores(scores: Tensor, count: int, classes: int) -> None:
         raise ValueError("scores hold NaN or infinite values")
 
 
+def normalized_labels(labels: Tensor) -> Tensor:
+    """(n, K) probabilities: `labels` (n, K) clamped to [0, 1] and divided by the sum of the row (LD, arXiv 2006.08572);
+    1/K in a row of which nothing is left."""
+    clamped = labels.clamp(0, 1)
+    total = clamped.sum(1, keepdim=True)
+    return torch.where(total > 0, clamped / total, 1 / labels.shape[1])
+
+
 def weighted(labels: Tensor, weights: Tensor, classes: int) -> Tensor:
     """(n, K) targets with which the mean cross-entropy of a batch is the mean of weight times loss: the labels as
     probabilities, each row times the image's weight.
@@ -317,6 +327,14 @@ def real_subset(data: ImageData, indices: Tensor, method: str, weights: Tensor |
         whitening=data.whitening,
         weights=weights,
     )
+
+
+def without_schedule(subset: DistilledSet) -> DistilledSet:
+    """The set for networks other than that of its schedule, with probabilities as its labels."""
+    if subset.schedule is None:
+        return subset
+    soft = subset.labels.is_floating_point()
+    return replace(subset, labels=normalized_labels(subset.labels) if soft else subset.labels, schedule=None)
 
 
 def as_selected(subset: DistilledSet) -> DistilledSet:

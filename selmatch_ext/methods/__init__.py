@@ -13,10 +13,13 @@ from selmatch_ext.methods.distribution import DM
 from selmatch_ext.methods.frepo import FRePo
 from selmatch_ext.methods.gradient import DC, DSA
 from selmatch_ext.methods.kip import KIP, LabelSolve
+from selmatch_ext.methods.ld import LD
 from selmatch_ext.methods.mtt import MTT
 from selmatch_ext.methods.selmatch import SelMatch
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (DC, DSA, DM, DD, MTT, DATM, SelMatch, KIP, LabelSolve, FRePo)}
+METHODS: dict[str, type[Method]] = {
+    m.name: m for m in (DC, DSA, DM, DD, LD, MTT, DATM, SelMatch, KIP, LabelSolve, FRePo)
+}
 TAKEN = ("random", "start", "expert", "evaluation", "scores", "features", "noise", "correct")
 """Names of other sets and random streams, which no method can have."""
 RESERVED = (
@@ -61,6 +64,7 @@ __all__ = [
     "FRePo",
     "KIP",
     "LabelSolve",
+    "LD",
     "LoopSettings",
     "METHODS",
     "MTT",

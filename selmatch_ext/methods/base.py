@@ -8,12 +8,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from selmatch_ext.context import Context
 from selmatch_ext.data.distilled import DistilledSet, weighted
 from selmatch_ext.data.images import ImageData
 from selmatch_ext.data.trajectories import ExpertSource
 from selmatch_ext.experts import expert_network
+from selmatch_ext.models.batchnorm import refuses_one_image
 from selmatch_ext.ops.dsa import Augmentation
 from selmatch_ext.ops.sampling import sample_augmentation
 from selmatch_ext.ranges import Checked, Count, Number, Seconds
@@ -138,6 +140,17 @@ def check_engine(method: Method, model: torch.nn.Module, engine: str, cuda_graph
         raise ValueError(f"{asked}, but {found.reason}")
 
 
+def check_batches(method: Method, model: torch.nn.Module, batch: int) -> None:
+    """ValueError where training on the set by batches of batch_syn would give BatchNorm of the network one image."""
+    count = len(method.task.start)
+    alone = min(count, batch) == 1 or count % batch == 1
+    if alone and refuses_one_image(model, method.combined()[:1].detach()):
+        raise ValueError(
+            f"batch_syn {batch} leaves a batch of one of the {count} images, from which BatchNorm of this network "
+            "cannot take statistics; choose another batch_syn"
+        )
+
+
 class Method:
     """Base of all methods. A subclass gives `name`, `optimizer` and `loss`, adds what else it learns to `learned`, and
     has settings and defaults of its own where it needs them.
@@ -155,7 +168,7 @@ class Method:
     learned: dict[str, Tensor]
     """What is optimized, by name: leaf tensors that require a gradient."""
     state: dict[str, Tensor]
-    """What else goes from one iteration to the next, by name: tensors that `loss` changes in place."""
+    """What else goes from one iteration to the next, by name: tensors that `loss` or `updated` changes in place."""
 
     def __init__(self, task: Task, settings: Any):
         start = task.start
@@ -188,6 +201,11 @@ class Method:
         return self.settings.iterations
 
     @property
+    def losses_change_state(self) -> bool:
+        """Whether `loss` changes `state`; then an iteration cannot average several losses."""
+        return bool(self.state)
+
+    @property
     def experts_from_other_data(self) -> bool:
         """Whether the experts must come from another data set than the images that are distilled (DD's adapt)."""
         return False
@@ -202,7 +220,17 @@ class Method:
 
     def combined(self) -> Tensor:
         """(n, C, H, W): the whole set, learned images as they are now; differentiable in them."""
-        return self._fixed.index_copy(0, self._where, self.images)
+        return self.merged(self._fixed, self.images)
+
+    def merged(self, fixed: Tensor, learned: Tensor) -> Tensor:
+        """(n, …): `fixed`, with `learned` (m, …) in the rows of the images that are learned; differentiable in both."""
+        return fixed.index_copy(0, self._where, learned)
+
+    def soft_labels(self) -> Tensor:
+        """(n, K): the labels of the start as probabilities, of the type of the images."""
+        if self.labels.is_floating_point():
+            return self.labels
+        return F.one_hot(self.labels, self.task.data.classes).to(self.task.dtype)
 
     def of_class(self, label: int) -> Tensor:
         """(m,) indices into `combined()` of a class, in order, on the device."""
@@ -231,6 +259,9 @@ class Method:
         same names."""
         return {}
 
+    def updated(self) -> None:
+        """Called after each update of what is learned, by every process: the place to project it, or to average it."""
+
     def check(self) -> None:
         """Raises FloatingPointError when `learned` is no longer usable, e.g. a learning rate that is not positive."""
 
@@ -241,6 +272,10 @@ class Method:
     def distilled(self) -> DistilledSet:
         """The set as it is now, on the CPU."""
         return replace(self.task.start, images=self.combined().detach().cpu().float(), method=self.name)
+
+    def further_sets(self) -> dict[str, DistilledSet]:
+        """Sets that are written beside the distilled one, by the names of their files."""
+        return {}
 
     def further_results(self, sets: dict[str, DistilledSet]) -> dict[str, Any]:
         """What results.json says beside accuracies. sets: those that are compared, by name (random, start, and the

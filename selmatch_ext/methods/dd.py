@@ -47,6 +47,9 @@ class DDSettings(InnerSGD, LoopSettings):
     """For the attack: the class, counted from 0, that is to be mistaken."""
     target_class: Number = 1
     """For the attack: the class that it is to be taken for."""
+    labels: Literal["hard", "learned"] = "hard"
+    """learned (arXiv 1910.02551): labels start one-hot and are learned without any constraint, at the rate of the
+    images. The set may then have fewer images than classes."""
     networks: Count = 4
     """Initializations averaged over in each iteration (one where it is known)."""
     test_networks: Count = 1
@@ -59,7 +62,7 @@ class DDSettings(InnerSGD, LoopSettings):
     passes: Count = 400
     """Passes over the real training images."""
     lr: Positive = 0.01
-    """Adam's learning rate for the images and the steps' learning rates (betas 0.5 and 0.999)."""
+    """Adam's learning rate for the images, learned labels and the steps' learning rates (betas 0.5 and 0.999)."""
     lr_rates: Rate | None = None
     """Adam's learning rate for the steps' learning rates alone; None = lr, 0 = they are not learned. Where the loss
     jumps, they have grown too large for stable training on the set: try a tenth of lr."""
@@ -74,11 +77,11 @@ class DDSettings(InnerSGD, LoopSettings):
 class DD(Method):
     """S is `steps` batches, gone through `epochs` times; step i is θ_{i+1} = θ_i − softplus(raw_i)·∇ℓ(θ_i; x_i), with
     momentum and weight decay where the settings have them. Loss: ℓ of θ_N on a batch of real images, averaged over
-    initializations. Learned: the images and `raw`.
+    initializations. Learned: the images, `raw` and, where the settings say so, the labels of these images.
 
-    Raises ValueError where the classes of the starting set do not have equally many images, a multiple of `steps`, and
-    for experts that are missing, too few, trained for fewer than pool_epochs, of another network, or not of the data
-    set that the objective wants."""
+    Raises ValueError where the classes of the starting set do not have equally many images, a multiple of `steps` (with
+    learned labels, where the set is not a multiple of `steps`), and for experts that are missing, too few, trained for
+    fewer than pool_epochs, of another network, or not of the data set that the objective wants."""
 
     name = "dd"
     settings_type = DDSettings
@@ -98,6 +101,9 @@ class DD(Method):
         rates = torch.full((len(self.batches),), s.lr_init, device=task.device, dtype=task.dtype)
         self.raw = rates.expm1().log().requires_grad_()  # the inverse of softplus
         self.learned["raw"] = self.raw
+        self.fixed = self.soft_labels()
+        if s.labels == "learned":
+            self.learned["labels"] = self.fixed[self._where].clone().requires_grad_()
         self.per_pass = -(-len(task.data.train) // s.batch_real)
         if s.objective == "attack" and not (
             s.attack_class != s.target_class and {s.attack_class, s.target_class} <= set(range(task.data.classes))
@@ -109,10 +115,13 @@ class DD(Method):
         self._check_experts()
 
     def _batches(self) -> list[Tensor]:
-        """Indices (B,) of the images of each step, equally many of every class."""
+        """Indices (B,) of the images of each step, equally many of every class; consecutive images where labels are
+        learned and the classes differ in size."""
         rows, steps = [self.of_class(c) for c in range(self.task.data.classes)], self.settings.steps
-        count = len(rows[0]) // steps
+        count, images = len(rows[0]) // steps, len(self.task.start)
         if count == 0 or any(len(row) != steps * count for row in rows):
+            if self.settings.labels == "learned" and images % steps == 0:
+                return list(torch.arange(images).split(images // steps))
             raise ValueError(
                 f"steps is {steps}: each step takes equally many images of each class, so start.ipc must be a "
                 f"multiple of it; the starting set has {', '.join(str(len(row)) for row in rows)} images of the classes"
@@ -169,7 +178,8 @@ class DD(Method):
         return self.model, max(self.settings.batch_real, *map(len, self.batches))
 
     def optimizer(self) -> torch.optim.Optimizer:
-        groups = [{"params": [self.images], "lr": self.settings.lr}, {"params": [self.raw], "lr": self.lr_rates}]
+        of_set = [t for name, t in self.learned.items() if name != "raw"]
+        groups = [{"params": of_set, "lr": self.settings.lr}, {"params": [self.raw], "lr": self.lr_rates}]
         return torch.optim.Adam(groups, betas=(0.5, 0.999))
 
     def decay(self, iteration: int) -> float:
@@ -190,6 +200,10 @@ class DD(Method):
     def fresh(self, *name: str | int) -> Tensor:
         return xavier(self.model, self.task.context.generator("xavier", *name)).to(self.raw)
 
+    def targets(self) -> Tensor:
+        """(n,) int64 labels; or (n, K), of which the learned images' are learned and need not be probabilities."""
+        return self.merged(self.fixed, self.learned["labels"]) if "labels" in self.learned else self.labels
+
     def loss(self, iteration: int, generator: torch.Generator) -> Tensor:
         turn, part = divmod(iteration, self.per_pass)
         order = torch.randperm(len(self.task.data.train), generator=self.task.context.generator("order", turn))
@@ -199,7 +213,7 @@ class DD(Method):
         for start in self.initial(iteration, generator):
             batches, augmentations = self.task.steps(self.batches, self.settings.strategy, generator)
             rates, optimizer = F.softplus(self.raw), self.settings.inner_optimizer()
-            data = self.combined(), self.weighted(self.labels)
+            data = self.combined(), self.weighted(self.targets())
             theta = self.unrolled(start, *data, batches, rates, augmentations, **optimizer)
             logits = functional_call(self.model, flat.unflatten(theta, self.model), (real,))
             losses.append(F.cross_entropy(logits, wanted))
@@ -228,7 +242,8 @@ class DD(Method):
             )
         rates = F.softplus(self.raw).detach().cpu().float()
         schedule = Schedule(rates, torch.stack(self.batches), s.model, starts, **s.inner_optimizer())
-        return replace(super().distilled(), schedule=schedule)
+        labels = self.targets().detach().cpu().float() if "labels" in self.learned else self.task.start.labels
+        return replace(super().distilled(), labels=labels, schedule=schedule)
 
     def further_results(self, sets: dict[str, DistilledSet]) -> dict[str, Any]:
         """For the attack, averaged over the networks that it has not seen: the shares in % of the attacked class that

@@ -123,6 +123,7 @@ def _iterate(
     if problem is None:
         good = before
         optimizer.step()
+        method.updated()
         problem = _refusal(method)
     elif good is not None:
         losses.pop()  # `good` is the state before the update that led here
@@ -142,7 +143,7 @@ def check_shares(method: Method) -> None:
             f"{ranks.world()} processes share the losses of an iteration, so the number of losses must be a "
             f"multiple of {ranks.world()}, got {draws}; for MTT, DATM and SelMatch it is experts_per_iteration"
         )
-    if draws > 1 and method.state:
+    if draws > 1 and method.losses_change_state:
         raise ValueError(f"{method.name} keeps state from one loss to the next and cannot average {draws} of them")
 
 

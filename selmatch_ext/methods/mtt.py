@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,12 +12,14 @@ from torch import Tensor
 from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.trajectories import ExpertSource
 from selmatch_ext.experts import expert_logits
-from selmatch_ext.methods.base import Method, MethodSettings, Task, check_engine
+from selmatch_ext.methods.average import MovingAverage
+from selmatch_ext.methods.base import Method, MethodSettings, Task, check_batches, check_engine
+from selmatch_ext.methods.end_step import nearest_step
 from selmatch_ext.methods.inner_sgd import InnerSGD
-from selmatch_ext.models.batchnorm import refuses_one_image
+from selmatch_ext.methods.partial_distance import compared
 from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.ops.distance import trajectory_distance
-from selmatch_ext.ranges import Count, Momentum, Number, Positive, Rate
+from selmatch_ext.ranges import Count, Momentum, Number, Positive, Rate, SettingError, Skipped
 from selmatch_ext.settings import DSA, Precision
 from selmatch_ext.unroll import UnrolledSGD, explain_engine
 
@@ -48,11 +51,24 @@ class MTTSettings(InnerSGD, MethodSettings):
     lr_init: Positive = 0.01
     """η₀, the student's learning rate at the start; it is learned."""
     labels: Literal["hard", "soft", "learned"] = "hard"
-    """soft: softmax of the logits that expert 0 gives the starting images; learned: those logits are learned too."""
+    """soft: those of learned images are the softmax of the logits that expert 0 gives them; learned: these logits are
+    learned too. Labels of images that are not learned stay as they are."""
     lr_labels: Rate = 1.0
     """Step size of learned logits."""
     labels_momentum: Momentum = 0.9
     """Momentum of learned logits."""
+    ema: Momentum = 0.0
+    """Above 0 (FTD, arXiv 2211.11004): the set is the moving average, with this decay, of all that is learned; the last
+    state is written beside it, to last.safetensors."""
+    end_step: Literal["last", "nearest"] = "last"
+    """nearest (ATT, arXiv 2407.14245): the student takes as many of the N steps as bring it nearest to the target; all
+    are taken first to find how many. It does not go with inner_momentum."""
+    skip_first: Skipped = 0.0
+    """Share of the network's parameters, those of its first layers, that is left out of the distance (PAD, arXiv
+    2408.03360)."""
+    skip_smallest: Skipped = 0.0
+    """Share of the remaining parameters, those with the smallest squared error, that is left out of the distance (EDF,
+    arXiv 2410.17193, and the code of PAD)."""
     strategy: str = DSA
     """Augmentation of each student update: one of the names, drawn per batch."""
     gradient: Literal["exact", "tesla"] = "exact"
@@ -70,6 +86,11 @@ class MTTSettings(InnerSGD, MethodSettings):
     experts_per_iteration: Count = 1
     """Experts whose losses are averaged in each iteration; several processes (torchrun) share them, so it must be a
     multiple of their number."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.end_step == "nearest" and self.inner_momentum:  # the steps are taken one by one, without velocity
+            raise SettingError("end_step", self.end_step, "last where inner_momentum is above 0")
 
 
 class MTT(Method):
@@ -92,13 +113,15 @@ class MTT(Method):
         self.model = task.expert_network()
         check_trajectories(task.experts, self.model, settings)
         self.unrolled = self._unrolled()
-        self._check_batches()
+        check_batches(self, self.model, settings.batch_syn)
         self.lr = torch.tensor(settings.lr_init, device=task.device, dtype=task.dtype, requires_grad=True)
         self.learned["lr"] = self.lr
+        self.fixed = self.soft_labels()
         if settings.labels != "hard":
-            self.logits = expert_logits(task.experts, task.context, task.start.images.to(task.dtype))
+            self.logits = expert_logits(task.experts, task.context, task.start.images.to(task.dtype))[self._where]
         if settings.labels == "learned":
             self.learned["logits"] = self.logits.requires_grad_()
+        self.average = MovingAverage(self, settings.ema) if settings.ema else None
 
     def _unrolled(self) -> UnrolledSGD:
         s, graphs = self.settings, self.settings.cuda_graphs
@@ -106,16 +129,6 @@ class MTT(Method):
             on_gpu = self.task.device.type == "cuda" and s.engine != "autograd"
             graphs = on_gpu and explain_engine(self.model, self.combined()[:2].detach()).name == "fused"
         return UnrolledSGD(self.model, s.engine, s.keep, s.gradient, s.precision, graphs)
-
-    def _check_batches(self) -> None:
-        """ValueError where the student would train on a batch of one image that BatchNorm refuses."""
-        count, batch = len(self.task.start), self.settings.batch_syn
-        alone = min(count, batch) == 1 or count % batch == 1
-        if alone and refuses_one_image(self.model, self.combined()[:1].detach()):
-            raise ValueError(
-                f"batch_syn {batch} leaves a batch of one of the {count} images, from which BatchNorm of this network "
-                "cannot take statistics; choose another batch_syn"
-            )
 
     @classmethod
     def needs_experts(cls, settings: MTTSettings) -> bool:
@@ -140,7 +153,7 @@ class MTT(Method):
 
     def targets(self) -> Tensor:
         """(n,) int64 labels, or (n, K) probabilities."""
-        return self.labels if self.settings.labels == "hard" else self.logits.softmax(1)
+        return self.labels if self.settings.labels == "hard" else self.merged(self.fixed, self.logits.softmax(1))
 
     def loss(self, iteration: int, generator: torch.Generator) -> Tensor:
         """‖θ̂_N − θ*_{t+M}‖² / ‖θ*_t − θ*_{t+M}‖² for a random expert and start epoch t (SelMatch, equation 2).
@@ -155,11 +168,30 @@ class MTT(Method):
         batches = chunks(len(images), s.batch_syn, s.inner_steps, generator)
         batches, augmentations = self.task.steps(batches, s.strategy, generator)
         targets, optimizer = self.weighted(self.targets()), s.inner_optimizer()
-        student = self.unrolled(start, images, targets, batches, self.lr, augmentations, **optimizer)
+
+        def steps(theta: Tensor, first: int, end: int) -> Tensor:
+            tables = None if augmentations is None else augmentations[first:end]
+            return self.unrolled(theta, images, targets, batches[first:end], self.lr, tables, **optimizer)
+
+        end = len(batches)
+        if s.end_step == "nearest":
+            end = nearest_step(lambda theta, i: steps(theta, i, i + 1), start, target, end)
+        student = steps(start, 0, end)
+        if s.skip_first or s.skip_smallest:
+            kept = compared(student, target, s.skip_first, s.skip_smallest)
+            student, start, target = (t.index_select(0, kept) for t in (student, start, target))
         return trajectory_distance(student, start, target)
 
     def learned_rates(self) -> dict[str, float]:
         return {"lr": self.lr.item()}
+
+    @property
+    def losses_change_state(self) -> bool:
+        return False
+
+    def updated(self) -> None:
+        if self.average is not None:
+            self.average.update()
 
     def check(self) -> None:
         if not self.lr.item() > 0:
@@ -173,6 +205,14 @@ class MTT(Method):
         )
 
     def distilled(self) -> DistilledSet:
+        with contextlib.nullcontext() if self.average is None else self.average.in_place():
+            return self.last()
+
+    def further_sets(self) -> dict[str, DistilledSet]:
+        return {} if self.average is None else {"last": self.last()}
+
+    def last(self) -> DistilledSet:
+        """The set with what is learned as it is now, whether or not `distilled` is an average."""
         labels = self.targets().detach().cpu()
         labels = labels.float() if labels.is_floating_point() else labels
         return replace(super().distilled(), labels=labels, lr=self.lr.item())

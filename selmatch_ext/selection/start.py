@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selmatch_ext.clock import measured
 from selmatch_ext.context import Context
-from selmatch_ext.data.distilled import DistilledSet, real_subset, seen_as
+from selmatch_ext.data.distilled import DistilledSet, real_subset, seen_as, without_schedule
 from selmatch_ext.data.trajectories import ExpertStore
 from selmatch_ext.evaluation import Accuracy
 from selmatch_ext.experts import expert_logits
@@ -118,7 +118,7 @@ def _from_file(path: str, context: Context) -> DistilledSet:
             f"start.select {path} has {int(mine[label])} images of class {data.class_names[label]}, the data "
             f"{int(there[label])}: there are too few to compare with"
         )
-    return replace(chosen, lr=None, schedule=None, scores=None)
+    return replace(without_schedule(chosen), lr=None, scores=None)
 
 
 def prototype(settings: Start, context: Context) -> DistilledSet:

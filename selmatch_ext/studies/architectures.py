@@ -17,7 +17,7 @@ from selmatch_ext.output import attempt, say
 from selmatch_ext.provenance import to_dict
 from selmatch_ext.seeds import generator
 from selmatch_ext.settings import Evaluation, Search
-from selmatch_ext.studies.sets import without_schedule, write
+from selmatch_ext.studies.sets import set_alone, write
 
 
 def search(
@@ -37,7 +37,7 @@ def search(
 
     data = context.data
     names, left_out = candidates(settings, data)
-    subset = without_schedule(path)
+    subset = set_alone(path)
     everything = real_subset(data, torch.arange(len(data.train)), "all training images")
     full = replace(evaluation, training=settings.full, networks=settings.full_networks)
     points: dict[str, tuple[float, float]] = {}

@@ -22,6 +22,7 @@ from selmatch_ext.methods.distribution import DMSettings
 from selmatch_ext.methods.frepo import FRePoSettings
 from selmatch_ext.methods.gradient import DCSettings, DSASettings
 from selmatch_ext.methods.kip import KIPSettings, LabelSolveSettings
+from selmatch_ext.methods.ld import LDSettings
 from selmatch_ext.methods.mtt import MTTSettings
 from selmatch_ext.methods.selmatch import SelMatchSettings
 from selmatch_ext.output import say
@@ -77,9 +78,12 @@ def entries(seed: int) -> dict[str, Run]:
     }
     # 10 trained networks are too few: the set works on them alone. Their last epochs make it work on others too
     attack |= {"model": MODEL, "networks": 2, "test_networks": 2, "pool_epochs": 15, "lr_init": 0.1}
+    labels: dict[str, Any] = {"model": MODEL, "batch_real": 128, "strategy": STRATEGY, "iterations": 300}
+    labels |= {"inner_steps": 5, "lr_inner": 0.1, "lr_labels": 0.02}
     rows |= {
         # learned as fast as the images, the rates grow until training is unstable: the loss jumps, and may stay there
         "dd-ipc1": ("dd", Start("noise", 1), DDSettings(**known, lr_rates=0.005)),
+        "ld-ipc1": ("ld", Start(ipc=1), LDSettings(**labels)),
         "dd-attack-ipc10": ("dd", Start(ipc=10), DDSettings(**attack)),
         "selmatch-ipc10": ("selmatch", WINDOW, SelMatchSettings(**matching)),
     }

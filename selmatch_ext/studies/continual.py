@@ -9,7 +9,7 @@ import torch
 
 from selmatch_ext import ranks, report
 from selmatch_ext.context import Context
-from selmatch_ext.data.distilled import DistilledSet, training_set
+from selmatch_ext.data.distilled import DistilledSet, training_set, without_schedule
 from selmatch_ext.data.images import ImageData
 from selmatch_ext.evaluation import Accuracy, evaluate
 from selmatch_ext.output import attempt
@@ -73,6 +73,7 @@ def restrict_set(subset: DistilledSet, classes: torch.Tensor, per_class: int | N
     """The images of some classes (k,) int64, ascending, at most the first `per_class` of each; they become classes
     0 to k−1. Soft labels keep those classes' probabilities, scaled to sum to 1; weights stay as they are.
     A schedule (DD) and scores are left out."""
+    subset = without_schedule(subset)
     labels = subset.hard_labels
     kept = torch.cat([(labels == c).nonzero().squeeze(1)[:per_class] for c in classes.tolist()])
     if subset.labels.is_floating_point():
@@ -88,6 +89,5 @@ def restrict_set(subset: DistilledSet, classes: torch.Tensor, per_class: int | N
         indices=subset.indices[kept],
         weights=None if subset.weights is None else subset.weights[kept],
         class_names=[subset.class_names[c] for c in classes.tolist()],
-        schedule=None,
         scores=None,
     )

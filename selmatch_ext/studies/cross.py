@@ -12,7 +12,7 @@ from selmatch_ext.evaluation import Accuracy, evaluate
 from selmatch_ext.output import attempt
 from selmatch_ext.provenance import to_dict
 from selmatch_ext.settings import Evaluation
-from selmatch_ext.studies.sets import as_means, load_sets, without_schedule, write
+from selmatch_ext.studies.sets import as_means, load_sets, set_alone, write
 
 
 def cross(
@@ -30,7 +30,7 @@ def cross(
     data = context.data
     for name in networks:
         models.build(name, data.channels, data.classes, data.image_size, generator=context.generator())
-    sets = load_sets(paths, data, without_schedule)
+    sets = load_sets(paths, data, set_alone)
     results = {
         label: {
             name: evaluate(

@@ -7,12 +7,11 @@ call continues, and writes a JSON file, a table in Markdown and a PNG beside the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from selmatch_ext import report
-from selmatch_ext.data.distilled import DistilledSet, seen_as, training_set
+from selmatch_ext.data.distilled import DistilledSet, seen_as, training_set, without_schedule
 from selmatch_ext.data.images import ImageData
 from selmatch_ext.files import write_json, write_text
 from selmatch_ext.output import say
@@ -37,9 +36,9 @@ def load_sets(paths: list[Path], data: ImageData, load: Callable[[Path], Distill
     return sets
 
 
-def without_schedule(path: Path) -> DistilledSet:
+def set_alone(path: Path) -> DistilledSet:
     """The set in a file, for networks other than that of its schedule."""
-    return replace(training_set(path), schedule=None)
+    return without_schedule(training_set(path))
 
 
 def as_means(results: dict) -> dict:
