@@ -1,12 +1,12 @@
 // The one seam between nvcc and the host compiler. Kernels (.cu) are written against this file alone:
 //   - under nvcc it is CUDA;
-//   - under the host compiler with SELMATCH_EMULATE it is emulator/emulator.h, which runs the same source on the CPU,
-//     one OS thread per CUDA thread of a block;
+//   - under the host compiler with SELMATCH_EMULATE it is emulator/emulator.h, which runs the same source on the CPU;
 //   - under the host compiler without it only the macros and the 16-bit floats are here, for the CPU loops.
 //
 // What a kernel may use: threadIdx.x, blockIdx.x, blockDim.x, gridDim.x (one dimension; blockDim.x a multiple of 32),
-// dynamic_shared<T>(), SELMATCH_SHARED arrays, __syncthreads(), warp_shuffle_xor() (by whole warps), block_sum(),
-// widen(), narrow(). A launcher uses launch(), kBlockThreads, shared_memory_limit().
+// dynamic_shared<T>(), SELMATCH_SHARED(name, type) at its top level or in a function that all threads call,
+// __syncthreads(), warp_shuffle_xor() (by whole warps), block_sum(), widen(), narrow(). A launcher uses launch(),
+// kBlockThreads, shared_memory_limit().
 #pragma once
 
 #include <cstddef>
@@ -21,11 +21,12 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #define SELMATCH_HD __host__ __device__ __forceinline__
 #define SELMATCH_DEVICE __device__ __forceinline__
 #define SELMATCH_KERNEL __global__ void
-#define SELMATCH_SHARED __shared__
+#define SELMATCH_SHARED(name, ...) __shared__ std::type_identity_t<__VA_ARGS__> name
 #define SELMATCH_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)  // at least so many to a processor
 
 #else
@@ -38,7 +39,10 @@
 
 #define SELMATCH_DEVICE inline
 #define SELMATCH_KERNEL void
-#define SELMATCH_SHARED static  // blocks run one after another, so one copy serves them all
+// Blocks run one after another, so one copy serves them all.
+#define SELMATCH_SHARED(name, ...)               \
+  static std::type_identity_t<__VA_ARGS__> name; \
+  emulator::count_shared(&name)
 #define SELMATCH_LAUNCH_BOUNDS(threads, blocks)
 
 #endif
@@ -115,9 +119,7 @@ SELMATCH_HD void narrow(double x, double* out) { *out = x; }
 
 // --- launching, shared memory and warps ------------------------------------------------------------------------------
 
-#if defined(__CUDACC__)
-
-constexpr int kBlockThreads = 256;
+#if defined(__CUDACC__) || defined(SELMATCH_EMULATE)
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
@@ -135,27 +137,48 @@ inline size_t shared_memory_limit() {
   return static_cast<size_t>(bytes);
 }
 
+// A kernel has 48 KB of shared memory, its own arrays included, unless it asks for more. It asks once, for all that
+// there is: were each launch to ask for what it needs, a smaller one could take back what a launch on another thread,
+// or one that a graph recorded, relies on. Its blocks then need shared memory more than the first cache, of which the
+// carveout takes it: blocks that do not fit beside each other would run one after another.
+template <typename... Params>
+void request_shared_memory(void (*kernel)(Params...)) {
+  cudaFuncAttributes own = {};
+  check_cuda(cudaFuncGetAttributes(&own, kernel), "cudaFuncGetAttributes");
+  const int most = static_cast<int>(shared_memory_limit() - own.sharedSizeBytes);
+  if (own.maxDynamicSharedSizeBytes >= most) {
+    return;
+  }
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "cudaFuncSetAttribute");
+  check_cuda(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+      "cudaFuncSetAttribute");
+}
+
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared_bytes, void* stream, Args... args) {
   if (blocks == 0) {
     return;
   }
-  if (blocks > INT32_MAX) {
+  if (blocks < 0 || blocks > INT32_MAX) {
     throw std::runtime_error("kernel launch: " + std::to_string(blocks) + " blocks, a GPU takes at most 2147483647");
   }
-  constexpr size_t kGranted = 48 * 1024;  // more than this, the kernel's own arrays included, has to be asked for
-  cudaFuncAttributes own = {};
   if (shared_bytes > 0) {
-    check_cuda(cudaFuncGetAttributes(&own, kernel), "cudaFuncGetAttributes");
+    request_shared_memory(kernel);
   }
-  if (shared_bytes + own.sharedSizeBytes > kGranted) {
-    check_cuda(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-        "cudaFuncSetAttribute");
-  }
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
-  check_cuda(cudaGetLastError(), "kernel launch");
+  cudaLaunchConfig_t config = {};
+  config.gridDim.x = static_cast<unsigned>(blocks);
+  config.blockDim.x = static_cast<unsigned>(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  check_cuda(cudaLaunchKernelEx(&config, kernel, args...), "kernel launch");
 }
+
+#endif
+
+#if defined(__CUDACC__)
+
+constexpr int kBlockThreads = 256;
 
 template <typename T>
 SELMATCH_DEVICE T* dynamic_shared() {
@@ -175,7 +198,7 @@ SELMATCH_DEVICE T warp_shuffle_xor(T value, int mask) {
 // Sum over the block, the same bits every time, given to every thread. All threads of the block must call it.
 template <typename T>
 SELMATCH_DEVICE T block_sum(T value) {
-  SELMATCH_SHARED T warp_sums[32];
+  SELMATCH_SHARED(warp_sums, T[32]);
   for (int mask = 16; mask > 0; mask /= 2) {
     value += warp_shuffle_xor(value, mask);
   }

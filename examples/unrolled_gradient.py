@@ -1,4 +1,5 @@
-"""Learns the learning rate of every step of training: its gradient through 10 steps of SGD, without their graph.
+"""Learns how to train: the learning rate of every step, the momentum and the weight decay, by their gradients through
+10 steps of SGD, without the graph of those.
 
 python unrolled_gradient.py
 """
@@ -27,9 +28,12 @@ def main():
 
     unrolled = sm.UnrolledSGD(model)  # `sm.unrolled_sgd` for many calls
     log_rates = torch.full((STEPS,), 0.01).log().requires_grad_()  # the exponential keeps the rates positive
-    optimizer = torch.optim.Adam([log_rates], lr=0.2)
+    log_decay = torch.tensor(1e-3).log().requires_grad_()
+    momentum_logit = torch.tensor(0.0, requires_grad=True)  # the sigmoid keeps the momentum between 0 and 1
+    optimizer = torch.optim.Adam([log_rates, log_decay, momentum_logit], lr=0.2)
     for iteration in range(31):
-        trained = unrolled(start, images, labels, batches, log_rates.exp())
+        rates, momentum, decay = log_rates.exp(), momentum_logit.sigmoid(), log_decay.exp()
+        trained = unrolled(start, images, labels, batches, rates, momentum=momentum, weight_decay=decay)
         logits = functional_call(model, sm.models.flat.unflatten(trained, model), (images[held_out],))
         loss = F.cross_entropy(logits, labels[held_out])
         if iteration % 10 == 0:
@@ -39,6 +43,7 @@ def main():
         loss.backward()  # through all 10 steps
         optimizer.step()
     print("learned rates:", *(f"{rate:.3f}" for rate in log_rates.exp().tolist()))
+    print(f"learned momentum: {momentum_logit.sigmoid():.3f}, weight decay: {log_decay.exp():.5f}")
 
 
 if __name__ == "__main__":

@@ -193,14 +193,17 @@ def DiffAugment(x, strategy, seed, param):
 # --- unrolled SGD (MTT, arXiv 2203.11932) -----------------------------------------------------------------------------
 
 
-def unrolled_sgd_full_graph(model, start, images, labels, batches, lr, augmentations=None, tesla=False):
+def unrolled_sgd_full_graph(
+    model, start, images, labels, batches, lr, augmentations=None, tesla=False, **momentum_and_decay
+):
     """The parameters after N steps, with the graph of every step kept; lr is 0-d or (N,).
 
-    tesla: the gradient of each step is taken with its parameters held fixed (arXiv 2211.10586).
+    tesla: the gradient of each step is taken with its parameters held fixed (arXiv 2211.10586). momentum_and_decay:
+    arguments of `sgd_with_momentum`; without them the steps are those of plain SGD.
     """
     names, parameters = zip(*model.named_parameters(), strict=True)
     buffers = {name: b.clone() for name, b in model.named_buffers()}  # so that the model's own are left alone
-    theta = start
+    theta, velocity = start, torch.zeros_like(start)
     for i, batch in enumerate(batches):
         x = images[batch] if augmentations is None else augment(images[batch], augmentations[i])
         at = theta.detach().requires_grad_() if tesla or not theta.requires_grad else theta
@@ -208,8 +211,20 @@ def unrolled_sgd_full_graph(model, start, images, labels, batches, lr, augmentat
         logits = functional_call(model, (dict(zip(names, parts, strict=True)), buffers), (x,))
         loss = F.cross_entropy(logits, labels[batch])
         gradients = torch.autograd.grad(loss, parts, create_graph=True, materialize_grads=True)
-        theta = theta - lr.expand(len(batches))[i] * torch.cat([g.reshape(-1) for g in gradients])
+        step = torch.cat([g.reshape(-1) for g in gradients])
+        if momentum_and_decay:
+            step, velocity = sgd_with_momentum(i, len(batches), theta, step, velocity, **momentum_and_decay)
+        theta = theta - lr.expand(len(batches))[i] * step
     return theta
+
+
+def sgd_with_momentum(i, steps, theta, gradient, velocity, momentum=0.0, nesterov=False, weight_decay=0.0):
+    """(what is multiplied by the learning rate in step i, the velocity after it), as in torch.optim.SGD; momentum and
+    weight_decay are 0-d or (steps,)."""
+    momentum, weight_decay = (torch.as_tensor(t, dtype=theta.dtype).expand(steps)[i] for t in (momentum, weight_decay))
+    decayed = gradient + weight_decay * theta
+    velocity = momentum * velocity + decayed
+    return (decayed + momentum * velocity if nesterov else velocity), velocity
 
 
 # --- trajectory distance (MTT, arXiv 2203.11932) ----------------------------------------------------------------------
@@ -360,13 +375,13 @@ def distribution_matching(model, real, syn):
     return total
 
 
-def dataset_distillation(model, starts, images, labels, batches, raw, real, wanted, augmentations):
+def dataset_distillation(model, starts, images, labels, batches, raw, real, wanted, augmentations, **more):
     """DD (arXiv 1811.10959, algorithm 1): the mean over the starts of the real loss after training; `augmentations` has
-    the tables of each start, or is None."""
+    the tables of each start, or is None; `more`: arguments of `sgd_with_momentum`."""
     rates, losses = torch.log(1 + torch.exp(raw)), []
     for k, start in enumerate(starts):
         tables = None if augmentations is None else augmentations[k]
-        theta = unrolled_sgd_full_graph(model, start.requires_grad_(), images, labels, batches, rates, tables)
+        theta = unrolled_sgd_full_graph(model, start.requires_grad_(), images, labels, batches, rates, tables, **more)
         parts = theta.split([p.numel() for p in model.parameters()])
         named = {n: t.view_as(p) for (n, p), t in zip(model.named_parameters(), parts, strict=True)}
         losses.append(F.cross_entropy(functional_call(model, named, (real,)), wanted))

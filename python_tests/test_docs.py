@@ -18,6 +18,7 @@ from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.foreign import Reading
 from selmatch_ext.methods import METHODS
 from selmatch_ext.runner import Run
+from selmatch_ext.settings import Sweep
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -133,6 +134,7 @@ def test_options_in_the_text_exist():
     known |= {"--out", "--device", "--seed", "--settings", "--reduced", "--help", "--experts", "--replay-buffer"}
     known |= {"--format", "--version", "--json", "--tyro-print-completion", *options(Reading())}
     known |= {"--nproc-per-node", "--nnodes", "--node-rank"}  # torchrun's
+    known |= {name for name in options(Sweep())} | {"--method", "--data"}  # of selmatch sweep and recipes
     for page in PAGES:
         text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
         if page.name == "moving-over.md":

@@ -19,7 +19,7 @@ def program(tmp_path_factory):
     path = tmp_path_factory.mktemp("emulator") / "emulation_test"
     kernels = sorted(ROOT.glob("csrc/*/*.cu"))
     loops = sorted(ROOT.glob("csrc/*/*_cpu_loops.cpp"))
-    flags = ["-std=c++20", "-O1", "-pthread", "-DSELMATCH_EMULATE", f"-I{ROOT / 'csrc'}"]
+    flags = ["-std=c++20", "-O1", "-pthread", "-U_FORTIFY_SOURCE", "-DSELMATCH_EMULATE", f"-I{ROOT / 'csrc'}"]
     sources = ["-x", "c++", str(ROOT / "csrc/emulator/emulation_test.cpp"), *map(str, kernels + loops)]
     subprocess.run([compiler, *flags, *sources, "-o", str(path)], check=True)
     return path
@@ -35,8 +35,15 @@ def test_kernels_against_the_cpu(program):
     assert "0 of " in result.stdout
 
 
-def test_divergent_barrier_is_noticed(program):
-    result = run(program, "--provoke", "divergence")
+def test_missing_barrier_is_noticed(program):
+    result = run(program, "--provoke", "race")
+    assert result.returncode != 0
+    assert "FAILED: blocks reversed" in result.stdout
+
+
+@pytest.mark.parametrize("fault", ["divergence", "shuffle"])
+def test_divergent_barrier_is_noticed(program, fault):
+    result = run(program, "--provoke", fault)
     assert result.returncode != 0
     assert "divergent barrier" in result.stderr
 

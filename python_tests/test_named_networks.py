@@ -12,8 +12,10 @@ from selmatch_ext import cli, evaluation, models
 from selmatch_ext.context import Context
 from selmatch_ext.data.distilled import DistilledSet, Schedule
 from selmatch_ext.data.trajectories import ExpertStore
+from selmatch_ext.files import write_json
 from selmatch_ext.methods import METHODS, Task
 from selmatch_ext.models import from_file
+from selmatch_ext.provenance import to_dict
 from selmatch_ext.selection.start import choose
 from selmatch_ext.settings import Start
 
@@ -126,3 +128,20 @@ def test_the_demo_still_names_its_network(digits, experts):
     """Stores that are trained here, with a network of ours, need no option."""
     assert ExpertStore(experts.folder).model == MODEL == tiny_run().experts.model
     assert ExpertStore(experts.folder).check_model_size(1, 10, (8, 8)) is None
+
+
+@pytest.mark.parametrize(
+    ("part", "verbs"), [("scores", ["scores", "select", "sweep"]), ("features", ["coverage x.safetensors", "sweep"])]
+)
+def test_a_settings_file_does_not_choose_the_code_of_the_starts_networks(part, verbs, tmp_path, stranger, capsys):
+    """Where a verb uses them."""
+    tiny = tiny_run()
+    network = replace(getattr(tiny.start, part), model=stranger)
+    asked = replace(tiny, start=replace(tiny.start, **{part: network}))
+    write_json(tmp_path / "settings.json", to_dict(asked))
+    for verb in verbs:
+        arguments = [*verb.split(), "--settings", str(tmp_path), "--out", str(tmp_path / "out"), "--device", "cpu"]
+        assert cli.main(arguments) == 1
+        assert f"add --start.{part}.model {stranger}" in capsys.readouterr().err
+    arguments = ["experts", "--settings", str(tmp_path), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert cli.main(arguments) == 0 and not ran(tmp_path)

@@ -195,3 +195,14 @@ def test_without_pyarrow(tmp_path, monkeypatch, capsys):
     assert cli.main([*command, "--out", str(tmp_path / "scores.npz")]) == 1
     shown = capsys.readouterr().err.splitlines()
     assert len(shown) == 1 and shown[0].endswith("needs the package pyarrow: pip install 'selmatch_ext[hf]'")
+
+
+def test_some_classes_of_a_table(tmp_path):
+    """In the order of the table's classes."""
+    write(tmp_path / "train-0.parquet", table(TRAIN, LABELS))
+    write(tmp_path / "test-0.parquet", table(TEST, TEST_LABELS))
+    data = load(f"huggingface:{tmp_path}", classes=("cat", "dog"))
+    assert data.class_names == ["dog", "cat"] and data.train.labels.tolist() == [1, 0, 0, 1]
+    kept = [i for i, label in enumerate(LABELS) if label != 1]
+    assert torch.equal(data.train.images.permute(0, 2, 3, 1), torch.from_numpy(TRAIN[kept]))
+    assert data.full.kept.tolist() == kept and data.full.labels.tolist() == LABELS

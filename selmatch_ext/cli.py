@@ -210,13 +210,18 @@ def experts(
     say(f"{store.count} experts of {store.epochs} epochs in {out}")
 
 
-def recipes_() -> None:
-    """The rows of the papers' tables as named settings, with the published figures.
+def recipes_(*, method: str | None = None, data: str | None = None) -> None:
+    """The cells of the papers' tables as named settings, with the published figures, and ours where there is one.
 
     `selmatch run --settings NAME --out FOLDER` runs one from data set to evaluated distilled set; with --reduced at a
-    scale for a laptop. All its settings can be changed, and --help lists them.
+    scale for a laptop. All its settings can be changed, and --help lists them. Recipes of the method select choose real
+    images: `selmatch select --settings NAME --out FOLDER`, and `selmatch evaluate --settings NAME` with its file.
+
+    Args:
+        method: Only those of this method, or of this row of the tables, such as random or tesla.
+        data: Only those of this data set, such as cifar100.
     """
-    say(report.table(recipes.listing()))
+    say(report.table(recipes.listing(method, data)))
 
 
 METHOD_VERBS: dict[str, Callable[[str], Callable[..., None]]] = {"run": run_by, "distill": distill_by}
@@ -231,6 +236,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "cross": cli_studies.cross,
     "continual": cli_studies.continual,
     "search": cli_studies.search,
+    "sweep": cli_studies.sweep,
     "methods": cli_studies.methods,
     "report": cli_studies.report_,
     "export": cli_files.export,

@@ -16,7 +16,7 @@ from selmatch_ext.models import from_file
 from selmatch_ext.provenance import from_dict
 from selmatch_ext.ranges import Seed, check_number
 from selmatch_ext.runner import Run
-from selmatch_ext.settings import Data
+from selmatch_ext.settings import Data, StartParts
 
 OF_THE_SET = Data(dataset="of the set")
 """Stands for the data set that a set's file names."""
@@ -72,7 +72,13 @@ def given_run(arguments: list[str], with_method: Collection[str]) -> tuple[Run |
 
 def _find(given: str, method: str | None, whole: bool) -> Run:
     if given in recipes.RECIPES or not Path(given).exists():
-        run = recipes.find(given).settings
+        recipe = recipes.find(given)
+        run = recipe.settings
+        if whole and recipe.method == recipes.SELECT:
+            raise ValueError(
+                f"the recipe {given} selects real images and learns none: selmatch select --settings {given} --out "
+                f"DIR, then selmatch evaluate DIR/{run.start.select}.safetensors --settings {given}"
+            )
         if method not in (None, run.method):
             raise ValueError(f"the recipe {given} is of the method {run.method}, not {method}")
         return run
@@ -86,7 +92,7 @@ def check_named_networks(run: Run, parts: Collection[str], words: list[str]) -> 
     trusted = {value for word in words for value in (word, word.partition("=")[2])}
     for name, value in _networks(run):
         part = name.partition(".")[0] if "." in name else "settings"
-        if part in parts:
+        if part in parts or (part == "start" and {name.split(".")[1], "parts"} & set(parts)):
             from_file.checked_name(value, f"the setting {name}", f"--{name.replace('_', '-')}", trusted)
 
 
@@ -105,7 +111,8 @@ def _networks(settings: Any, prefix: str = "") -> list[tuple[str, str]]:
 def settings_by_name(run: Run) -> dict[str, Any]:
     """The parts of a run by the names that verbs have for them."""
     parts = {field.name: getattr(run, field.name) for field in fields(run) if field.name != "method"}
-    return parts | {"scores": run.start.scores, "features": run.start.features}
+    common = StartParts(**{field.name: getattr(run.start, field.name) for field in fields(StartParts)})
+    return parts | {"scores": run.start.scores, "features": run.start.features, "parts": common}
 
 
 def data_of(data: Data, path: Path, seed: int) -> tuple[Data, int]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from selmatch_ext import page, report
 from selmatch_ext.cli_process import device_of
@@ -16,13 +17,26 @@ from selmatch_ext.data.load import load_data
 from selmatch_ext.evaluation import evaluate as evaluate_set
 from selmatch_ext.output import say
 from selmatch_ext.preflight import check_choices
-from selmatch_ext.settings import Continual, Coverage, Data, Evaluation, Features, Search
+from selmatch_ext.runner import Run
+from selmatch_ext.settings import (
+    Continual,
+    Coverage,
+    Data,
+    Evaluation,
+    Experts,
+    Features,
+    Search,
+    Start,
+    StartParts,
+    Sweep,
+)
 from selmatch_ext.studies.architectures import search as search_networks
 from selmatch_ext.studies.comparison import compare
 from selmatch_ext.studies.continual import continual as learn_continually
 from selmatch_ext.studies.coverage import coverage as measure_coverage
 from selmatch_ext.studies.coverage import snapshots
 from selmatch_ext.studies.cross import cross as cross_table
+from selmatch_ext.studies.sweep import sweep as run_sweep
 
 
 def _context(data: Data, path: Path, seed: int, device: torch.device) -> Context:
@@ -157,6 +171,28 @@ def search(
     where = device_of(device)
     check_choices({"search": search, "evaluation": evaluation}, where)
     search_networks(path, _context(data, path, seed, where), search, evaluation, out)
+
+
+def sweep(
+    sweep: Annotated[Sweep, arg(name="")],
+    data: Data = Data(),
+    parts: Annotated[StartParts, arg(name="start")] = StartParts(),
+    experts: Experts = Experts(),
+    evaluation: Evaluation = Evaluation(),
+    *,
+    place: Here,
+    seed: int = 0,
+) -> None:
+    """Accuracy and coverage of methods, starts and selections over shares of one data set. Networks are trained on
+    every set with the same number of updates: evaluation.training.epochs are those on the smallest set. Writes
+    sweep.json, sweep.md, accuracy.png and coverage.png; a killed call continues, and finished cells are not run again.
+
+    Args:
+        parts: What the starts of all curves have in common.
+        seed: Seed of every random choice.
+    """
+    base = Run(data=data, start=Start(**vars(parts)), experts=experts, evaluation=evaluation, seed=seed)
+    run_sweep(sweep, base, place.out, device_of(place.device))
 
 
 def report_(path: Positional[Path], *, out: Path | None = None, columns: int = 10) -> None:

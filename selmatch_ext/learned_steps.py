@@ -7,8 +7,9 @@ from collections.abc import Collection
 import torch
 
 from selmatch_ext.context import Context
-from selmatch_ext.data.distilled import DistilledSet, Schedule
+from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.images import ImageData
+from selmatch_ext.data.schedule import Schedule
 from selmatch_ext.models import flat, from_file
 from selmatch_ext.models.batchnorm import freeze_statistics
 from selmatch_ext.models.initial import xavier
@@ -35,7 +36,18 @@ def follow_schedule(
     else:
         start = schedule.starts[k % len(schedule.starts)]
     images, targets, rates = (t.to(device) for t in (subset.images, subset.targets(), schedule.rates))
-    flat.load_parameters(model, unrolled_sgd(model, start.to(device), images, targets, list(schedule.batches), rates))
+    trained = unrolled_sgd(
+        model,
+        start.to(device),
+        images,
+        targets,
+        list(schedule.batches),
+        rates,
+        momentum=schedule.momentum,
+        nesterov=schedule.nesterov,
+        weight_decay=schedule.weight_decay,
+    )
+    flat.load_parameters(model, trained)
     seen = [(data.train.labels == c).nonzero().squeeze(1)[:16] for c in range(data.classes)]
     with precision_scope("float32", device):
         freeze_statistics(model, data.normalize(data.train.images[torch.cat(seen)], device))

@@ -158,8 +158,8 @@ def of_images(data: ImageData) -> dict[str, Any]:
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
-    """Nested plain dictionary of a settings object, for JSON and for file metadata."""
-    return asdict(settings)
+    """Nested plain dictionary of a settings object as JSON has it, with lists for tuples."""
+    return asdict(settings, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items})
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -24,6 +24,8 @@ from selmatch_ext.clock import Bar
 from selmatch_ext.output import safe
 
 PATIENCE = timedelta(days=30)  # a rank may wait for another's whole expert
+_apart = False
+"""Whether this process is within `alone`."""
 
 
 def world() -> int:
@@ -87,8 +89,20 @@ def _wait(begin: Callable[[], dist.Work]) -> None:
 
 
 def progress(**options: Any) -> Bar:
-    """A progress bar with the options of tqdm and `Bar`, shown by rank 0 alone."""
-    return Bar(**options, disable=not first(), file=safe(sys.stderr))
+    """A progress bar with the options of tqdm and `Bar`, shown by rank 0 alone, and not within `alone`."""
+    return Bar(**options, disable=not first() or _apart, file=safe(sys.stderr))
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within, this process does all of the work itself and waits for no other, as if there were one: for a piece of
+    work that is one rank's as a whole. No progress bar is shown, since other ranks do the same meanwhile."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
 
 
 @contextlib.contextmanager
@@ -106,4 +120,4 @@ def processes() -> Iterator[None]:
 
 
 def _several() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return not _apart and dist.is_available() and dist.is_initialized()

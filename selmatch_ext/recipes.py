@@ -1,172 +1,121 @@
-"""The rows of the papers' tables as named settings (`selmatch recipes`), each also at a scale for a laptop."""
+"""The cells of the papers' tables as named settings (`selmatch recipes`), each also at a scale for a laptop. They are
+in recipes.json."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from selmatch_ext.methods.base import CONVNET, LoopSettings
+from selmatch_ext import strict_json
+from selmatch_ext.files import read_json
+from selmatch_ext.methods.base import LoopSettings
 from selmatch_ext.methods.dd import DDSettings
 from selmatch_ext.methods.distribution import DMSettings
 from selmatch_ext.methods.gradient import DCSettings
 from selmatch_ext.methods.mtt import MTTSettings
-from selmatch_ext.methods.selmatch import SelMatchSettings
+from selmatch_ext.methods.selmatch import SelMatch
+from selmatch_ext.provenance import from_dict
 from selmatch_ext.runner import Run
-from selmatch_ext.settings import DSA, Data, Evaluation, Experts, Scores, Start, Training, Window
+from selmatch_ext.selection import coreset
+from selmatch_ext.selection.difficulty import COMPUTED
+from selmatch_ext.settings import Evaluation, Scores, Training
+
+SELECT = "select"
+DEMO = "selmatch-digits-ipc6"
+_TABLE = Path(__file__).with_name("recipes.json")
+_ROW = ("row", "data", "method", "suffix", "source", "bases", "settings", "by_ipc", "published", "names", "ours")
+_OURS = ("mean", "std", "file", "key", "scale", "machine")
 
 
 @dataclass(frozen=True)
+class Ours:
+    """What a committed run of this package found for a recipe, at a smaller scale: test accuracy and standard deviation
+    over its networks in %, the file and the key in it, and in words scale and machine."""
+
+    mean: float
+    std: float
+    file: str
+    key: str
+    scale: str
+    machine: str
+
+
+@dataclass(frozen=True, eq=False)
 class Recipe:
-    """One row. settings: what it is run with; published: test accuracy in %, None where there is none."""
+    """One cell of a published table. row: its row there, which is the method's name or that of a variant or selection;
+    method: of METHODS, or SELECT for real images that are selected and not learned; data: the data set in lower case.
+    published: test accuracy in %, None where it is not known; source: the table that has it."""
 
     name: str
-    settings: Run
-    published: float | None = None
+    row: str
+    method: str
+    data: str
+    published: float | None
+    source: str
+    ours: Ours | None
+    given: dict[str, Any] = field(repr=False)
 
-    @property
-    def method(self) -> str:
-        """Its method's name."""
-        return self.settings.method
-
-
-_PAPERS = replace(CONVNET, draw_per="batch")
-"""As CONVNET, with the augmentation of the public code of DC, DSA, DM and MTT."""
-
-# --- SelMatch (arXiv 2406.18561): ipc -> alpha, beta, epochs of evaluation --------------------------------------------
-
-_CIFAR10 = {250: (0.6, 0.5, 1000), 500: (0.2, 0.3, 500), 1000: (0.1, 0.2, 250), 1500: (0.1, 0.2, 167)}
-_CIFAR100 = {25: (0.8, 0.8, 1000), 50: (0.6, 0.7, 500), 100: (0.3, 0.6, 250), 150: (0.2, 0.4, 167)}
-_TINY = {50: (0.6, 0.8, 500), 100: (0.5, 0.7, 250)}
+    @cached_property
+    def settings(self) -> Run:
+        """What it is run with: the method's defaults, and what the table changes. For SELECT, method and experts are
+        not used."""
+        method = SelMatch.name if self.method == SELECT else self.method
+        return from_dict(Run, self.given, f"recipe {self.name}", Run.of(method))
 
 
-def _selmatch() -> Iterator[Recipe]:
-    evaluation = Evaluation()
-    for name, dataset, rows in (("cifar10", "CIFAR10", _CIFAR10), ("cifar100", "CIFAR100", _CIFAR100)):
-        for ipc, (alpha, beta, epochs) in rows.items():
-            settings = Run.of(
-                "selmatch",
-                data=Data(dataset),
-                start=Start("window", ipc, alpha, Window(beta), Scores(f"{name}-cscore.npz")),
-                settings=SelMatchSettings(lr_images=10000.0 if name == "cifar10" and ipc >= 1000 else 1000.0),
-                evaluation=replace(evaluation, training=replace(evaluation.training, epochs=epochs)),
+def _read(path: Path) -> Iterator[Recipe]:
+    """The recipes in a file: {"bases": {name: {"settings", "by_ipc"}}, "rows": [{"row", "data", "published": {ipc: % or
+    null}, …}]}. A cell's settings are those of its row's bases in their order, then the row's own; of each first
+    "settings", then what "by_ipc" has for its number of images per class. Raises ValueError naming what is wrong."""
+    table = read_json(path, "bases", "rows")
+    bases = {name: _known(base, ("settings", "by_ipc"), f"{path}: {name}") for name, base in table["bases"].items()}
+    for number, given in enumerate(table["rows"]):
+        where = f"{path}: row {number}"
+        row = _known(given, _ROW, where)
+        missing = [name for name in ("row", "data", "published") if name not in row]
+        unknown = [name for name in row.get("bases", []) if name not in bases]
+        if missing or unknown:
+            raise ValueError(f"{where} lacks {', '.join(missing)}" if missing else f"{where}: no base {unknown[0]}")
+        parts = [*(bases[name] for name in row.get("bases", [])), row]
+        for ipc, published in row["published"].items():
+            if published is not None:
+                (published,) = strict_json.numbers([published], f"{where}: published {ipc}", 1)
+            settings = dict[str, Any]()
+            for part in parts:
+                settings = _merged(settings, part.get("settings", {}))
+                settings = _merged(settings, part.get("by_ipc", {}).get(ipc, {}))
+            name = row.get("names", {}).get(ipc, f"{row['row']}-{row['data']}-ipc{ipc}{row.get('suffix', '')}")
+            ours = row.get("ours", {}).get(ipc)
+            yield Recipe(
+                name=name,
+                row=row["row"],
+                method=row.get("method", SELECT),
+                data=row["data"],
+                published=published,
+                source=row.get("source", ""),
+                ours=None if ours is None else Ours(**_known(ours, _OURS, f"{where}: ours {ipc}")),
+                given=_merged(settings, {"start": {"ipc": int(ipc)}}),
             )
-            yield Recipe(f"selmatch-{name}-ipc{ipc}", settings)
-    for ipc, (alpha, beta, epochs) in _TINY.items():
-        training = replace(evaluation.training, epochs=epochs)
-        scores = Scores("forgetting", "ConvNetD4BN", training=Training(epochs=100))
-        settings = Run.of(
-            "selmatch",
-            data=Data("tinyimagenet:tiny-imagenet-200"),
-            start=Start("window", ipc, alpha, Window(beta), scores),
-            experts=Experts("ConvNetD4BN"),
-            settings=SelMatchSettings(inner_steps=20),
-            evaluation=replace(evaluation, model="ResNet18BN_Tiny", training=training),
-        )
-        yield Recipe(f"selmatch-tinyimagenet-ipc{ipc}", settings)
 
 
-# --- MTT (arXiv 2203.11932) and DATM (arXiv 2310.05773) ---------------------------------------------------------------
-
-_PLAIN = replace(_PAPERS, networks=20, distilled_strategy="none", training=replace(_PAPERS.training, epochs=300))
-
-
-def _trajectories() -> Iterator[Recipe]:
-    row = {"data": Data("CIFAR10", zca=True), "evaluation": _PAPERS}
-    for ipc, published in ((1, 46.3), (10, 65.3), (50, 71.6)):
-        yield Recipe(f"mtt-cifar10-ipc{ipc}", Run.of("mtt", start=Start(ipc=ipc), **row), published)
-    yield Recipe("datm-cifar10-ipc10", Run.of("datm", **row))
+def _known(value: Any, keys: tuple[str, ...], where: str) -> dict[str, Any]:
+    unknown = strict_json.mapping(value, where).keys() - set(keys)
+    if unknown:
+        raise ValueError(f"{where} has {', '.join(sorted(unknown))}; allowed are {', '.join(keys)}")
+    return value
 
 
-# --- DC (arXiv 2006.05929), DSA (arXiv 2102.08259), DM (arXiv 2110.04181): % at ipc 1, 10 and 50 ----------------------
-
-_DC = {
-    "MNIST": (91.7, 97.4, 98.8),
-    "FashionMNIST": (70.5, 82.3, 83.6),
-    "SVHN": (31.2, 76.1, 82.3),
-    "CIFAR10": (28.3, 44.9, 53.9),
-}
-_DSA = {
-    "MNIST": (88.7, 97.8, 99.2),
-    "FashionMNIST": (70.6, 84.6, 88.7),
-    "SVHN": (27.5, 79.2, 84.4),
-    "CIFAR10": (28.8, 52.1, 60.6),
-}
-_DM = {"CIFAR10": (None, None, None)}
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Both; where both have a value the new one counts, and dictionaries are merged."""
+    both = {key: _merged(old[key], new[key]) for key in old.keys() & new.keys() if isinstance(old[key], dict)}
+    return {**old, **new, **both}
 
 
-def _matching() -> Iterator[Recipe]:
-    for method, table in (("dc", _DC), ("dsa", _DSA), ("dm", _DM)):
-        for dataset, figures in table.items():
-            for ipc, published in zip((1, 10, 50), figures, strict=True):
-                row = Run.of(method, data=Data(dataset), evaluation=_PLAIN)
-                row = replace(row, start=replace(row.start, ipc=ipc))
-                if method != "dc":
-                    strategy = DSA.replace("_flip", "") if dataset in ("MNIST", "SVHN") else DSA
-                    evaluation = replace(_PAPERS, networks=20, distilled_strategy=strategy)
-                    settings: Any = row.settings
-                    row = replace(row, settings=replace(settings, strategy=strategy), evaluation=evaluation)
-                yield Recipe(f"{method}-{dataset.lower()}-ipc{ipc}", row, published)
-
-
-# --- DD (arXiv 1811.10959) --------------------------------------------------------------------------------------------
-
-
-def _unrolled() -> Iterator[Recipe]:
-    rows = (
-        ("dd-mnist-known-10", "MNIST", 1, DDSettings(steps=1, init="known"), 1, 94.0),
-        ("dd-mnist-unknown-100", "MNIST", 10, DDSettings(steps=10, init="unknown"), 20, 80.0),
-        ("dd-cifar10-known-100", "CIFAR10", 10, DDSettings(model="AlexNet", init="known", lr_init=0.001), 1, 54.0),
-    )
-    for name, dataset, ipc, settings, networks, published in rows:
-        evaluation = replace(_PLAIN, model=settings.model, networks=networks)
-        start = Start("noise", ipc=ipc)
-        yield Recipe(
-            name, Run.of("dd", settings=settings, data=Data(dataset), start=start, evaluation=evaluation), published
-        )
-
-
-# --- a demonstration --------------------------------------------------------------------------------------------------
-
-
-def _digits() -> Iterator[Recipe]:
-    """SelMatch on scikit-learn's digits (8x8, one channel; no flips) within minutes on two CPU cores."""
-    strategy, model = "color_crop_cutout_scale_rotate", "ConvNetW32"
-    settings = Run.of(
-        "selmatch",
-        data=Data("digits"),
-        start=Start(
-            "window",
-            ipc=6,
-            alpha=0.85,
-            window=Window(step=0.2, networks=2),
-            scores=Scores("el2n", model, training=Training(epochs=10, lr=0.02, momentum=0.9, batch=64)),
-        ),
-        experts=Experts(model, count=4, strategy=strategy, training=Training(epochs=20, lr=0.02, batch=64)),
-        settings=SelMatchSettings(
-            iterations=300,
-            inner_steps=20,
-            expert_epochs=2,
-            max_start_epoch=16,
-            batch_syn=30,
-            lr_images=300.0,
-            lr_init=0.02,
-            strategy=strategy,
-        ),
-        evaluation=Evaluation(
-            model=model,
-            networks=10,
-            distilled_strategy=strategy,
-            selected_strategy="crop",
-            training=Training(epochs=150, lr=0.02, momentum=0.9, weight_decay=5e-4, batch=30, schedule="cosine"),
-        ),
-    )
-    yield Recipe(DEMO, settings)
-
-
-DEMO = "selmatch-digits-ipc6"
-RECIPES = {r.name: r for rows in (_selmatch, _trajectories, _matching, _unrolled, _digits) for r in rows()}
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _read(_TABLE)}
 
 
 def find(name: str) -> Recipe:
@@ -180,8 +129,8 @@ def find(name: str) -> Recipe:
 # --- reduced scale ----------------------------------------------------------------------------------------------------
 #
 # For all: a tenth of the training images (of data sets with more than 50 classes a fifth), networks of width 32 in
-# place of wider ones and of ResNet18, 3 experts of 15 epochs, at most 3 evaluated networks of 60 epochs. SelMatch: as
-# large a share of the images as in the whole recipe; scores are computed. Trajectory matching: 100 iterations of at
+# place of wider ones and of ResNet18, 3 experts of 15 epochs, at most 3 evaluated networks of 60 epochs. Recipes of 5 %
+# of the images and more have as large a share of them; scores are computed. Trajectory matching: 100 iterations of at
 # most 20 steps. DC and DSA: 20 networks; DM: 200 iterations; all with 64 real images of a class. DD: 40 passes over the
 # images. The figures are no reproduction, but compare methods.
 
@@ -212,10 +161,14 @@ def reduced(settings: Run) -> Run:
     per_class = _CLASS_SIZE[kind] // (5 if kind in _MANY_CLASSES else 10)
     training = Training(epochs=15, lr=0.02, momentum=0.9, batch=128)
     start, scores = settings.start, settings.start.scores
-    if start.select == "window":
-        scores = Scores("forgetting", narrow(scores.model), runs=1, training=training)
-        ipc = max(2, round(start.ipc / _CLASS_SIZE[kind] * per_class))
-        start = replace(start, scores=scores, ipc=ipc)
+    if start.ipc >= 0.05 * _CLASS_SIZE[kind]:
+        start = replace(start, ipc=max(2, round(start.ipc / _CLASS_SIZE[kind] * per_class)))
+    if start.select in coreset.BY_DIFFICULTY:
+        source = scores.source if scores.source in COMPUTED else "forgetting"
+        start = replace(start, scores=Scores(source, narrow(scores.model), runs=1, training=training))
+    if start.select in coreset.BY_NETWORK:
+        model = narrow(start.features.model)
+        start = replace(start, features=replace(start.features, model=model, training=training))
     brief = _BRIEF.get(settings.method)
     experts = replace(settings.experts, model=narrow(settings.experts.model), count=3, training=training)
     return replace(
@@ -235,6 +188,7 @@ def _brief_matching(settings: MTTSettings, ipc: int) -> MTTSettings:
         iterations=100,
         inner_steps=min(20, settings.inner_steps),
         expert_epochs=1,
+        min_start_epoch=0,
         first_max_start_epoch=first,
         max_start_epoch=12,
         batch_syn=50,
@@ -270,9 +224,20 @@ def _brief(evaluation: Evaluation) -> Evaluation:
     return replace(evaluation, model=narrow(evaluation.model), networks=min(3, evaluation.networks), training=training)
 
 
-def listing() -> list[list[str]]:
-    """The table of all recipes, header first."""
-    rows = [["recipe", "method", "data", "published (%)"]]
-    for r in RECIPES.values():
-        rows.append([r.name, r.method, r.settings.data.dataset, "" if r.published is None else f"{r.published:g}"])
+def listing(method: str | None = None, data: str | None = None) -> list[list[str]]:
+    """The table of the recipes, header first. method: only rows of that name, and those that run that method; data:
+    only those of that data set. Raises ValueError, with those that there are, for one that no recipe has."""
+    found = list(RECIPES.values())
+    methods, sets = ({r.row for r in found} | {r.method for r in found}), {r.data for r in found}
+    for what, asked, known in (("method", method, methods), ("data", data, sets)):
+        if asked is not None and asked.lower() not in known:
+            raise ValueError(f"{what} is {asked!r}; there are {', '.join(sorted(known))}")
+    rows = [["recipe", "method", "data", "published (%)", "source", "ours (%)", "scale and machine of ours"]]
+    for r in found:
+        if (method is None or method.lower() in (r.row, r.method)) and (data is None or data.lower() == r.data):
+            shown = ["", ""]
+            if r.ours is not None:
+                shown = [f"{r.ours.mean:.1f} ± {r.ours.std:.1f}", f"{r.ours.scale}; {r.ours.machine}"]
+            published = "" if r.published is None else str(r.published)
+            rows.append([r.name, r.method, r.data, published, r.source, *shown])
     return rows

@@ -135,7 +135,9 @@ def plot_loss(values: Sequence[float], path: str | os.PathLike, title: str | Non
     _save(figure, path)
 
 
-def plot_coverage(results: Mapping[str, Mapping[str, Sequence[float]]], path: str | os.PathLike) -> None:
+def plot_coverage(
+    results: Mapping[str, Mapping[str, Sequence[float]]], path: str | os.PathLike, xlabel: str = "iteration"
+) -> None:
     """Writes a panel for all, easy and hard test images: the share that each run's set covers, over iterations.
 
     results: {run: {"iterations": [...], "all": [%, ...], "easy": [...], "hard": [...]}}. A run of one iteration becomes
@@ -145,7 +147,7 @@ def plot_coverage(results: Mapping[str, Mapping[str, Sequence[float]]], path: st
     panels = figure.subplots(1, 3)
     alone = all(len(found["iterations"]) == 1 for found in results.values())
     for axes, group in zip(panels, ("all", "easy", "hard"), strict=True):
-        axes.set(title=f"{group} test images", xlabel="" if alone else "iteration")
+        axes.set(title=f"{group} test images", xlabel="" if alone else xlabel)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         for (name, found), color in zip(results.items(), _colors(len(results)), strict=True):
@@ -191,10 +193,14 @@ def plot_bars(
 
 
 def plot_curves(
-    results: Mapping[str, Mapping[float, tuple[float, float]]], path: str | os.PathLike, xlabel: str, ylabel: str
+    results: Mapping[str, Mapping[float, tuple[float, float]]],
+    path: str | os.PathLike,
+    xlabel: str,
+    ylabel: str,
+    level: tuple[str, float] | None = None,
 ) -> None:
     """Writes a curve with error bars for each series. results: {series: {x: (mean, standard deviation)}}. Where colors
-    repeat, the lines are dashed, and then dotted; so many names are beside the plot."""
+    repeat, the lines are dashed, and then dotted; so many names are beside the plot. level: a horizontal line."""
     figure, axes = _plot(xlabel, ylabel)
     colors = _colors(len(results))
     for i, (name, values) in enumerate(results.items()):
@@ -202,10 +208,12 @@ def plot_curves(
         style = ("-", "--", ":")[colors[:i].count(colors[i]) % 3]
         line: dict[str, Any] = {"color": colors[i], "marker": "o", "markersize": 5, "capsize": 3, "label": _shown(name)}
         axes.errorbar(list(values), means, yerr=stds, linestyle=style, **line)
+    if level is not None:
+        axes.axhline(level[1], color="#333333", linestyle="-.", linewidth=1.5, label=_shown(level[0]))
     axes.xaxis.set_major_locator(_whole_numbers())
     if len(set(colors)) < len(results):
         figure.legend(loc="outside right upper", frameon=False, fontsize="small")
-    elif len(results) > 1:
+    elif len(results) + (level is not None) > 1:
         axes.legend(frameon=False)
     _save(figure, path)
 

@@ -25,7 +25,7 @@ from selmatch_ext.output import attempt, say
 from selmatch_ext.page import write_page
 from selmatch_ext.provenance import claim, from_dict, of_images, record_images, to_dict
 from selmatch_ext.ranges import Checked, Seed
-from selmatch_ext.selection.start import Chosen, choose, random_like
+from selmatch_ext.selection.start import Chosen, Kept, choose, random_like
 from selmatch_ext.settings import SELECTIONS, Data, Evaluation, Experts, Start
 from selmatch_ext.stages import stage
 
@@ -105,14 +105,7 @@ def run(
     folder = Path(folder)
     experts = folder / "experts" if experts is None else Path(experts)
     context = _begin(settings, folder, device, lambda c: preflight.check_run(settings, c, folder, experts))
-    store = None
-    if settings.start.select != "correct":  # whose images an expert chooses
-        chosen = choose(settings.start, context, settings.evaluation, folder)
-    if settings.needs_experts():
-        store = train_experts(context, settings.experts, experts)
-    if settings.start.select == "correct":
-        chosen = choose(settings.start, context, settings.evaluation, folder, store)
-    method = distill(settings, chosen, context, folder, store)
+    chosen, method = make(settings, context, folder, experts, Kept.under(folder))
     distilled = method.distilled()
     # All three are trained on in the same way: in the learned steps where the method learns them.
     sets = {"random": random_like(chosen.images, context), "start": to_train_on(chosen.images)}
@@ -123,6 +116,20 @@ def run(
         _write_report(settings, context, folder, chosen, distilled, results, method.further_results(sets))
     ranks.barrier()
     return read_json(folder / "results.json")
+
+
+def make(settings: Run, context: Context, folder: Path, experts: Path, kept: Kept) -> tuple[Chosen, Method]:
+    """The stages from the start and the experts to the distilled set, in a folder that was claimed: the start, and the
+    method as it is at the end. experts: where the expert trajectories are. kept: where the start's scores and networks
+    are. Missing ones are computed."""
+    store = None
+    if settings.start.select != "correct":  # whose images an expert chooses
+        chosen = choose(settings.start, context, settings.evaluation, kept)
+    if settings.needs_experts():
+        store = train_experts(context, settings.experts, experts)
+    if settings.start.select == "correct":
+        chosen = choose(settings.start, context, settings.evaluation, kept, store)
+    return chosen, distill(settings, chosen, context, folder, store)
 
 
 @recorded("distill", ranks.first, "distillation")

@@ -76,10 +76,14 @@ class Data(Checked):
     """Keep only this many random training images of each class."""
     zca: bool = False
     """Whiten all images by ZCA, fitted on the training images; a distilled set keeps the transform."""
+    classes: tuple[str, ...] | None = None
+    """Keep only the classes of these names, in the data set's order; None: all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         color(self.background)
+        if self.classes is not None and (isinstance(self.classes, str) or len(self.classes) == 0):
+            raise SettingError("classes", repr(self.classes), "a tuple of names of classes, or None for all")
 
 
 @dataclass(frozen=True)
@@ -280,3 +284,29 @@ class Search(Checked):
     full: Training = Training(epochs=100, lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="cosine")
     full_networks: Count = 1
     """Networks of each kind trained on all images."""
+
+
+@dataclass(frozen=True)
+class StartParts(Checked):
+    """What the starts of several runs have in common: a start without its choice, size and learned share."""
+
+    window: Window = Window()
+    scores: Scores = Scores()
+    features: Features = Features()
+    ccs: Strata = Strata()
+    d2: Graph = Graph()
+    gradmatch: Pursuit = Pursuit()
+
+
+@dataclass(frozen=True)
+class Sweep(Checked):
+    """Methods and starts that are compared over shares of one data set."""
+
+    curves: tuple[str, ...] = ("random=select", "selmatch")
+    """What is compared: METHOD, or NAME=METHOD, followed by settings of its own, such as
+    dm-window=dm,start.select=window,start.alpha=0.6; a number for each share is written 0.6:0.2:0.1. In place of a
+    method, select stands for real images that are not learned, chosen by start.select (default: random)."""
+    shares: tuple[Part, ...] = (0.05, 0.1, 0.2, 0.3)
+    """Shares of the training images that a set has: images per class are the share times the mean class size."""
+    coverage_networks: Count = 3
+    """As coverage.networks."""

@@ -80,8 +80,11 @@ struct BlockMoments {
 
 // One pass on the CPU (block_cpu_loops.cpp).
 void block_cpu(const BlockCall& call, int pass, CpuParallel parallel);
+template <typename S, typename T>
+void block_cpu_type(const BlockCall& call, int pass, CpuParallel parallel);  // block_cpu_type.h
 
-// One pass on the GPU; pointers are the device's (block_cuda.cu).
-void block_cuda(const BlockCall& call, int pass, void* stream);
+// One pass on the GPU; pointers are the device's (block_cuda_forward.cu, block_cuda_backward.cu).
+void block_cuda_forward(const BlockCall& call, bool dual, void* stream);
+void block_cuda_backward(const BlockCall& call, bool dual, void* stream);
 
 }  // namespace selmatch

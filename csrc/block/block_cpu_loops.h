@@ -1,4 +1,4 @@
-// The CPU loops of a block. block_cpu_loops.cpp includes this once for each set of vector instructions, in a namespace
+// The CPU loops of a block. block_cpu_type.h includes this once for each set of vector instructions, in a namespace
 // of its own, so there is no include guard; SELMATCH_LANES is the bytes of a vector: 16, 32 (AVX2) or 64
 // (AVX-512).
 //

@@ -10,7 +10,9 @@ namespace {
 
 void run(const BlockCall& call, int pass, at::Device device) {
   const c10::cuda::CUDAGuard guard(device);
-  block_cuda(call, pass, c10::cuda::getCurrentCUDAStream().stream());
+  const bool forward = pass == kBlockForward || pass == kBlockDualForward;
+  const auto start = forward ? &block_cuda_forward : &block_cuda_backward;
+  start(call, block_is_dual(pass), c10::cuda::getCurrentCUDAStream().stream());
 }
 
 }  // namespace

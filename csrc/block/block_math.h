@@ -1,5 +1,5 @@
 // The mathematics of a block at one pixel, for V = a number or a vector of numbers of type T. There is no include
-// guard: block_cpu_loops.cpp includes it once for each set of vector instructions, block_cuda.cu once. exp_of(V) must
+// guard: block_cpu_type.h includes it once for each set of vector instructions, block_cuda.h once. exp_of(V) must
 // have been declared before.
 
 template <typename V>

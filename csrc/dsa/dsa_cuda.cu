@@ -1,6 +1,6 @@
-// DSA on the GPU: one block owns an image, reads it once, goes through the chain of operations in shared memory, writes
-// it once. Images that do not fit there do the same in a workspace in global memory. No atomics: the same input gives
-// the same bits.
+// DSA on the GPU: one block owns an image, resolves its chain of operations, reads the image once, goes through the
+// chain in shared memory, writes the image once. Images that do not fit there do the same in a workspace in global
+// memory. No atomics: the same input gives the same bits.
 #include <algorithm>
 #include <cmath>
 
@@ -11,29 +11,37 @@ namespace {
 
 constexpr int64_t kWorkspaceBlocks = 1024;  // blocks that share the workspace, each taking image after image
 constexpr int kChunk = 4;                   // channels that one thread carries through a transposed sampling
+constexpr int kSteps = 8;                   // operations that are resolved together; chains are seldom longer
+constexpr size_t kOwnShared = 1024;         // at most, of a kernel's own arrays
+static_assert(kSteps * sizeof(DsaStep<double>) + 32 * sizeof(double) <= kOwnShared, "dsa_cuda_workspace counts on it");
 
 // Images that a block works in: the one that an operation reads, and the one that it writes unless it is the last.
 SELMATCH_HD int image_buffers(const DsaCall& call) { return call.length > 1 ? 2 : 1; }
 
-// Where an operation in the middle of a chain writes: planes side by side.
+// What an operation reads and writes in the middle of a chain: planes side by side.
 template <typename T>
 struct Planes {
   T* data;
   int64_t plane;
+  SELMATCH_DEVICE T get(int c, int p) const { return data[c * plane + p]; }
   SELMATCH_DEVICE void put(int c, int p, T value) const { data[c * plane + p] = value; }
 };
 
-// Where the last operation writes: the result, with whatever strides it has.
+// What the first operation may read and the last one writes: an image of S or const S with whatever strides it has.
 template <typename S, typename T>
-struct Result {
+struct Image {
   S* data;
   const int64_t* stride;
   int width;
   bool flat;  // a pixel's number times stride[3] is its place
-  SELMATCH_DEVICE int64_t place(int p) const {
-    return flat ? p * stride[3] : (p / width) * stride[2] + (p % width) * stride[3];
+  SELMATCH_DEVICE Image(S* data_, const int64_t* stride_, int width_)
+      : data(data_), stride(stride_), width(width_), flat(stride_[2] == width_ * stride_[3]) {}
+  SELMATCH_DEVICE S* at(int c, int p) const {
+    const int64_t place = flat ? p * stride[3] : (p / width) * stride[2] + (p % width) * stride[3];
+    return data + c * stride[1] + place;
   }
-  SELMATCH_DEVICE void put(int c, int p, T value) const { narrow(value, data + c * stride[1] + place(p)); }
+  SELMATCH_DEVICE T get(int c, int p) const { return widen(*at(c, p)); }
+  SELMATCH_DEVICE void put(int c, int p, T value) const { narrow(value, at(c, p)); }
 };
 
 // Bilinear sampling at one place: four neighbors, of which those off the image have weight 0.
@@ -123,46 +131,17 @@ SELMATCH_DEVICE void gather_transposed(const DsaStep<T>& step, int channels, int
   }
 }
 
-// One operation, by all threads of the block; src: channels x height x width.
-template <typename T, typename Target>
-SELMATCH_DEVICE void apply(const DsaStep<T>& step, int channels, int height, int width, const T* src,
-                           const Target& target) {
-  const int plane = height * width;
-  T constant = 0;
-  if (step.op == kDsaColor) {
-    T sum = 0;
-    for (int k = threadIdx.x; k < channels * plane; k += blockDim.x) {
-      sum += src[k];
-    }
-    constant = step.f[2] * block_sum(sum) + step.f[3];
-  }
-  for (int p = threadIdx.x; p < plane; p += blockDim.x) {
+// Whether an operation takes each pixel from one place, unchanged.
+SELMATCH_DEVICE bool moves_pixels(int op) { return op != kDsaColor && op != kDsaAffine; }
+
+// An operation that does, by all threads of the block. What it leaves out is not read.
+template <typename T, typename Source, typename Target>
+SELMATCH_DEVICE void move_pixels(const DsaStep<T>& step, int channels, int height, int width, const Source& source,
+                                 const Target& target) {
+  for (int p = threadIdx.x; p < height * width; p += blockDim.x) {
     const int i = p / width, j = p - i * width;
-    if (step.op == kDsaAffine && step.turn) {
-      gather_transposed(step, channels, height, width, src, p, target);
-      continue;
-    }
-    if (step.op == kDsaAffine) {
-      const Neighbors<T> near = neighbors(step, i, j, height, width);
-      for (int c = 0; c < channels; ++c) {
-        T sum = 0;
-        for (int k = 0; k < 4; ++k) {
-          sum += near.weight[k] == T(0) ? T(0) : near.weight[k] * src[c * plane + near.index[k]];
-        }
-        target.put(c, p, sum);
-      }
-      continue;
-    }
-    T gain = 1, add = 0;
     int from = p;
-    if (step.op == kDsaColor) {
-      T sum = 0;
-      for (int c = 0; c < channels; ++c) {
-        sum += src[c * plane + p];
-      }
-      gain = step.f[0];
-      add = step.f[1] * sum + constant;
-    } else if (step.op == kDsaShift) {
+    if (step.op == kDsaShift) {
       const int row = i + step.i[0], column = j + step.i[1];
       from = row >= 0 && row < height && column >= 0 && column < width ? row * width + column : -1;
     } else if (step.op == kDsaBox) {
@@ -171,62 +150,132 @@ SELMATCH_DEVICE void apply(const DsaStep<T>& step, int channels, int height, int
       from = p + width - 1 - 2 * j;
     }
     for (int c = 0; c < channels; ++c) {
-      target.put(c, p, from < 0 ? T(0) : gain * src[c * plane + from] + add);
+      target.put(c, p, from < 0 ? T(0) : source.get(c, from));
     }
   }
 }
 
-// The next operation, from position k of the chain on, that changes the image; k is moved behind it.
-template <typename T>
-SELMATCH_DEVICE DsaStep<T> next_step(const DsaCall& call, int64_t image, int64_t* k) {
-  DsaStep<T> step = {};
-  while (*k < call.length && step.op == kDsaNone) {
-    step = dsa_step<T>(call, image, call.mode == kDsaTranspose ? call.length - 1 - *k : *k);
-    ++*k;
+template <typename T, typename Target>
+SELMATCH_DEVICE void change_color(const DsaStep<T>& step, int channels, int plane, const T* src, const Target& target) {
+  T sum = 0;
+  for (int k = threadIdx.x; k < channels * plane; k += blockDim.x) {
+    sum += src[k];
   }
-  return step;
+  const T constant = step.f[2] * block_sum(sum) + step.f[3];
+  for (int p = threadIdx.x; p < plane; p += blockDim.x) {
+    T pixel_sum = 0;
+    for (int c = 0; c < channels; ++c) {
+      pixel_sum += src[c * plane + p];
+    }
+    const T add = step.f[1] * pixel_sum + constant;
+    for (int c = 0; c < channels; ++c) {
+      target.put(c, p, step.f[0] * src[c * plane + p] + add);
+    }
+  }
 }
 
-// S: what is stored, T: what is computed with. Without a workspace the buffers are in shared memory.
+template <typename T, typename Target>
+SELMATCH_DEVICE void sample(const DsaStep<T>& step, int channels, int height, int width, const T* src,
+                            const Target& target) {
+  const int plane = height * width;
+  for (int p = threadIdx.x; p < plane; p += blockDim.x) {
+    if (step.turn) {
+      gather_transposed(step, channels, height, width, src, p, target);
+      continue;
+    }
+    const Neighbors<T> near = neighbors(step, p / width, p % width, height, width);
+    for (int c = 0; c < channels; ++c) {
+      T sum = 0;
+      for (int k = 0; k < 4; ++k) {
+        sum += near.weight[k] == T(0) ? T(0) : near.weight[k] * src[c * plane + near.index[k]];
+      }
+      target.put(c, p, sum);
+    }
+  }
+}
+
+// One image through its chain. S: what is stored, T: what is computed with.
+template <typename S, typename T>
+struct DsaWork {
+  const DsaCall& call;
+  const Image<const S, T> x;
+  const Image<S, T> y;
+  const int channels, height, width, plane;
+  T *src, *dst;
+  bool loaded = false;  // src has the image
+
+  SELMATCH_DEVICE DsaWork(const DsaCall& call_, int64_t image, T* buffers)
+      : call(call_),
+        x(static_cast<const S*>(call_.x) + image * call_.x_strides[0], call_.x_strides, call_.width),
+        y(static_cast<S*>(call_.y) + image * call_.y_strides[0], call_.y_strides, call_.width),
+        channels(call_.channels),
+        height(call_.height),
+        width(call_.width),
+        plane(call_.height * call_.width),
+        src(buffers),
+        dst(buffers + static_cast<int64_t>(call_.channels) * plane) {}
+
+  // A first operation that moves pixels does so while it reads them; others read each pixel several times.
+  template <typename Target>
+  SELMATCH_DEVICE void apply(const DsaStep<T>& step, const Target& target) {
+    if (moves_pixels(step.op)) {
+      return loaded ? move_pixels(step, channels, height, width, Planes<T>{src, plane}, target)
+                    : move_pixels(step, channels, height, width, x, target);
+    }
+    if (!loaded) {
+      move_pixels(DsaStep<T>{}, channels, height, width, x, Planes<T>{src, plane});
+      loaded = true;
+      __syncthreads();
+    }
+    if (step.op == kDsaColor) {
+      return change_color(step, channels, plane, src, target);
+    }
+    sample(step, channels, height, width, src, target);
+  }
+
+  SELMATCH_DEVICE void apply_inside(const DsaStep<T>& step) {
+    apply(step, Planes<T>{dst, plane});
+    T* swap = src;
+    src = dst;
+    dst = swap;
+    loaded = true;
+    __syncthreads();
+  }
+
+  // steps: shared memory for kSteps of them.
+  SELMATCH_DEVICE void run(int64_t image, DsaStep<T>* steps) {
+    DsaStep<T> last = {};  // of those that change the image; it writes the result
+    for (int64_t begin = 0; begin < call.length; begin += kSteps) {
+      const int rest = static_cast<int>(call.length - begin < kSteps ? call.length - begin : kSteps);
+      if (static_cast<int>(threadIdx.x) < rest) {
+        const int64_t k = begin + threadIdx.x;
+        steps[threadIdx.x] = dsa_step<T>(call, image, call.mode == kDsaTranspose ? call.length - 1 - k : k);
+      }
+      __syncthreads();
+      for (int k = 0; k < rest; ++k) {
+        if (steps[k].op == kDsaNone) {
+          continue;
+        }
+        if (last.op != kDsaNone) {
+          apply_inside(last);
+        }
+        last = steps[k];
+      }
+      __syncthreads();
+    }
+    apply(last, y);
+    __syncthreads();
+  }
+};
+
+// Without a workspace the buffers are in shared memory.
 template <typename S, typename T>
 SELMATCH_KERNEL dsa_kernel(DsaCall call, T* workspace) {
-  const int channels = call.channels, height = call.height, width = call.width, plane = height * width;
-  const int64_t elements = static_cast<int64_t>(channels) * plane;
-  T* src = workspace ? workspace + blockIdx.x * image_buffers(call) * elements : dynamic_shared<T>();
-  T* dst = src + elements;
-  SELMATCH_SHARED DsaStep<T> step;  // resolved by the first thread
-  SELMATCH_SHARED bool last;
-  const int64_t *xs = call.x_strides, *ys = call.y_strides;
-  const bool x_flat = xs[2] == width * xs[3];
-
+  SELMATCH_SHARED(steps, DsaStep<T>[kSteps]);
+  const int64_t elements = static_cast<int64_t>(call.channels) * call.height * call.width;
+  T* buffers = workspace ? workspace + blockIdx.x * image_buffers(call) * elements : dynamic_shared<T>();
   for (int64_t image = blockIdx.x; image < call.batch; image += gridDim.x) {
-    const S* x = static_cast<const S*>(call.x) + image * xs[0];
-    for (int p = threadIdx.x; p < plane; p += blockDim.x) {
-      const int64_t place = x_flat ? p * xs[3] : (p / width) * xs[2] + (p % width) * xs[3];
-      for (int c = 0; c < channels; ++c) {
-        src[c * plane + p] = widen(x[c * xs[1] + place]);
-      }
-    }
-    int64_t k = 0;
-    for (bool done = false; !done;) {
-      if (threadIdx.x == 0) {
-        step = next_step<T>(call, image, &k);
-        int64_t rest = k;
-        last = next_step<T>(call, image, &rest).op == kDsaNone;
-      }
-      __syncthreads();
-      done = last;
-      if (done) {
-        S* y = static_cast<S*>(call.y) + image * ys[0];
-        apply(step, channels, height, width, src, Result<S, T>{y, ys, width, ys[2] == width * ys[3]});
-      } else {
-        apply(step, channels, height, width, src, Planes<T>{dst, plane});
-        T* swap = src;
-        src = dst;
-        dst = swap;
-      }
-      __syncthreads();
-    }
+    DsaWork<S, T>(call, image, buffers).run(image, steps);
   }
 }
 
@@ -245,8 +294,7 @@ void run(const DsaCall& call, void* workspace, void* stream) {
 size_t dsa_cuda_workspace(const DsaCall& call) {
   const size_t item = call.type == DsaType::kDouble ? sizeof(double) : sizeof(float);
   const size_t image = static_cast<size_t>(call.channels) * call.height * call.width * item;
-  constexpr size_t kOwn = 1024;  // shared memory that the kernel itself has
-  if (image * image_buffers(call) + kOwn <= shared_memory_limit()) {
+  if (image * image_buffers(call) + kOwnShared <= shared_memory_limit()) {
     return 0;
   }
   return image * image_buffers(call) * static_cast<size_t>(std::min<int64_t>(call.batch, kWorkspaceBlocks));

@@ -18,52 +18,15 @@ from torch import Tensor
 
 from selmatch_ext import strict_json
 from selmatch_ext.data.images import ImageData, check_labels, denormalize
+from selmatch_ext.data.schedule import REQUIRED, Schedule, schedule_of
 from selmatch_ext.data.whitening import Whitening
 from selmatch_ext.files import atomic_write, json_field, load_tensors, save_tensors
 from selmatch_ext.settings import DRAWN, SELECTIONS
-from selmatch_ext.strict_json import shown
 
 KIND = "distilled"
 PROBABILITY = 1e-3  # by which the sum of an image's probabilities may differ from 1: they may have been bfloat16
 DESCRIBED = "mean", "std", "class_names", "method", "settings", "schedule_model"  # the metadata, as JSON
 WHITENING = "zca_mean", "zca_transform"
-SCHEDULE = "schedule_rates", "schedule_batches"
-
-
-@dataclass
-class Schedule:
-    """The training that a set was made for (DD, arXiv 1811.10959): plain SGD of a network `model`, one batch a step.
-
-    rates: (N,) float32, the learning rate of each step. batches: (N, B) int64, the images of each step. starts: (k, P)
-    float32, the parameters from which training starts; None = fresh ones, with Xavier weights and zero biases. source:
-    the file that the schedule was read from, whose `model` may not be a function of the user's own; None = made here.
-    """
-
-    rates: Tensor
-    batches: Tensor
-    model: str
-    starts: Tensor | None = None
-    source: str | None = None
-
-    def check(self, images: int) -> None:
-        """ValueError unless the fields fit together and the batches count through `images` images."""
-        if not isinstance(self.model, str):
-            raise ValueError(f"schedule.model is {shown(self.model)}; it must be the name of a network")
-        for name, dtype in (("rates", torch.float32), ("batches", torch.int64), ("starts", torch.float32)):
-            value = getattr(self, name)
-            if value is not None and value.dtype != dtype:
-                raise ValueError(f"schedule.{name} is {value.dtype}; it must be {dtype}")
-        if self.rates.ndim != 1 or not (self.rates > 0).all() or not self.rates.isfinite().all():
-            raise ValueError("schedule.rates must be (N,) positive numbers")
-        if self.batches.ndim != 2 or len(self.batches) != len(self.rates) or self.batches.numel() == 0:
-            raise ValueError(
-                f"schedule.batches has shape {tuple(self.batches.shape)}; it must be ({len(self.rates)}, B), not empty"
-            )
-        if int(self.batches.min()) < 0 or int(self.batches.max()) >= images:
-            raise ValueError(f"schedule.batches must hold indices of the {images} images")
-        starts = self.starts
-        if starts is not None and (starts.ndim != 2 or starts.numel() == 0 or not starts.isfinite().all()):
-            raise ValueError(f"schedule.starts has shape {tuple(starts.shape)}; it must be (k, P) finite numbers")
 
 
 @dataclass
@@ -185,9 +148,7 @@ class DistilledSet:
         if self.whitening is not None:
             found |= {"zca_mean": self.whitening.mean.cpu(), "zca_transform": self.whitening.transform.cpu()}
         if self.schedule is not None:
-            found |= {"schedule_rates": self.schedule.rates, "schedule_batches": self.schedule.batches}
-            if self.schedule.starts is not None:
-                found["schedule_starts"] = self.schedule.starts
+            found |= self.schedule.tensors()
         if self.weights is not None:
             found["weights"] = self.weights
         return found
@@ -270,16 +231,13 @@ def _fields(tensors: dict[str, Tensor], described: dict[str, Any], source: str) 
         if lr.ndim != 0 or not lr.is_floating_point():
             raise ValueError(f"lr is {lr.dtype} of shape {tuple(lr.shape)}; it must be one floating-point number")
         fields["lr"] = lr.item()
-    for names in (WHITENING, SCHEDULE):
+    for names in (WHITENING, REQUIRED):
         if sum(name in tensors for name in names) == 1:
             raise ValueError(f"of {' and '.join(names)} one is missing")
     if WHITENING[0] in tensors:
         fields["whitening"] = Whitening(*(tensors[name] for name in WHITENING))
-    if SCHEDULE[0] in tensors:
-        rates, batches = (tensors[name] for name in SCHEDULE)
-        fields["schedule"] = Schedule(
-            rates, batches, described["schedule_model"], tensors.get("schedule_starts"), source
-        )
+    if REQUIRED[0] in tensors:
+        fields["schedule"] = schedule_of(tensors, described["schedule_model"], source)
     return fields
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from selmatch_ext import strict_json
 from selmatch_ext.data.archives import ARCHIVES, read_archive
 from selmatch_ext.data.decoding import DecodedImage, Levels, decode, extensions
-from selmatch_ext.data.images import ImageData, ImageSplit
+from selmatch_ext.data.images import Full, ImageData, ImageSplit
 from selmatch_ext.data.memory import available_memory, size_text
 from selmatch_ext.data.names import readable, shortened, unique_names
 from selmatch_ext.data.splits import ANNOTATIONS, FolderOptions, Split, SplitPlan, bytes_of, plan_splits
@@ -117,11 +117,19 @@ def _decode_all(name: str, plan: SplitPlan, options: FolderOptions) -> tuple[Ima
     number = {folder: i for i, folder in enumerate(plan.class_folders)}
     labels = [torch.tensor([number[c] for c in split.classes]) for split in (plan.train, plan.test)]
     n = len(plan.train.paths)
+    full = None
+    if plan.whole is not None:
+        of_all = {folder: i for i, folder in enumerate(plan.whole[1])}
+        all_labels = torch.tensor([of_all[c] for c in plan.whole[0].classes])
+        kept = torch.isin(all_labels, torch.tensor([of_all[folder] for folder in plan.class_folders]))
+        full = Full(name, all_labels, kept.nonzero().squeeze(1))
+        name = f"{name} ({len(plan.class_folders)} classes)"
     data = ImageData(
         name,
         ImageSplit(images[:n], labels[0], plan.train.paths),
         ImageSplit(images[n:], labels[1], plan.test.paths),
         unique_names(plan.class_folders),
+        full=full,
     )
     skipped = [f"{name}: {skipped_text(plan.skipped)}"] if plan.skipped else []
     return data, skipped + notes
@@ -218,6 +226,8 @@ def _write_cache(store: Path, data: ImageData, notes: list[str]) -> None:
     for name, split in (("train", data.train), ("test", data.test)):
         tensors |= {f"{name}_images": split.images, f"{name}_labels": split.labels}
         metadata[f"{name}_paths"] = json.dumps(split.paths)
+    if data.full is not None:
+        tensors |= {"full_labels": data.full.labels, "full_kept": data.full.kept}
     save_tensors(store, "images", tensors, metadata)
 
 
@@ -231,7 +241,11 @@ def _read_cache(store: Path, name: str) -> ImageData:
         train, test = (
             ImageSplit(tensors[f"{s}_images"], tensors[f"{s}_labels"], names[f"{s}_paths"]) for s in ("train", "test")
         )
-        data = ImageData(name, train, test, names["class_names"], tensors["mean"], tensors["std"])
+        full = None
+        if "full_labels" in tensors:
+            full = Full(name, tensors["full_labels"], tensors["full_kept"])
+            name = f"{name} ({len(names['class_names'])} classes)"
+        data = ImageData(name, train, test, names["class_names"], tensors["mean"], tensors["std"], full=full)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{store} is damaged: {error}") from error
     _log(names["notes"])

@@ -182,10 +182,26 @@ class ImageData:
             kept.append(members[torch.randperm(len(members), generator=generator)[:per_class]])
         indices = torch.cat(kept).sort().values
         name = f"{self.name} ({per_class} a class)"
-        full = Full(self.name, self.train.labels, indices)
-        if self.full is not None:
-            full = replace(self.full, kept=self.full.kept[indices])
-        return ImageData(name, self.train.take(indices), self.test, self.class_names, full=full)
+        return ImageData(name, self.train.take(indices), self.test, self.class_names, full=self._full(indices))
+
+    def of_classes(self, classes: Tensor) -> ImageData:
+        """Keeps some classes (k,) int64, ascending, of both splits; they become classes 0 to k−1. Mean, std and `full`
+        are as in `subset`."""
+
+        def only(part: ImageSplit) -> ImageSplit:
+            kept = part.take(torch.isin(part.labels, classes).nonzero().squeeze(1))
+            return replace(kept, labels=torch.searchsorted(classes, kept.labels))
+
+        kept = torch.isin(self.train.labels, classes).nonzero().squeeze(1)
+        names = [self.class_names[c] for c in classes.tolist()]
+        name = f"{self.name} ({len(classes)} classes)"
+        return ImageData(name, only(self.train), only(self.test), names, full=self._full(kept))
+
+    def _full(self, indices: Tensor) -> Full:
+        """What `full` is of the data set that has the training images at `indices` only."""
+        if self.full is None:
+            return Full(self.name, self.train.labels, indices)
+        return replace(self.full, kept=self.full.kept[indices])
 
 
 def denormalize(images: Tensor, mean: Tensor, std: Tensor, whitening: Whitening | None = None) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from selmatch_ext.data.images import ImageData, ImageSplit
+from selmatch_ext.data.names import positions
 from selmatch_ext.seeds import generator
 from selmatch_ext.settings import Data
 
@@ -42,7 +43,8 @@ def load(spec: str, root: str | os.PathLike | None = None, *, seed: int = 0, **o
     test_share: where there is neither `test` nor `val`, this share of each class, drawn from `seed`, becomes the test
     split, and PATH/CLASS/IMAGE will do. None: such a folder is refused.
 
-    options: other settings of `Data`, such as `per_class` and `zca`. seed: of the random choices among images.
+    options: other settings of `Data`, such as `classes`, `per_class` and `zca`. seed: of the random choices among
+    images.
 
     Raises ValueError, FileNotFoundError or OSError naming the data set, class or file that is wrong.
     """
@@ -56,7 +58,8 @@ def _load(settings: Data, seed: int) -> ImageData:
         from selmatch_ext.data.folders import FolderOptions, load_folder
         from selmatch_ext.data.tables import load_tables
 
-        options = FolderOptions(kind == "tinyimagenet", settings.resize, settings.background, settings.test_share, seed)
+        given = settings.resize, settings.background, settings.test_share, seed, settings.classes
+        options = FolderOptions(kind == "tinyimagenet", *given)
         load_from = load_tables if kind == "huggingface" else load_folder
         return load_from(Path(path).expanduser(), options, settings.cache)
     if spec != "digits" and spec not in TORCHVISION:
@@ -65,11 +68,14 @@ def _load(settings: Data, seed: int) -> ImageData:
             + ", ".join(f"{kind}:PATH" for kind in PATHS)
         )
     _refuse_unused(settings)
-    return _digits() if spec == "digits" else _torchvision(spec, Path(root or "data"), settings.download)
+    data = _digits() if spec == "digits" else _torchvision(spec, Path(root or "data"), settings.download)
+    if settings.classes is None:
+        return data
+    return data.of_classes(torch.tensor(positions(settings.classes, data.class_names, spec)))
 
 
 def load_data(settings: Data, seed: int) -> ImageData:
-    """The data set that the settings name, reduced and whitened as they say."""
+    """The data set that the settings name, of the classes that they name, reduced and whitened as they say."""
     data = _load(settings, seed)
     if settings.per_class is not None:
         data = data.subset(settings.per_class, generator(seed, "subset"))

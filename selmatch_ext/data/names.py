@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from difflib import get_close_matches
 
 UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control characters, surrogates, line and paragraph ends
 
@@ -28,6 +29,21 @@ def unique_names(names: Iterable[str]) -> list[str]:
             candidate = f"{name} ({number})"
         found[candidate] = None
     return list(found)
+
+
+def positions(wanted: Collection[str], names: list[str], where: str) -> list[int]:
+    """Where the classes `wanted` are among `names`, ascending. Raises ValueError for one that is not there, with those
+    that are spelled nearly alike, and for fewer than two."""
+    plain = {name.lower(): name for name in reversed(names)}
+    unknown = [name for name in wanted if name not in names]
+    if unknown:
+        near = list({plain[match]: 0 for name in unknown for match in get_close_matches(name.lower(), plain)})
+        hint = f"nearly alike are {shortened(near, 6)}" if near else f"there are {shortened(names, 10)}"
+        raise ValueError(f"classes: {where} has no class {shortened(unknown, 10)}; {hint}")
+    found = sorted({names.index(name) for name in wanted})
+    if len(found) < 2:
+        raise ValueError(f"classes names {len(found)} class of {where}; at least two are needed")
+    return found
 
 
 def shortened(items: list[str], most: int = 3) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from selmatch_ext.data.decoding import extensions
-from selmatch_ext.data.names import readable, shortened
+from selmatch_ext.data.names import positions, readable, shortened, unique_names
 from selmatch_ext.data.tree import Content, Entry, Listing, Tree, list_split, skipped_text
 from selmatch_ext.seeds import generator
 from selmatch_ext.settings import Data, color
@@ -28,14 +28,17 @@ class FolderOptions:
     background: str = "white"
     test_share: float | None = None
     seed: int = 0
+    classes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        Data(resize=self.resize, background=self.background, test_share=self.test_share)  # refuses what is out of range
+        given = {name: getattr(self, name) for name in ("resize", "background", "test_share", "classes")}
+        Data(**given)  # refuses what is out of range
 
     def key(self) -> list:
         """What the decoded images depend on, JSON-able."""
         split = None if self.test_share is None else [self.test_share, self.seed]
-        return [DECODER, self.tiny, self.resize, color(self.background), split]
+        classes = [] if self.classes is None else [sorted(set(self.classes))]
+        return [DECODER, self.tiny, self.resize, color(self.background), split, *classes]
 
 
 @dataclass(frozen=True)
@@ -45,16 +48,33 @@ class Split:
     paths: list[str]
     classes: list[str]
 
+    def of_classes(self, folders: list[str]) -> Split:
+        """The images in some class folders."""
+        kept = [(path, c) for path, c in zip(self.paths, self.classes, strict=True) if c in folders]
+        return Split([path for path, _ in kept], [c for _, c in kept])
+
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """What is to be decoded. class_folders: their names, sorted; contents: of every path; skipped: what is left out."""
+    """What is to be decoded. class_folders: their names, sorted; contents: of every path; skipped: what is left out;
+    whole: the training split and the class folders of which these are a part, if they are."""
 
     train: Split
     test: Split
     class_folders: list[str]
     contents: dict[str, Content]
     skipped: Counter = field(default_factory=Counter)
+    whole: tuple[Split, list[str]] | None = None
+
+    def of_classes(self, wanted: tuple[str, ...] | None, where: str) -> SplitPlan:
+        """The part of some classes, by their readable names; None: of all. Raises ValueError as `positions` does."""
+        if wanted is None:
+            return self
+        found = positions(wanted, unique_names(self.class_folders), where)
+        folders = [self.class_folders[i] for i in found]
+        train, test = self.train.of_classes(folders), self.test.of_classes(folders)
+        contents = {path: self.contents[path] for path in (*train.paths, *test.paths)}
+        return SplitPlan(train, test, folders, contents, self.skipped, (self.train, self.class_folders))
 
 
 def plan_splits(root: Path, tree: Tree, options: FolderOptions) -> SplitPlan:
@@ -64,7 +84,7 @@ def plan_splits(root: Path, tree: Tree, options: FolderOptions) -> SplitPlan:
         raise ValueError(
             f"{readable(str(root))} has one class, {readable(plan.class_folders[0])}; at least two are needed"
         )
-    return plan
+    return plan.of_classes(options.classes, readable(str(root)))
 
 
 class _Planner:

@@ -99,7 +99,7 @@ def _plan(path: Path, files: dict[str, list[Path]], options: FolderOptions) -> S
         parts = stratified(where, splits["train"], options.test_share, options.seed)
     else:
         raise ValueError(f"{where} has no test split; test_share would split the training images")
-    return SplitPlan(*parts, names, dict(contents))
+    return SplitPlan(*parts, names, dict(contents)).of_classes(options.classes, where)
 
 
 def _split(where: str, split: str, labels: list[int], names: list[str]) -> Split:

@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from selmatch_ext.data.distilled import DistilledSet, Schedule
+from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.data.schedule import Schedule
 from selmatch_ext.learned_steps import follow_schedule
 from selmatch_ext.methods.base import CONVNET, Defaults, LoopSettings, Method, Task, check_engine
+from selmatch_ext.methods.inner_sgd import InnerSGD
 from selmatch_ext.models import flat
 from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.models.initial import xavier
@@ -25,7 +27,7 @@ from selmatch_ext.unroll import UnrolledSGD
 
 
 @dataclass(frozen=True)
-class DDSettings(LoopSettings):
+class DDSettings(InnerSGD, LoopSettings):
     """Dataset distillation: unrolled training is the objective (arXiv 1811.10959)."""
 
     model: str = "LeNet"
@@ -70,8 +72,9 @@ class DDSettings(LoopSettings):
 
 
 class DD(Method):
-    """S is `steps` batches, gone through `epochs` times; step i is θ_{i+1} = θ_i − softplus(raw_i)·∇ℓ(θ_i; x_i). Loss:
-    ℓ of θ_N on a batch of real images, averaged over initializations. Learned: the images and `raw`.
+    """S is `steps` batches, gone through `epochs` times; step i is θ_{i+1} = θ_i − softplus(raw_i)·∇ℓ(θ_i; x_i), with
+    momentum and weight decay where the settings have them. Loss: ℓ of θ_N on a batch of real images, averaged over
+    initializations. Learned: the images and `raw`.
 
     Raises ValueError where the classes of the starting set do not have equally many images, a multiple of `steps`, and
     for experts that are missing, too few, trained for fewer than pool_epochs, of another network, or not of the data
@@ -195,8 +198,9 @@ class DD(Method):
         losses = []
         for start in self.initial(iteration, generator):
             batches, augmentations = self.task.steps(self.batches, self.settings.strategy, generator)
-            rates = F.softplus(self.raw)
-            theta = self.unrolled(start, self.combined(), self.weighted(self.labels), batches, rates, augmentations)
+            rates, optimizer = F.softplus(self.raw), self.settings.inner_optimizer()
+            data = self.combined(), self.weighted(self.labels)
+            theta = self.unrolled(start, *data, batches, rates, augmentations, **optimizer)
             logits = functional_call(self.model, flat.unflatten(theta, self.model), (real,))
             losses.append(F.cross_entropy(logits, wanted))
         return torch.stack(losses).mean()
@@ -223,7 +227,7 @@ class DD(Method):
                 [store.row(k, store.epochs) for k in range(store.count - s.test_networks, store.count)]
             )
         rates = F.softplus(self.raw).detach().cpu().float()
-        schedule = Schedule(rates, torch.stack(self.batches), s.model, starts)
+        schedule = Schedule(rates, torch.stack(self.batches), s.model, starts, **s.inner_optimizer())
         return replace(super().distilled(), schedule=schedule)
 
     def further_results(self, sets: dict[str, DistilledSet]) -> dict[str, Any]:

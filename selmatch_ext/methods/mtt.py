@@ -12,6 +12,7 @@ from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.trajectories import ExpertSource
 from selmatch_ext.experts import expert_logits
 from selmatch_ext.methods.base import Method, MethodSettings, Task, check_engine
+from selmatch_ext.methods.inner_sgd import InnerSGD
 from selmatch_ext.models.batchnorm import refuses_one_image
 from selmatch_ext.models.flat import parameter_count
 from selmatch_ext.ops.distance import trajectory_distance
@@ -21,7 +22,7 @@ from selmatch_ext.unroll import UnrolledSGD, explain_engine
 
 
 @dataclass(frozen=True)
-class MTTSettings(MethodSettings):
+class MTTSettings(InnerSGD, MethodSettings):
     """Matching training trajectories (arXiv 2203.11932); defaults for CIFAR-10 with 10 images per class."""
 
     iterations: Count = 5000
@@ -153,7 +154,8 @@ class MTT(Method):
         target = store.row(expert, epoch + s.expert_epochs).to(images)
         batches = chunks(len(images), s.batch_syn, s.inner_steps, generator)
         batches, augmentations = self.task.steps(batches, s.strategy, generator)
-        student = self.unrolled(start, images, self.weighted(self.targets()), batches, self.lr, augmentations)
+        targets, optimizer = self.weighted(self.targets()), s.inner_optimizer()
+        student = self.unrolled(start, images, targets, batches, self.lr, augmentations, **optimizer)
         return trajectory_distance(student, start, target)
 
     def learned_rates(self) -> dict[str, float]:

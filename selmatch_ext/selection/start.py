@@ -31,6 +31,22 @@ CHOICES = (*SELECTIONS, *DRAWN)
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Where a choice keeps what it computes, and from where a killed call continues. Several choices may share the
+    scores and the networks of the features; the records of a window search are of one choice."""
+
+    scores: Path
+    features: Path
+    window: Path
+
+    @classmethod
+    def under(cls, folder: Path | None) -> Kept:
+        """In one folder; None for a choice that computes nothing."""
+        folder = folder or Path()
+        return cls(folder / "scores.npz", folder / "features", folder / "window")
+
+
+@dataclass(frozen=True)
 class Chosen:
     """The images that were chosen.
 
@@ -53,22 +69,28 @@ def is_file(select: str) -> bool:
 
 @measured("start")
 def choose(
-    settings: Start, context: Context, evaluation: Evaluation, folder: Path, experts: ExpertStore | None = None
+    settings: Start,
+    context: Context,
+    evaluation: Evaluation,
+    place: Path | Kept | None,
+    experts: ExpertStore | None = None,
 ) -> Chosen:
     """The set that a distillation starts from, with the images marked that it learns.
 
-    evaluation: how networks are trained that compare windows. folder: keeps scores.npz, window/ and features/, from
-    which a killed call continues. Every class has settings.ipc images, unless gradmatch finds fewer and is told not to
-    fill. Raises ValueError for a set of other data, and for correct without experts."""
+    evaluation: how networks are trained that compare windows. place: a folder that keeps scores.npz, window/ and
+    features/, from which a killed call continues, or where each of them is. Every class has settings.ipc images, unless
+    gradmatch finds fewer and is told not to fill. Raises ValueError for a set of other data, and for correct without
+    experts."""
+    kept = place if isinstance(place, Kept) else Kept.under(place)
     if is_file(settings.select):
         return Chosen(_from_file(settings.select, context))
     if settings.select == "window" or settings.select in coreset.BY_SCORE:
-        return _by_difficulty(settings, context, evaluation, folder)
+        return _by_difficulty(settings, context, evaluation, kept)
     weights = None
     if settings.select in coreset.BY_NETWORK:
-        indices, weights = _by_network(settings, context, folder)
+        indices, weights = _by_network(settings, context, kept)
     elif settings.select == "ccs":
-        scores = training_difficulty(context, settings.scores, folder / "scores.npz")
+        scores = training_difficulty(context, settings.scores, kept.scores)
         indices = _strata(settings, context, scores)
     elif settings.select == "correct":
         indices = _correct(context, settings.ipc, experts)
@@ -139,16 +161,16 @@ def random_like(start: DistilledSet, context: Context) -> DistilledSet:
     return real_subset(data, indices, "random")
 
 
-def _by_difficulty(settings: Start, context: Context, evaluation: Evaluation, folder: Path) -> Chosen:
+def _by_difficulty(settings: Start, context: Context, evaluation: Evaluation, kept: Kept) -> Chosen:
     tried: dict[float, Accuracy] = {}
     if settings.select != "window":
         source = score_source(settings.select, settings.scores.source)
         scores, place = replace(settings.scores, source=source), settings.window
         settings = replace(settings, scores=scores, window=replace(place, beta=place.beta or 0.0))
-    difficulty = training_difficulty(context, settings.scores, folder / "scores.npz")
+    difficulty = training_difficulty(context, settings.scores, kept.scores)
     beta = settings.window.beta
     if beta is None:
-        beta, tried = search_window(context, difficulty, settings, evaluation, folder / "window")
+        beta, tried = search_window(context, difficulty, settings, evaluation, kept.window)
     return Chosen(window_set(context, difficulty, settings, beta), beta, tried)
 
 
@@ -157,9 +179,9 @@ def _strata(settings: Start, context: Context, scores: Tensor) -> Tensor:
     return ccs(scores, labels, settings.ipc, how.cutoff, how.strata, order)
 
 
-def _by_network(settings: Start, context: Context, folder: Path) -> tuple[Tensor, Tensor | None]:
+def _by_network(settings: Start, context: Context, kept: Kept) -> tuple[Tensor, Tensor | None]:
     """Indices and, for choices by gradients, weights, as a network sees the images that is trained on all of them."""
-    model = trained_networks(context, settings.features, folder / "features")[0]
+    model = trained_networks(context, settings.features, kept.features)[0]
     features, labels, ipc = split_features(model, context), context.data.train.labels, settings.ipc
     if settings.select in ("craig", "gradmatch"):
         logits = predict(model, context.real_images(), len(labels), context.device)
@@ -169,7 +191,7 @@ def _by_network(settings: Start, context: Context, folder: Path) -> tuple[Tensor
         how = settings.gradmatch
         return gradmatch(gradients, ipc, how.ridge, how.rows, context.generator("fill") if how.fill else None)
     if settings.select == "d2":
-        scores = training_difficulty(context, settings.scores, folder / "scores.npz")
+        scores = training_difficulty(context, settings.scores, kept.scores)
         return d2(scores, features, labels, ipc, settings.d2), None
     choice = {"herding": coreset.herding, "k-center": coreset.k_center, "moderate": moderate}[settings.select]
     return choice(features, labels, ipc), None

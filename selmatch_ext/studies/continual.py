@@ -10,7 +10,7 @@ import torch
 from selmatch_ext import ranks, report
 from selmatch_ext.context import Context
 from selmatch_ext.data.distilled import DistilledSet, training_set
-from selmatch_ext.data.images import ImageData, ImageSplit
+from selmatch_ext.data.images import ImageData
 from selmatch_ext.evaluation import Accuracy, evaluate
 from selmatch_ext.output import attempt
 from selmatch_ext.provenance import to_dict
@@ -64,20 +64,9 @@ def continual(
 
 
 def restrict(data: ImageData, classes: torch.Tensor) -> ImageData:
-    """The images of some classes (k,) int64, ascending; they become classes 0 to k−1."""
-
-    def only(part: ImageSplit) -> ImageSplit:
-        kept = part.take(torch.isin(part.labels, classes).nonzero().squeeze(1))
-        return replace(kept, labels=torch.searchsorted(classes, kept.labels))
-
-    return replace(
-        data,
-        name=f"{data.name} ({len(classes)} classes)",
-        train=only(data.train),
-        test=only(data.test),
-        class_names=[data.class_names[c] for c in classes.tolist()],
-        full=None,
-    )
+    """The images of some classes (k,) int64, ascending, normalized as in `data`; they become classes 0 to k−1."""
+    part = data.of_classes(classes)
+    return replace(part, mean=data.mean, std=data.std, whitening=data.whitening, full=None)
 
 
 def restrict_set(subset: DistilledSet, classes: torch.Tensor, per_class: int | None = None) -> DistilledSet:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from selmatch_ext import report
 from selmatch_ext.data.distilled import DistilledSet, seen_as, training_set
@@ -46,7 +47,7 @@ def as_means(results: dict) -> dict:
     return {label: {str(k): {"mean": a.mean, "std": a.std} for k, a in r.items()} for label, r in results.items()}
 
 
-def write(folder: Path, name: str, rows: list[list[str]], made: dict) -> None:
+def write(folder: Path, name: str, rows: list[list[str]], made: Any) -> None:
     """Writes folder/NAME.json and the table folder/NAME.md, which is printed as well."""
     write_json(folder / f"{name}.json", made)
     write_text(folder / f"{name}.md", report.markdown(rows) + "\n")

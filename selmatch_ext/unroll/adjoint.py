@@ -4,13 +4,14 @@ With lambda_N = dL/dtheta_N, and for i = N-1 ... 0 with g_i = grad_theta CE(thet
     dL/dlr_i = -<g_i, lambda_{i+1}>
     (h, u)   = gradient of <g_i, lambda_{i+1}> with respect to (theta_i, A_i x_i)
     dL/dx_i  = -lr_i A_i^T u,   lambda_i = lambda_{i+1} - lr_i h
-tesla.py has the estimate that leaves h out. An engine is a `Stepper`: it knows g_i, h and u.
+update.py has the recursion with momentum and weight decay, whose v_i are kept beside theta_i; tesla.py has the estimate
+that leaves h out. An engine is a `Stepper`: it knows g_i, h and u.
 """
 
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from selmatch_ext.ops.dsa import augment, augment_transposed
 from selmatch_ext.precision import precision_scope
 from selmatch_ext.unroll.tesla import Wanted, wanted_of_step
+from selmatch_ext.unroll.update import Inputs, MomentumUpdate, PlainUpdate, Update
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class UnrollPlan:
     keep: str
     gradient: str
     precision: str
+    nesterov: bool = False
 
 
 @dataclass
@@ -63,20 +66,12 @@ class _Tape:
     """What the forward pass leaves for the backward pass beside its inputs."""
 
     def __init__(self, needs: tuple[bool, ...]):
-        self.needs = needs  # whether start, images, labels and lr need a gradient
+        self.needs = needs  # whether each of `Inputs` needs a gradient
         self.in_torch_func = torch._C._are_functorch_transforms_active()
         self.thetas: list[Tensor] = []
+        self.velocities: list[Tensor] = []  # with momentum or weight decay; see `MomentumUpdate`
         self.kept: list[Any] = []
         self.samples: list[_Tape] = []  # under vmap: one for each sample
-
-
-class Inputs(NamedTuple):
-    """What `unrolled_sgd` is differentiable in. start: (P,); images: (n, C, H, W); labels: (n,) or (n, K); lr: (N,)."""
-
-    start: Tensor
-    images: Tensor
-    labels: Tensor
-    lr: Tensor
 
 
 @dataclass(frozen=True)
@@ -91,15 +86,17 @@ class _Job:
 def unroll(stepper: Stepper, inputs: Inputs, plan: UnrollPlan) -> Tensor:
     """(P,) parameters after the steps of `plan`; see `unrolled_sgd`."""
     if not torch.is_grad_enabled():  # a Function cannot tell, and would keep what nothing will use
-        inputs = Inputs(*(t.detach() for t in inputs))
-    return _Unroll.apply(*inputs, _Job(stepper, plan, _Tape(tuple(t.requires_grad for t in inputs))))
+        inputs = Inputs._make(None if t is None else t.detach() for t in inputs)
+    needs = tuple(t is not None and t.requires_grad for t in inputs)
+    return _Unroll.apply(*inputs, _Job(stepper, plan, _Tape(needs)))
 
 
 class _Unroll(torch.autograd.Function):
     @staticmethod
-    def forward(start: Tensor, images: Tensor, labels: Tensor, lr: Tensor, job: _Job) -> Tensor:
-        with _arithmetic(job.plan.precision, start.device):
-            return _forward(job, Inputs(start, images, labels, lr))
+    def forward(*inputs: Any) -> Tensor:
+        *tensors, job = inputs
+        with _arithmetic(job.plan.precision, tensors[0].device):
+            return _forward(job, Inputs(*tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -151,7 +148,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         *tensors, job = inputs
-        same_forward = all(d is None for d in in_dims[1:5])  # as in jacrev, which takes many adjoints of one result
+        same_forward = all(d is None for d in in_dims[1:])  # as in jacrev, which takes many adjoints of one result
         tapes = [job.tape] * info.batch_size if same_forward else job.tape.samples
         rows = zip(_samples(info, in_dims, tensors), tapes, strict=True)
         found = [_Gradient.apply(*row, replace(job, tape=tape)) for row, tape in rows]
@@ -184,14 +181,22 @@ def _batch(plan: UnrollPlan, i: int, images: Tensor, labels: Tensor) -> tuple[Te
     return x, y if y.is_floating_point() else y.long()
 
 
+def _update(job: _Job, inputs: Inputs, totals: Sequence[Tensor | None]) -> Update:
+    """That of the inputs. totals: where the gradients with respect to lr, momentum and weight decay are written."""
+    _, _, _, lr, momentum, weight_decay = inputs
+    if momentum is None or weight_decay is None:
+        return PlainUpdate(lr, totals[0])
+    velocities = job.tape.velocities if any(job.tape.needs[3:5]) else None
+    return MomentumUpdate((lr, momentum, weight_decay), totals, velocities, job.plan.nesterov)
+
+
 def _forward(job: _Job, inputs: Inputs) -> Tensor:
     """theta_N; puts on the tape what the backward pass needs: theta_i, and what the engine wants kept."""
     stepper, plan, tape = job.stepper, job.plan, job.tape
-    start, images, labels, lr = inputs
-    needed = any(tape.needs)
-    theta = start.detach()
+    update, needed = _update(job, inputs, [None] * 3), any(tape.needs)
+    theta = inputs.start.detach()
     for i in range(len(plan.batches)):
-        x, y = _batch(plan, i, images.detach(), labels.detach())
+        x, y = _batch(plan, i, inputs.images.detach(), inputs.labels.detach())
         keep = needed and plan.keep == "activations"
         gradient, kept = stepper.gradient(
             theta, x, y, wanted_of_step(plan.gradient, i, tape.needs) if needed else None, keep
@@ -199,44 +204,42 @@ def _forward(job: _Job, inputs: Inputs) -> Tensor:
         if needed:
             tape.thetas.append(theta)
             tape.kept.append(kept)
-        theta = theta - lr[i] * gradient
+        theta = update.forward(i, theta, gradient)
     return theta
 
 
 def _backward(job: _Job, inputs: Inputs, adjoint: Tensor) -> tuple[Tensor | None, ...]:
-    """dL/d(start, images, labels, lr) from the adjoint dL/dtheta_N; None for what is not needed."""
+    """dL/d(each of `Inputs`) from the adjoint dL/dtheta_N; None for what is not needed."""
     stepper, plan, tape = job.stepper, job.plan, job.tape
-    _, images, labels, lr = inputs
     needs_start, *needs = tape.needs
-    images_gradient, labels_gradient, lr_gradient = (
-        torch.zeros_like(tensor) if needed else None for tensor, needed in zip(inputs[1:], needs, strict=True)
+    images_gradient, labels_gradient, *rates_gradients = (
+        torch.zeros_like(t) if needed and t is not None else None for t, needed in zip(inputs[1:], needs, strict=True)
     )
+    update = _update(job, inputs, rates_gradients)
     for i in reversed(range(len(tape.thetas))):
-        x, y = _batch(plan, i, images, labels)
+        x, y = _batch(plan, i, inputs.images, inputs.labels)
+        direction = update.direction(i, tape.thetas[i], adjoint)
         step = stepper.derivative(
-            tape.thetas[i], x, y, tape.kept[i], adjoint, wanted_of_step(plan.gradient, i, tape.needs)
+            tape.thetas[i], x, y, tape.kept[i], direction, wanted_of_step(plan.gradient, i, tape.needs)
         )
         tape.kept[i] = stepper.freed(tape.kept[i])
-        if lr_gradient is not None:
-            lr_gradient[i] = -step.product
         if images_gradient is not None and step.images is not None:
             u = step.images
             if plan.augmentations is not None:
                 u = augment_transposed(u, plan.augmentations[i])
-            _add_rows(images_gradient, plan.batches[i], -lr[i], u)
+            _add_rows(images_gradient, plan.batches[i], update.scaled(i, u))
         if labels_gradient is not None and step.labels is not None:
-            _add_rows(labels_gradient, plan.batches[i], -lr[i], step.labels)
-        if step.parameters is not None:
-            adjoint = adjoint - lr[i] * step.parameters
-    return adjoint if needs_start else None, images_gradient, labels_gradient, lr_gradient
+            _add_rows(labels_gradient, plan.batches[i], update.scaled(i, step.labels))
+        adjoint = update.backward(i, adjoint, direction, step.product, step.parameters)
+    return adjoint if needs_start else None, images_gradient, labels_gradient, *rates_gradients
 
 
-def _add_rows(total: Tensor, rows: Tensor, factor: Tensor, values: Tensor) -> None:
-    """total[rows] += factor * values, rows may repeat; the same bits at each run."""
+def _add_rows(total: Tensor, rows: Tensor, values: Tensor) -> None:
+    """total[rows] += values, rows may repeat; the same bits at each run."""
     if total.device.type == "cpu":
-        total.index_add_(0, rows, factor * values)
+        total.index_add_(0, rows, values)
     else:  # on a GPU index_add_ adds in any order, index_put_ sorts first
-        total.index_put_((rows,), factor * values, accumulate=True)
+        total.index_put_((rows,), values, accumulate=True)
 
 
 def _described(output: Any) -> str:

@@ -1,5 +1,6 @@
 """Checks of what `unrolled_sgd` and `explain_engine` are given."""
 
+import math
 import numbers
 from collections.abc import Iterable
 from typing import Any
@@ -155,20 +156,53 @@ def _is_finite(number: Any) -> bool:
         return False
 
 
-def learning_rates(lr: Any, count: int, start: Tensor) -> Tensor:
-    """lr as a (count,) tensor like start, differentiable in what was given."""
-    if isinstance(lr, (bool, np.bool_)) or not isinstance(lr, (numbers.Real, np.ndarray, torch.Tensor)):
-        raise TypeError(f"lr must be a floating tensor or a number, got {_what(lr)}")
-    if not isinstance(lr, torch.Tensor):
-        if isinstance(lr, np.ndarray) and lr.dtype.kind not in "fiu":
-            raise TypeError(f"lr must be an array of floating numbers, got {lr.dtype}")
-        if not _is_finite(lr):
-            raise ValueError(f"lr must be finite in 64 bits, got {_what(lr)}")
-        lr = torch.as_tensor(lr, dtype=torch.float64, device=start.device)
-    _check_ordinary("lr", lr)
-    check_values("lr", lr)
-    if not lr.is_floating_point():
-        raise TypeError(f"lr must be a floating tensor or a number, got a tensor of {lr.dtype}")
-    if lr.shape not in ((), (count,)):
-        raise ValueError(f"lr must be 0-d or have shape ({count},), one for each batch, got {tuple(lr.shape)}")
-    return lr.to(start.device, start.dtype).expand(count)
+def one_a_step(name: str, value: Any, count: int, start: Tensor) -> Tensor:
+    """A learning rate, momentum or weight decay as a (count,) tensor like start, differentiable in what was given."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (numbers.Real, np.ndarray, torch.Tensor)):
+        raise TypeError(f"{name} must be a floating tensor or a number, got {_what(value)}")
+    if not isinstance(value, torch.Tensor):
+        if isinstance(value, np.ndarray) and value.dtype.kind not in "fiu":
+            raise TypeError(f"{name} must be an array of floating numbers, got {value.dtype}")
+        if not _is_finite(value):
+            raise ValueError(f"{name} must be finite in 64 bits, got {_what(value)}")
+        value = torch.as_tensor(value, dtype=torch.float64, device=start.device)
+    _check_ordinary(name, value)
+    check_values(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating tensor or a number, got a tensor of {value.dtype}")
+    if value.shape not in ((), (count,)):
+        raise ValueError(f"{name} must be 0-d or have shape ({count},), one for each batch, got {tuple(value.shape)}")
+    return value.to(start.device, start.dtype).expand(count)
+
+
+def momentum_and_decay(
+    count: int, start: Tensor, momentum: Any = 0.0, nesterov: Any = False, weight_decay: Any = 0.0
+) -> tuple[Tensor | None, Tensor | None]:
+    """momentum and weight_decay as (count,) tensors like start; None and None where both are the number 0."""
+    if not isinstance(nesterov, bool):
+        raise TypeError(f"nesterov must be True or False, got {_what(nesterov)}")
+    if not nesterov and _is_zero(momentum) and _is_zero(weight_decay):
+        return None, None
+    values = one_a_step("momentum", momentum, count, start), one_a_step("weight_decay", weight_decay, count, start)
+    for name, value in zip(("momentum", "weight_decay"), values, strict=True):
+        smallest, largest = _extremes(value)
+        if not 0 <= smallest <= largest < math.inf:
+            raise ValueError(f"{name} must be finite and at least 0, got values from {smallest:g} to {largest:g}")
+        if name == "momentum" and nesterov and smallest == 0:
+            raise ValueError("nesterov=True needs a momentum above 0 in every step")
+    return values
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and value == 0
+
+
+def _extremes(values: Tensor) -> tuple[float, float]:
+    """(smallest, largest); ones within vmap, where nothing looks at values. NaN where one is."""
+    values = values.detach()
+    while torch._C._functorch.is_functorch_wrapped_tensor(values):
+        if torch._C._functorch.is_batchedtensor(values):
+            return 1.0, 1.0
+        values = torch._C._functorch.get_unwrapped(values)
+    smallest, largest = torch.stack(values.aminmax()).tolist()
+    return smallest, largest

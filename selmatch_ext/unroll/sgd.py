@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from selmatch_ext.modules.private import PrivateModel
 from selmatch_ext.modules.unwrap import unwrapped
 from selmatch_ext.ops.dsa import Augmentation
 from selmatch_ext.precision import warn_if_slow
-from selmatch_ext.unroll.adjoint import Inputs, Stepper, UnrollPlan, check_targets, unroll
+from selmatch_ext.unroll.adjoint import Stepper, UnrollPlan, check_targets, unroll
 from selmatch_ext.unroll.arguments import (
     check_augmentations,
     check_batches,
@@ -27,11 +28,18 @@ from selmatch_ext.unroll.arguments import (
     check_tensors,
     check_types,
     check_values,
-    learning_rates,
+    momentum_and_decay,
+    one_a_step,
 )
 from selmatch_ext.unroll.autograd import AutogradStepper
 from selmatch_ext.unroll.fused_stepper import FusedStepper
 from selmatch_ext.unroll.graphs import CudaRecorder, GraphedStepper
+from selmatch_ext.unroll.update import Inputs
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Rates = Tensor | np.ndarray | float
 
 
 @never_compiled("unrolled_sgd reads the network in Python; it runs as it is in compiled code")
@@ -41,8 +49,11 @@ def unrolled_sgd(
     images: Tensor,
     labels: Tensor,
     batches: Iterable[Tensor],
-    lr: Tensor | np.ndarray | float,
+    lr: Rates,
     *,
+    momentum: Rates = 0.0,
+    nesterov: bool = False,
+    weight_decay: Rates = 0.0,
     augmentations: Iterable[Augmentation] | None = None,
     engine: str = "auto",
     keep: str = "nothing",
@@ -50,14 +61,18 @@ def unrolled_sgd(
     precision: str = "float32",
     cuda_graphs: bool = False,
 ) -> Tensor:
-    """Parameters after N steps of plain SGD from `start` on batches of `images`: a differentiable function.
+    """Parameters after N steps of SGD from `start` on batches of `images`: a differentiable function.
 
-    Step i: theta_{i+1} = theta_i - lr_i * grad_theta CE(model(theta_i; A_i(images[batches[i]])), labels[batches[i]]),
-    CE the mean cross-entropy. Differentiable (once) in images, float labels, lr and start. This is the inner loop of
-    dataset distillation by matching training trajectories (MTT, arXiv 2203.11932, section 3.2).
+    Step i: theta_{i+1} = theta_i - lr_i * g_i, g_i = grad_theta CE(model(theta_i; A_i(images[batches[i]])),
+    labels[batches[i]]), CE the mean cross-entropy. With momentum mu and weight decay w, as torch.optim.SGD does it with
+    dampening 0: v_0 = 0, v_{i+1} = mu_i * v_i + g_i + w_i * theta_i, theta_{i+1} = theta_i - lr_i * v_{i+1}, or with
+    nesterov theta_{i+1} = theta_i - lr_i * (g_i + w_i * theta_i + mu_i * v_{i+1}). Differentiable (once) in images,
+    float labels, lr, momentum, weight_decay and start. This is the inner loop of dataset distillation by matching
+    training trajectories (MTT, arXiv 2203.11932, section 3.2).
 
-    The gradient is that of autograd through all N steps, but only the N parameter vectors are kept: the backward pass
-    is the adjoint recursion, which needs the graph of one step at a time, or none where the fused engine runs.
+    The gradient is that of autograd through all N steps, but only the N vectors theta_i are kept, and the N vectors v_i
+    where there is momentum or weight decay: the backward pass is the adjoint recursion, which needs the graph of one
+    step at a time, or none where the fused engine runs.
 
     `model` is never changed: a private copy of it runs, in train mode, so that BatchNorm uses batch statistics. The
     copy's buffers and Python attributes change from step to step as in ordinary training, beginning with those that the
@@ -80,6 +95,9 @@ def unrolled_sgd(
             times.
         lr: learning rate, 0-d or (N,) floating tensor, or a finite number or numpy array (64 bits count where start is
             float64).
+        momentum: 0 or above, as lr; with nesterov above 0.
+        nesterov: whether the momentum is Nesterov's.
+        weight_decay: 0 or above, as lr.
         augmentations: None, or N results of `sample_augmentation`, one a step.
         engine: "fused" (networks of known operations, on the CPU and CUDA; float32, float64 and bfloat16), "autograd"
             (any module), or "auto": fused where it can run the model, else autograd. `explain_engine` says which.
@@ -105,7 +123,16 @@ def unrolled_sgd(
             something else than it did.
     """
     unrolled = UnrolledSGD(model, engine, keep, gradient, precision, cuda_graphs)
-    return unrolled(start, images, labels, batches, lr, augmentations)
+    optimizer: _Optimizer = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+    return unrolled(start, images, labels, batches, lr, augmentations, **optimizer)
+
+
+class _Optimizer(TypedDict, total=False):
+    """What `UnrolledSGD` takes by name; see `unrolled_sgd`."""
+
+    momentum: Rates
+    nesterov: bool
+    weight_decay: Rates
 
 
 class UnrolledSGD:
@@ -113,7 +140,7 @@ class UnrolledSGD:
     copy of it and CUDA graphs stay from one call to the next, until the object is deleted.
 
         unrolled = UnrolledSGD(model, cuda_graphs=True)
-        student = unrolled(start, images, labels, batches, lr, augmentations)
+        student = unrolled(start, images, labels, batches, lr, augmentations, momentum=0.9)
 
     The arguments are those of `unrolled_sgd`, and so are the results and the errors. With the fused engine the network
     is the one that was read at the first call for images of a size; make a new object after `model` was changed. (Its
@@ -140,23 +167,25 @@ class UnrolledSGD:
         images: Tensor,
         labels: Tensor,
         batches: Iterable[Tensor],
-        lr: Tensor | np.ndarray | float,
+        lr: Rates,
         augmentations: Iterable[Augmentation] | None = None,
+        **optimizer: "Unpack[_Optimizer]",
     ) -> Tensor:
-        """(P,) parameters after N steps; see `unrolled_sgd`."""
+        """(P,) parameters after N steps; see `unrolled_sgd`. optimizer: its momentum, nesterov and weight_decay."""
         check_tensors(self.model, start, images)
         label_range = check_label_tensor(labels, start, images)
         steps = check_batches(batches, images)
         augmentations = check_augmentations(augmentations, steps)
-        rates = learning_rates(lr, len(steps), start)
+        rates = one_a_step("lr", lr, len(steps), start), *momentum_and_decay(len(steps), start, **optimizer)
         if self.precision == "tf32" and start.device.type != "cuda":
             raise ValueError(f'precision="tf32" needs CUDA tensors, start is on {start.device}')
         if self.precision == "bfloat16":
             warn_if_slow(start.device)
-        plan = UnrollPlan(steps, augmentations, label_range, self.keep, self.gradient, self.precision)
+        nesterov = optimizer.get("nesterov", False)
+        plan = UnrollPlan(steps, augmentations, label_range, self.keep, self.gradient, self.precision, nesterov)
         stepper = self._stepper(start, images, labels, plan)
         with _classes_kept(stepper):
-            return unroll(stepper, Inputs(start, images, labels, rates), plan)
+            return unroll(stepper, Inputs(start, images, labels, *rates), plan)
 
     def _stepper(self, start: Tensor, images: Tensor, labels: Tensor, plan: UnrollPlan) -> Stepper:
         """That of an earlier call with such tensors, where it runs on the fused engine; else a new one."""

@@ -21,7 +21,7 @@ class Wanted:
 
 
 def wanted_of_step(gradient: str, i: int, needs: tuple[bool, ...]) -> Wanted:
-    """What the derivative of step i is asked for. gradient: one of GRADIENTS. needs: whether start, images, labels and
-    lr need a gradient."""
-    start, images, labels, _ = needs
+    """What the derivative of step i is asked for. gradient: one of GRADIENTS. needs: whether each of
+    `Inputs` needs a gradient."""
+    start, images, labels = needs[:3]
     return Wanted(gradient == "exact" and (i > 0 or start), images, labels)

@@ -1,4 +1,5 @@
-// Norm + activation + pooling on the GPU. One thread block owns a slab: some channels of one image.
+// Norm + activation + pooling on the GPU: what block_cuda_forward.cu and block_cuda_backward.cu share. One thread block
+// owns a slab: some channels of one image.
 //
 // Layout. Channels lie side by side in memory, so the threads of a block stand `lanes` side by side along the channels,
 // each with a pack of them (4 float32; 8 bfloat16, 4 in the dual passes for want of registers), and in rows, each row
@@ -16,6 +17,8 @@
 //
 // Where the norm's mean goes beyond a slab (batch norm, wide groups), the two sweeps are two launches with a small
 // kernel between them. Everything is added up in a fixed order, without atomics: the same input gives the same bits.
+#pragma once
+
 #include <algorithm>
 #include <cmath>
 #include <iterator>
@@ -46,24 +49,52 @@ struct BlockPlan {
   int threads;
 };
 
+// Whether 2 x 2 pixels are pooled: never, always, or as the call says.
+enum class Pooling { kNever, kAlways, kAny };
+
+// One kernel for all activations, where there are to be few kernels.
+template <typename T>
+struct AnyActivation {
+  PiecewiseActivation<T> piecewise;
+  SmoothActivation<T> smooth;
+  bool is_piecewise;
+
+  explicit SELMATCH_HD AnyActivation(const BlockCall& call)
+      : piecewise(call), smooth(call), is_piecewise(call.activation == kBlockPiecewise) {}
+
+  SELMATCH_HD BlockCurve<T> operator()(T n) const {
+    if (is_piecewise) {
+      return piecewise(n);
+    }
+    return smooth(n);
+  }
+};
+
 // S: what is stored, T: what is computed with; kWidth: channels of a thread.
-template <typename S_, typename T_, int kWidth_, template <typename> class Activation_, bool kDual_, bool kPooled_>
+template <typename S_, typename T_, int kWidth_, typename Activation_, bool kDual_, Pooling kPooling>
 struct BlockVariant {
   using S = S_;
   using T = T_;
-  using Activation = Activation_<T>;
+  using Activation = Activation_;
   static constexpr int kWidth = kWidth_;
-  static constexpr bool kDual = kDual_, kPooled = kPooled_;
-  static constexpr int kPixels = kPooled || (!kDual && kWidth < 8) ? 4 : 2;  // of a cell; few enough for registers
-  static constexpr int kOuts = kPooled ? 1 : kPixels;
+  static constexpr bool kDual = kDual_;
+  // Of a cell; few enough for registers.
+  static constexpr int kPixels = kPooling == Pooling::kNever && (kDual || kWidth == 8) ? 2 : 4;
+  static constexpr int kOuts = kPooling == Pooling::kAlways ? 1 : kPixels;
   static constexpr int kCount = kDual ? 4 : 2;  // sums, and statistics
   static constexpr bool kFolds = std::is_same_v<S, T>;
+
+  static SELMATCH_HD bool pooled(const BlockCall& call) {
+    return kPooling == Pooling::kAny ? call.pool != kBlockNoPool : kPooling == Pooling::kAlways;
+  }
+  static SELMATCH_HD int outs(const BlockCall& call) { return pooled(call) ? 1 : kOuts; }
 
   // Parameters of each pixel's own (layer norm) only one channel at a time, which leaves the others their registers.
   static constexpr bool kPerPixel = kWidth == 1;
   // Threads of a block, and blocks to a multiprocessor: as many as have registers for a cell without spilling.
   static constexpr int threads(bool backward) {
-    return kDual && kPooled && backward && sizeof(S) == 2 ? (kBlockThreads * 3 / 4 + 31) / 32 * 32 : kBlockThreads;
+    return kDual && kPooling == Pooling::kAlways && backward && sizeof(S) == 2 ? (kBlockThreads * 3 / 4 + 31) / 32 * 32
+                                                                               : kBlockThreads;
   }
   static constexpr int resident(bool backward) { return kDual || backward || kWidth == 8 ? 2 : 3; }
 };
@@ -164,30 +195,32 @@ struct BlockSlab {
   SELMATCH_DEVICE explicit BlockSlab(const BlockCall& call_) : call(call_), activation(call_) {}
 
   SELMATCH_DEVICE int pixels() const { return call.height * call.width; }
+  SELMATCH_DEVICE bool pooled() const { return V::pooled(call); }
 
   SELMATCH_DEVICE void set_image(int64_t image) {
     begin = image * pixels() * call.channels + channel;
-    out_begin = V::kPooled ? image * (call.height / 2) * (call.width / 2) * call.channels + channel : begin;
+    out_begin = pooled() ? image * (call.height / 2) * (call.width / 2) * call.channels + channel : begin;
   }
 
   SELMATCH_DEVICE Place place(int cell, int cell_columns) const {
-    if constexpr (V::kPooled) {
+    if (pooled()) {
       const int i = cell / cell_columns, j = cell - i * cell_columns;
       const bool right = 2 * j + 1 < call.width, below = 2 * i + 1 < call.height;
       return {(2 * i * call.width + 2 * j) * call.channels, (i * (call.width / 2) + j) * call.channels,
               1 | (right ? 2 : 0) | (below ? 4 : 0) | (right && below ? 8 | 1 << kPixels : 0)};
-    } else {
-      const int first = cell * kPixels, rest = pixels() - first;
-      return {first * call.channels, 0, rest < kPixels ? (1 << rest) - 1 : (1 << kPixels) - 1};
     }
+    const int first = cell * kPixels, rest = pixels() - first;
+    return {first * call.channels, 0, rest < kPixels ? (1 << rest) - 1 : (1 << kPixels) - 1};
   }
   SELMATCH_DEVICE bool has_pixel(const Place& at, int k) const { return at.present >> k & 1; }
   SELMATCH_DEVICE int pixel(const Place& at, int k) const {
-    return at.first + (V::kPooled ? k / 2 * call.width + k % 2 : k) * call.channels;
+    return at.first + (pooled() ? k / 2 * call.width + k % 2 : k) * call.channels;
   }
   // Output k of a cell; pooled there is one.
-  SELMATCH_DEVICE bool has_out(const Place& at, int k) const { return has_pixel(at, V::kPooled ? kPixels : k); }
-  SELMATCH_DEVICE int out(const Place& at, int k) const { return V::kPooled ? at.out : pixel(at, k); }
+  SELMATCH_DEVICE bool has_out(const Place& at, int k) const {
+    return k < V::outs(call) && has_pixel(at, pooled() ? kPixels : k);
+  }
+  SELMATCH_DEVICE int out(const Place& at, int k) const { return pooled() ? at.out : pixel(at, k); }
 
   // --- reading a cell, from global memory or from what this thread kept of it
 
@@ -257,13 +290,20 @@ struct BlockSlab {
   template <bool kBackward, typename Visit>
   SELMATCH_DEVICE void each_pack(Cell* cell, Visit visit) const {
     int slot = 0;
-    const auto each_pair = [&](Pair* pairs, int count, bool more) {
-      for (int k = 0; k < count; ++k) {
-        visit(slot++, pairs[k].value);
+    const int outs = V::outs(call);
+    const auto each_pair = [&]<int kCount>(Pair(&pairs)[kCount], int count, bool more) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        if (k < count) {
+          visit(slot++, pairs[k].value);
+        }
       }
       if (!V::kFolds && more) {
-        for (int k = 0; k < count; ++k) {
-          visit(slot++, pairs[k].more);
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) {
+          if (k < count) {
+            visit(slot++, pairs[k].more);
+          }
         }
       }
     };
@@ -277,10 +317,12 @@ struct BlockSlab {
     if constexpr (kBackward) {
 #pragma unroll
       for (int k = 0; k < kOuts; ++k) {
-        visit(slot++, cell->g[k]);
+        if (k < outs) {
+          visit(slot++, cell->g[k]);
+        }
       }
       if constexpr (V::kDual) {
-        each_pair(cell->gt, kOuts, call.gt_more != nullptr);
+        each_pair(cell->gt, outs, call.gt_more != nullptr);
       }
     }
   }
@@ -325,9 +367,9 @@ struct BlockSlab {
   SELMATCH_DEVICE void pool_weights(const BlockCurve<T>* curve, T* weight) const {
 #pragma unroll
     for (int k = 0; k < kPixels; ++k) {
-      weight[k] = V::kPooled ? T(0.25) : T(1);
+      weight[k] = pooled() ? T(0.25) : T(1);
     }
-    if (V::kPooled && call.pool == kBlockMaxPool) {
+    if (pooled() && call.pool == kBlockMaxPool) {
       T best = curve[0].value;
       int first = 0;
 #pragma unroll
@@ -353,11 +395,12 @@ struct BlockSlab {
     pool_weights(curve, weight);
 #pragma unroll
     for (int k = 0; k < kPixels; ++k) {
-      const int out = V::kPooled ? 0 : k;
-      const T share = weight[k] * widen(cell.g[out].item[j]);
+      const T g = pooled() ? widen(cell.g[0].item[j]) : widen(cell.g[k % kOuts].item[j]);
+      const T share = weight[k] * g;
       result[k].a = curve[k].first * share;
       if constexpr (V::kDual) {
-        result[k].at = curve[k].first * (weight[k] * cell.gt[out].at(j)) + curve[k].second * point[k].nt * share;
+        const T gt = pooled() ? cell.gt[0].at(j) : cell.gt[k % kOuts].at(j);
+        result[k].at = curve[k].first * (weight[k] * gt) + curve[k].second * point[k].nt * share;
       }
     }
   }
@@ -668,10 +711,16 @@ struct BlockWork {
         slab.pool_weights(curve, weight);
 #pragma unroll
         for (int k = 0; k < kPixels; ++k) {
-          const int out = V::kPooled ? 0 : k;
-          if (weight[k] != T(0)) {  // or an infinite value that is not the largest would make a NaN
-            value[out] += weight[k] * curve[k].value;
-            tangent[out] += weight[k] * curve[k].first * point[k].nt;
+          if (weight[k] == T(0)) {
+            continue;  // or an infinite value that is not the largest would make a NaN
+          }
+          const T part = weight[k] * curve[k].value, part_t = weight[k] * curve[k].first * point[k].nt;
+          if (slab.pooled()) {  // two constant places, or the arrays would not be registers
+            value[0] += part;
+            tangent[0] += part_t;
+          } else {
+            value[k % V::kOuts] += part;
+            tangent[k % V::kOuts] += part_t;
           }
         }
 #pragma unroll
@@ -845,18 +894,6 @@ struct BlockWork {
   }
 };
 
-template <typename V>
-SELMATCH_KERNEL SELMATCH_LAUNCH_BOUNDS(V::threads(false), V::resident(false))
-    forward_kernel(BlockCall call, BlockPlan plan) {
-  BlockWork<V, false>(call, plan).forward();
-}
-
-template <typename V>
-SELMATCH_KERNEL SELMATCH_LAUNCH_BOUNDS(V::threads(true), V::resident(true))
-    backward_kernel(BlockCall call, BlockPlan plan) {
-  BlockWork<V, true>(call, plan).backward();
-}
-
 // --- between the sweeps, and after them ------------------------------------------------------------------------------
 
 // What one block merges: kMergeColumns channels over the batch, each by itself, or the channels of one image's group.
@@ -908,112 +945,9 @@ SELMATCH_DEVICE BlockSums read_sums(const BlockCall& call, int64_t image, int c)
   return {{from[0], from[channels], dual ? from[2 * channels] : T(0), dual ? from[3 * channels] : T(0)}};
 }
 
-template <typename T>
-SELMATCH_KERNEL SELMATCH_LAUNCH_BOUNDS(kMergeThreads, 1) stats_kernel(BlockCall call) {
-  SELMATCH_SHARED BlockMoments parts[kMergeThreads];
-  const MergeTask task(call, call.norm == kBlockBatchNorm);
-  const auto read = [&](int64_t n, int c) -> BlockMoments {
-    const BlockSums of = read_sums<T>(call, n, c);
-    return {static_cast<double>(call.height) * call.width, of.sum[0], of.sum[1], of.sum[2], of.sum[3]};
-  };
-  const auto write = [&](int c, const BlockMoments& all) {
-    T values[kBlockStats];
-    moments_to_stats(all, call.eps, values);
-    for (int k = 0; k < call.stats_count; ++k) {
-      static_cast<T*>(call.stats)[(task.row * call.stats_count + k) * call.channels + c] = values[k];
-    }
-  };
-  task.run(call.channels, parts, read, write);
-}
-
-// The means of the backward pass where groups go beyond a slab, and, over the batch, the gradients of gamma and beta.
-template <typename T>
-SELMATCH_KERNEL SELMATCH_LAUNCH_BOUNDS(kMergeThreads, 1) sums_kernel(BlockCall call, bool over_batch) {
-  SELMATCH_SHARED BlockSums parts[kMergeThreads];
-  const MergeTask task(call, over_batch);
-  const bool dual = call.stats_count == kBlockStats;
-  const auto read = [&](int64_t n, int c) -> BlockSums {
-    const BlockSums of = read_sums<T>(call, n, c);
-    return over_batch ? of : weighted<T>(call, c, of);
-  };
-  const auto write = [&](int c, const BlockSums& all) {
-    if (over_batch && !call.per_pixel) {
-      static_cast<T*>(call.beta_grad)[c] = static_cast<T>(all.sum[dual ? 2 : 0]);
-      static_cast<T*>(call.gamma_grad)[c] = static_cast<T>(all.sum[dual ? 3 : 1]);
-    }
-    if (!over_batch || call.norm == kBlockBatchNorm) {
-      const double count = static_cast<double>(call.height) * call.width * static_cast<double>(task.items);
-      const BlockSums q = over_batch ? weighted<T>(call, c, all) : all;
-      for (int k = 0; k < kBlockMeans; ++k) {
-        static_cast<T*>(call.means)[(task.row * kBlockMeans + k) * call.channels + c] =
-            static_cast<T>(q.sum[k] / count);
-      }
-    }
-  };
-  task.run(call.channels, parts, read, write);
-}
-
-// The gradients of gamma and beta where each pixel has its own: a block takes one cell of 32 channels, each warp of it
-// every so many-th image; V::kWidth is 1.
-template <typename V>
-SELMATCH_KERNEL SELMATCH_LAUNCH_BOUNDS(kBlockThreads, 2) pixel_gradients_kernel(BlockCall call, int cell_columns) {
-  using T = typename V::T;
-  constexpr int kSums = 2 * V::kPixels;
-  SELMATCH_SHARED T table[kSums][kBlockThreads];
-  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-  const int warps = static_cast<int>(blockDim.x / 32), chunks = (call.channels + 31) / 32;
-  BlockSlab<V> slab(call);
-  slab.channel = static_cast<int>(blockIdx.x % chunks) * 32 + lane;
-  const auto at = slab.place(static_cast<int>(blockIdx.x / chunks), cell_columns);
-  T sum[kSums] = {};
-  if (slab.channel < call.channels) {
-    for (int64_t n = warp; n < call.batch; n += warps) {
-      slab.set_image(n);
-      const auto cell = slab.template read<true>(at);
-      const T* stats =
-          static_cast<const T*>(call.stats) + stats_row(call, n) * V::kCount * call.channels + slab.channel;
-      BlockChannel<T> channel = {stats[0], stats[call.channels]};
-      if constexpr (V::kDual) {
-        channel.mean_t = stats[2 * call.channels];
-        channel.product = stats[3 * call.channels];
-      }
-      BlockParameters<T> p[V::kPixels] = {};
-      BlockPoint<T> point[V::kPixels];
-      typename BlockSlab<V>::Slopes slopes[V::kPixels];
-      slab.points(cell, at, 0, channel, p, point);
-      slab.slopes(cell, 0, point, slopes);
-#pragma unroll
-      for (int k = 0; k < V::kPixels; ++k) {
-        if constexpr (V::kDual) {
-          sum[2 * k] += slopes[k].at;
-          sum[2 * k + 1] += slopes[k].at * point[k].zh + slopes[k].a * point[k].zht;
-        } else {
-          sum[2 * k] += slopes[k].a;
-          sum[2 * k + 1] += slopes[k].a * point[k].zh;
-        }
-      }
-    }
-  }
-#pragma unroll
-  for (int k = 0; k < kSums; ++k) {
-    table[k][threadIdx.x] = sum[k];
-  }
-  __syncthreads();
-  for (int k = warp; k < kSums; k += warps) {
-    T total = 0;
-    for (int w = 0; w < warps; ++w) {
-      total += table[k][32 * w + lane];
-    }
-    if (slab.has_pixel(at, k / 2) && slab.channel < call.channels) {
-      T* grad = static_cast<T*>(k % 2 == 0 ? call.beta_grad : call.gamma_grad);
-      grad[slab.pixel(at, k / 2) + slab.channel] = total;
-    }
-  }
-}
-
 // --- launching -------------------------------------------------------------------------------------------------------
 
-int round_up(int value, int to) { return (value + to - 1) / to * to; }
+inline int round_up(int value, int to) { return (value + to - 1) / to * to; }
 
 template <typename V, bool kBackward>
 struct BlockPlanner {
@@ -1026,12 +960,12 @@ struct BlockPlanner {
   explicit BlockPlanner(const BlockCall& call_)
       : call(call_), budget((static_cast<int64_t>(shared_memory_limit()) + 1024) / V::resident(kBackward) - 1024) {
     plan.cell_columns = (call.width + 1) / 2;
-    plan.cells = V::kPooled ? plan.cell_columns * ((call.height + 1) / 2)
-                            : round_up(call.height * call.width, V::kPixels) / V::kPixels;
+    plan.cells = V::pooled(call) ? plan.cell_columns * ((call.height + 1) / 2)
+                                 : round_up(call.height * call.width, V::kPixels) / V::kPixels;
     const auto packs = [](int count, const void* more) {
       return count * (1 + V::kDual * (1 + (!V::kFolds && more != nullptr)));
     };
-    plan.slots = packs(V::kPixels, call.zt_more) + (kBackward ? packs(V::kOuts, call.gt_more) : 0);
+    plan.slots = packs(V::kPixels, call.zt_more) + (kBackward ? packs(V::outs(call), call.gt_more) : 0);
   }
 
   int bits_for(int lanes) const {
@@ -1087,79 +1021,24 @@ struct BlockPlanner {
   }
 };
 
-template <typename V, bool kBackward>
-void sweep(const BlockCall& call, BlockPlan plan, bool sums, bool apply, void* stream) {
+// Both sweeps in one launch, or one of them.
+template <typename V>
+void sweep(void (*kernel)(BlockCall, BlockPlan), const BlockCall& call, BlockPlan plan, bool sums, bool apply,
+           void* stream) {
   plan.sums = sums;
   plan.apply = apply;
   if (!sums || !apply) {
     plan.kept = 0;
   }
-  const auto kernel = kBackward ? &backward_kernel<V> : &forward_kernel<V>;
   launch(kernel, call.batch * plan.slabs, plan.threads, BlockMemory<V>::bytes(plan), stream, call, plan);
 }
 
-int64_t merge_blocks(const BlockCall& call, bool over_batch) {
+inline int64_t merge_blocks(const BlockCall& call, bool over_batch) {
   return over_batch ? (call.channels + kMergeColumns - 1) / kMergeColumns : call.batch * call.groups;
 }
 
-template <typename V>
-void forward(const BlockCall& call, void* stream) {
-  const BlockPlan plan = BlockPlanner<V, false>(call).make();
-  if (call.norm != kBlockNoNorm && !plan.apply) {
-    sweep<V, false>(call, plan, true, false, stream);
-    const int64_t blocks = merge_blocks(call, call.norm == kBlockBatchNorm);
-    launch(&stats_kernel<typename V::T>, blocks, kMergeThreads, 0, stream, call);
-  }
-  sweep<V, false>(call, plan, plan.apply, true, stream);
-}
-
-template <typename V>
-void backward(const BlockCall& call, void* stream) {
-  using T = typename V::T;
-  const BlockPlan plan = BlockPlanner<V, true>(call).make();
-  if (call.norm == kBlockNoNorm) {
-    return sweep<V, true>(call, plan, false, true, stream);
-  }
-  const bool batch_norm = call.norm == kBlockBatchNorm;
-  sweep<V, true>(call, plan, true, plan.apply, stream);
-  if (batch_norm || !call.per_pixel) {
-    launch(&sums_kernel<T>, merge_blocks(call, true), kMergeThreads, 0, stream, call, true);
-  }
-  if (!plan.apply) {
-    if (!batch_norm) {
-      launch(&sums_kernel<T>, merge_blocks(call, false), kMergeThreads, 0, stream, call, false);
-    }
-    sweep<V, true>(call, plan, false, true, stream);
-  }
-  if constexpr (V::kPerPixel) {
-    if (call.per_pixel) {
-      const int64_t blocks = static_cast<int64_t>(plan.cells) * ((call.channels + 31) / 32);
-      launch(&pixel_gradients_kernel<V>, blocks, kBlockThreads, 0, stream, call, plan.cell_columns);
-    }
-  }
-}
-
-template <typename S, typename T, int kWidth, template <typename> class Activation, bool kDual>
-void run_pooled(const BlockCall& call, bool is_backward, void* stream) {
-  using Pooled = BlockVariant<S, T, kWidth, Activation, kDual, true>;
-  using Plain = BlockVariant<S, T, kWidth, Activation, kDual, false>;
-  const bool pooled = call.pool != kBlockNoPool;
-  if (is_backward) {
-    return pooled ? backward<Pooled>(call, stream) : backward<Plain>(call, stream);
-  }
-  return pooled ? forward<Pooled>(call, stream) : forward<Plain>(call, stream);
-}
-
-template <typename S, typename T, int kWidth, bool kDual>
-void run_width(const BlockCall& call, bool is_backward, void* stream) {
-  if (call.activation == kBlockPiecewise) {
-    return run_pooled<S, T, kWidth, PiecewiseActivation, kDual>(call, is_backward, stream);
-  }
-  run_pooled<S, T, kWidth, SmoothActivation, kDual>(call, is_backward, stream);
-}
-
 // Whether every pixel of every image begins at a multiple of `bytes`.
-bool is_aligned(const BlockCall& call, size_t item, size_t bytes) {
+inline bool is_aligned(const BlockCall& call, size_t item, size_t bytes) {
   const void* tensors[] = {call.z,       call.zt, call.zt_more, call.g,  call.gt,
                            call.gt_more, call.y,  call.yt,      call.gz, call.gzt};
   return call.channels * item % bytes == 0 &&
@@ -1167,35 +1046,39 @@ bool is_aligned(const BlockCall& call, size_t item, size_t bytes) {
                      [&](const void* tensor) { return reinterpret_cast<uintptr_t>(tensor) % bytes == 0; });
 }
 
-template <typename S, typename T, bool kDual>
-void run_dual(const BlockCall& call, bool is_backward, void* stream) {
+// Calls run(the variant that makes the call). What the wide kernels cannot do is done channel by channel, by one kernel
+// for all activations and poolings: most of the time of a compilation would go into variants that hardly ever run.
+template <typename S, typename T, bool kDual, typename Run>
+void run_type(const BlockCall& call, Run run) {
   if constexpr (!std::is_same_v<S, double>) {  // double is for checks, not for speed
     constexpr int kWidth = kDual ? 4 : 16 / sizeof(S);
     if (!call.per_pixel && is_aligned(call, sizeof(S), kWidth * sizeof(S))) {
-      return run_width<S, T, kWidth, kDual>(call, is_backward, stream);
+      const auto run_activation = [&]<typename Activation>(std::type_identity<Activation>) {
+        if (call.pool != kBlockNoPool) {
+          return run(BlockVariant<S, T, kWidth, Activation, kDual, Pooling::kAlways>());
+        }
+        run(BlockVariant<S, T, kWidth, Activation, kDual, Pooling::kNever>());
+      };
+      if (call.activation == kBlockPiecewise) {
+        return run_activation(std::type_identity<PiecewiseActivation<T>>());
+      }
+      return run_activation(std::type_identity<SmoothActivation<T>>());
     }
   }
-  run_width<S, T, 1, kDual>(call, is_backward, stream);
+  run(BlockVariant<S, T, 1, AnyActivation<T>, kDual, Pooling::kAny>());
 }
 
-template <typename S, typename T>
-void run(const BlockCall& call, int pass, void* stream) {
-  const bool is_backward = pass == kBlockBackward || pass == kBlockDualBackward;
-  return block_is_dual(pass) ? run_dual<S, T, true>(call, is_backward, stream)
-                             : run_dual<S, T, false>(call, is_backward, stream);
+template <bool kDual, typename Run>
+void run_variant(const BlockCall& call, Run run) {
+  switch (call.type) {
+    case BlockType::kFloat:
+      return run_type<float, float, kDual>(call, run);
+    case BlockType::kDouble:
+      return run_type<double, double, kDual>(call, run);
+    case BlockType::kBfloat16:
+      return run_type<bfloat16_t, float, kDual>(call, run);
+  }
 }
 
 }  // namespace
-
-void block_cuda(const BlockCall& call, int pass, void* stream) {
-  switch (call.type) {
-    case BlockType::kFloat:
-      return run<float, float>(call, pass, stream);
-    case BlockType::kDouble:
-      return run<double, double>(call, pass, stream);
-    case BlockType::kBfloat16:
-      return run<bfloat16_t, float>(call, pass, stream);
-  }
-}
-
 }  // namespace selmatch
