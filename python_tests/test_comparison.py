@@ -101,6 +101,7 @@ def test_every_selection_has_a_row():
 
 def test_every_entry_is_of_the_whole_family():
     found = comparison.entries(3)
-    both = {f"{name}-ipc{ipc}" for name in ("dc", "dsa", "dm", "mtt", "datm") for ipc in (1, 10)}
+    two = ("dc", "dsa", "dm", "mtt", "datm", "kip", "label-solve", "frepo")
+    both = {f"{name}-ipc{ipc}" for name in two for ipc in (1, 10)}
     assert set(found) == both | {"dd-ipc1", "dd-attack-ipc10", "selmatch-ipc10"}
     assert {run.method for run in found.values()} == set(METHODS) and {run.seed for run in found.values()} == {3}

@@ -18,7 +18,7 @@ from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.foreign import Reading
 from selmatch_ext.methods import METHODS
 from selmatch_ext.runner import Run
-from selmatch_ext.settings import Sweep
+from selmatch_ext.settings import Ranking, Sweep
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -131,6 +131,7 @@ def options(settings, prefix=""):
 def test_options_in_the_text_exist():
     """In backticks, also in tables; not in the first column of moving-over.md's tables, which has public code's."""
     known = {name for method in METHODS for name in options(Run.of(method))}
+    known |= set(options(Ranking(), "ranking."))
     known |= {"--out", "--device", "--seed", "--settings", "--reduced", "--help", "--experts", "--replay-buffer"}
     known |= {"--format", "--version", "--json", "--tyro-print-completion", *options(Reading())}
     known |= {"--nproc-per-node", "--nnodes", "--node-rank"}  # torchrun's

@@ -67,7 +67,7 @@ LARGE = [f"cifar10-ipc{i}" for i in (50, 500, 1000)] + [f"cifar100-ipc{i}" for i
 SMALL = """
     mtt-cifar10 46.3 65.3 71.6, dc-mnist 91.7 97.4 98.8, dc-fashionmnist 70.5 82.3 83.6, dc-svhn 31.2 76.1 82.3,
     dc-cifar10 28.3 44.9 53.9, dsa-mnist 88.7 97.8 99.2, dsa-fashionmnist 70.6 84.6 88.7, dsa-svhn 27.5 79.2 84.4,
-    dsa-cifar10 28.8 52.1 60.6"""
+    dsa-cifar10 28.8 52.1 60.6, frepo-cifar10 46.8 65.5 71.7"""
 
 
 def test_the_figures_are_those_of_the_papers():
@@ -84,7 +84,7 @@ def test_the_figures_are_those_of_the_papers():
     found = {name: recipe.published for name, recipe in recipes.RECIPES.items()}
     assert {name: f for name, f in found.items() if f is not None} == expected
     assert {name for name, f in found.items() if f is None} == {
-        *("dm-cifar10-ipc1", "dm-cifar10-ipc10", "datm-cifar10-ipc10", recipes.DEMO)
+        *("dm-cifar10-ipc1", "dm-cifar10-ipc10", "datm-cifar10-ipc10", "kip-cifar10-ipc10", recipes.DEMO)
     }
     assert all(recipe.source for name, recipe in recipes.RECIPES.items() if name != recipes.DEMO)
 
@@ -110,7 +110,7 @@ def test_a_recipe_is_what_its_name_says(name):
         assert dataset != "tinyimagenet" or tiny <= {"ResNet18BN_Tiny", "ConvNetD4"}
     if dataset in ("mnist", "svhn") and recipe.method == "dsa":
         assert "flip" not in settings.settings.strategy + evaluation.distilled_strategy
-    assert settings.data.zca == (recipe.method in ("mtt", "datm") and not resnet)
+    assert settings.data.zca == (recipe.method in ("mtt", "datm", "frepo", "kip") and not resnet)
 
 
 def test_rows_of_one_table_are_evaluated_alike():
@@ -241,6 +241,8 @@ def test_a_recipe_fits_together(name, scale):
         ("ConvNetBN", "ConvNetW32BN"),
         ("ConvNetD4BN", "ConvNetW32D4BN"),
         ("ConvNetW256", "ConvNetW32"),
+        ("FRePoNetD4BN", "FRePoNetD4W16BN"),
+        ("FRePoNet", "FRePoNetW16"),
         ("ResNet18BN_Tiny", "ConvNetW32BN"),
         ("LeNet", "LeNet"),
     ],

@@ -18,6 +18,7 @@ ZERO = {  # what may be 0
     *("momentum", "labels_momentum", "weight_decay", "alpha", "beta", "lr_lr", "lr_rates", "lr_labels", "seed"),
     *("checkpoint_seconds", "snapshot_every", "min_start_epoch", "attack_class", "target_class"),
     *("cutoff", "gamma", "ridge", "inner_momentum", "inner_weight_decay"),
+    *("warmup", "label_weight", "augmentation_weight"),
 }
 
 

@@ -237,6 +237,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "continual": cli_studies.continual,
     "search": cli_studies.search,
     "sweep": cli_studies.sweep,
+    "rank": cli_studies.rank,
     "methods": cli_studies.methods,
     "report": cli_studies.report_,
     "export": cli_files.export,

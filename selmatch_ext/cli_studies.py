@@ -15,6 +15,7 @@ from selmatch_ext.context import Context
 from selmatch_ext.data.distilled import DistilledSet, training_set
 from selmatch_ext.data.load import load_data
 from selmatch_ext.evaluation import evaluate as evaluate_set
+from selmatch_ext.methods.base import CONVNET
 from selmatch_ext.output import say
 from selmatch_ext.preflight import check_choices
 from selmatch_ext.runner import Run
@@ -25,6 +26,7 @@ from selmatch_ext.settings import (
     Evaluation,
     Experts,
     Features,
+    Ranking,
     Search,
     Start,
     StartParts,
@@ -36,6 +38,7 @@ from selmatch_ext.studies.continual import continual as learn_continually
 from selmatch_ext.studies.coverage import coverage as measure_coverage
 from selmatch_ext.studies.coverage import snapshots
 from selmatch_ext.studies.cross import cross as cross_table
+from selmatch_ext.studies.rank import rank as rank_set
 from selmatch_ext.studies.sweep import sweep as run_sweep
 
 
@@ -193,6 +196,30 @@ def sweep(
     """
     base = Run(data=data, start=Start(**vars(parts)), experts=experts, evaluation=evaluation, seed=seed)
     run_sweep(sweep, base, place.out, device_of(place.device))
+
+
+def rank(
+    path: Positional[Path],
+    data: Data = OF_THE_SET,
+    ranking: Ranking = Ranking(),
+    evaluation: Evaluation = CONVNET,
+    *,
+    out: Path,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """DD-Ranking's label-robust and augmentation-robust scores of a set: how good it is beside labels and augmentation.
+
+    Args:
+        path: The set (a .safetensors file of selmatch).
+        evaluation: The method's own evaluation, in which the set is compared with random images.
+        out: Folder for rank.json, rank.md, rank.png and the records that a killed call continues from.
+        seed: Seed of random and held-out images, initial weights, order and augmentation.
+        device: auto, cpu, cuda, cuda:1 …
+    """
+    where = device_of(device)
+    check_choices({"ranking": ranking, "evaluation": evaluation}, where)
+    rank_set(path, _context(data, path, seed, where), ranking, evaluation, out)
 
 
 def report_(path: Positional[Path], *, out: Path | None = None, columns: int = 10) -> None:

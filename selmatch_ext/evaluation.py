@@ -124,7 +124,8 @@ def trained_on(subset: DistilledSet, context: Context, settings: Evaluation, k: 
     if subset.schedule is not None:
         return follow_schedule(subset, context, k, trusted=(settings.model,))
     model = context.network(settings.model, "evaluation", k)
-    images, targets = subset.images.to(context.device), subset.targets().to(context.device)
+    images = subset.images.to(context.device)
+    targets = (subset.targets() if settings.loss == "cross-entropy" else subset.regression()).to(context.device)
     strategies, per_image = (settings.distilled_strategy, settings.selected_strategy), settings.draw_per == "image"
     augmenter = combined_augmenter(subset.distilled, *strategies, context.data.image_size, per_image)
     train(model, images.__getitem__, targets, settings.training, augmenter, context.generator("evaluation", k))

@@ -183,10 +183,11 @@ def check_experts(settings: Experts, data: ImageData, folder: Path) -> None:
 def check_disk(folder: Path, method: Method) -> None:
     """OSError where the disk of `folder` has less room than the run is going to take there."""
     one, every, experts = method.task.start.images.numel() * 4, method.settings.snapshot_every, method.task.experts
+    state = sum(t.numel() * t.element_size() for t in method.state.values())
     needs = {
         "experts": experts.bytes_missing() if isinstance(experts, PlannedExperts) else 0,
         "snapshots": 0 if every == 0 else (method.iterations // every + 2) * one,
-        "set and checkpoint": 6 * one,
+        "set and checkpoint": 6 * one + 2 * state,
     }
     check_room(needs, folder)
 

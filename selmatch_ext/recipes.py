@@ -15,7 +15,9 @@ from selmatch_ext.files import read_json
 from selmatch_ext.methods.base import LoopSettings
 from selmatch_ext.methods.dd import DDSettings
 from selmatch_ext.methods.distribution import DMSettings
+from selmatch_ext.methods.frepo import FRePoSettings
 from selmatch_ext.methods.gradient import DCSettings
+from selmatch_ext.methods.kip import KIPSettings
 from selmatch_ext.methods.mtt import MTTSettings
 from selmatch_ext.methods.selmatch import SelMatch
 from selmatch_ext.provenance import from_dict
@@ -132,7 +134,7 @@ def find(name: str) -> Recipe:
 # place of wider ones and of ResNet18, 3 experts of 15 epochs, at most 3 evaluated networks of 60 epochs. Recipes of 5 %
 # of the images and more have as large a share of them; scores are computed. Trajectory matching: 100 iterations of at
 # most 20 steps. DC and DSA: 20 networks; DM: 200 iterations; all with 64 real images of a class. DD: 40 passes over the
-# images. The figures are no reproduction, but compare methods.
+# images. KIP and FRePo: 300 iterations. The figures are no reproduction, but compare methods.
 
 _MANY_CLASSES = {"CIFAR100": 500, "tinyimagenet": 500}
 _CLASS_SIZE = {
@@ -145,11 +147,14 @@ _CLASS_SIZE = {
 
 
 def narrow(model: str) -> str:
-    """The name of a ConvNet, at most 32 wide, with depth and norm of a wider one; of ResNet18 with its norm."""
+    """The name of a ConvNet, at most 32 wide, with depth and norm of a wider one; of ResNet18 with its norm. FRePo's
+    network begins 16 wide."""
     if model.startswith("ResNet"):
         return "ConvNetW32BN" if "BN" in model else "ConvNetW32"
     if model.startswith("ConvNet"):
         return "ConvNetW32" + re.sub(r"W\d+", "", model.removeprefix("ConvNet"))
+    if model.startswith("FRePoNet"):
+        return re.sub(r"(FRePoNet(?:D\d+)?)(?:W\d+)?", r"\1W16", model)
     return model
 
 
@@ -211,11 +216,23 @@ def _brief_unrolled(settings: DDSettings, ipc: int) -> DDSettings:
     return replace(settings, passes=40, halve_every=10, networks=1)
 
 
+def _brief_kernels(settings: KIPSettings, ipc: int) -> KIPSettings:
+    return replace(settings, iterations=300, batch_real=1000)
+
+
+def _brief_pool(settings: FRePoSettings, ipc: int) -> FRePoSettings:
+    return replace(
+        settings, model=narrow(settings.model), iterations=300, batch_real=256, optimizer="adam", lr_images=0.01
+    )
+
+
 _BRIEF: dict[str, Callable[[Any, int], LoopSettings]] = {
     **dict.fromkeys(("mtt", "datm", "selmatch"), _brief_matching),
     **dict.fromkeys(("dc", "dsa"), _brief_gradients),
     "dm": _brief_features,
     "dd": _brief_unrolled,
+    "kip": _brief_kernels,
+    "frepo": _brief_pool,
 }
 
 

@@ -17,6 +17,7 @@ from selmatch_ext.ranges import (
     Decay,
     Depth,
     Momentum,
+    Number,
     Part,
     Pixels,
     Positive,
@@ -88,7 +89,7 @@ class Data(Checked):
 
 @dataclass(frozen=True)
 class Training(Checked):
-    """How a network is trained by SGD."""
+    """How a network is trained."""
 
     epochs: Count = 100
     """Passes over the training images."""
@@ -97,7 +98,11 @@ class Training(Checked):
     momentum: Momentum = 0.0
     """Momentum of SGD."""
     weight_decay: Decay = 0.0
-    """Weight decay of SGD (L2 penalty)."""
+    """Weight decay (L2 penalty)."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """adam: torch's Adam, whose betas are 0.9 and 0.999."""
+    warmup: Number = 0
+    """Epochs at the beginning in which the learning rate rises in equal steps up to lr; the schedule follows."""
     batch: Count = 256
     """Images per update; the last batch of an epoch may be smaller. A last batch of one image is dropped where
     BatchNorm cannot compute statistics from it."""
@@ -243,6 +248,9 @@ class Evaluation(Checked):
     selected_strategy: str | None = "simple"
     """Augmentation of the images in the set that were not learned, all of its names in their order; simple =
     RandomCrop(padding 4) and horizontal flip; None = as distilled images."""
+    loss: Literal["cross-entropy", "mse"] = "cross-entropy"
+    """mse: half the squared distance of a network's outputs from the scores of the set (KIP, FRePo), or from its labels
+    minus 1/K, K the number of classes, where it has none."""
     training: Training = Training(epochs=1000, lr=0.1, momentum=0.9, weight_decay=5e-4, batch=128, schedule="cosine")
 
 
@@ -310,3 +318,22 @@ class Sweep(Checked):
     """Shares of the training images that a set has: images per class are the share times the mean class size."""
     coverage_networks: Count = 3
     """As coverage.networks."""
+
+
+@dataclass(frozen=True)
+class Ranking(Checked):
+    """Label-robust and augmentation-robust scores of a set (DD-Ranking, arXiv 2505.13300)."""
+
+    rates: tuple[Positive, ...] = (0.001, 0.005, 0.01, 0.05, 0.1)
+    """Learning rates that are tried, beside that of the training itself; the best on held-out training images is
+    used."""
+    held_out: Part = 0.1
+    """Share of each class's training images that rates are compared on; random images come from the others."""
+    label_weight: Share = 0.5
+    """w: weight of the improvement over random images against what hard labels lose."""
+    augmentation_weight: Share = 0.5
+    """γ: weight of the improvement with augmentation against that without."""
+    strategy: str = DSA
+    """Augmentation with hard labels, and for the augmentation-robust score: one of the names."""
+    hard: Training = Training(epochs=1000, lr=0.01, momentum=0.9, weight_decay=5e-4, batch=128, schedule="step")
+    full: Training = Training(epochs=200, lr=0.01, momentum=0.9, weight_decay=5e-4, batch=512, schedule="step")

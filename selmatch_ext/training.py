@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selmatch_ext.context import Context
+from selmatch_ext.data.soft_labels import Regression
 from selmatch_ext.fused.training import fast
 from selmatch_ext.models.batchnorm import refuses_one_image
 from selmatch_ext.ops.dsa import Augmentation, augment, mix_augmentations
@@ -56,13 +57,13 @@ def combined_augmenter(
 def train(
     model: nn.Module,
     take: Take,
-    labels: Tensor,
+    labels: Tensor | Regression,
     settings: Training,
     augmenter: Augmenter,
     generator: torch.Generator,
     after_epoch: Callable[[int], object] | None = None,
 ) -> None:
-    """Trains `model` in place by SGD on cross-entropy.
+    """Trains `model` in place, by the cross-entropy or, where `labels` are a Regression, by the squared error.
 
     labels: (n,) int64, or (n, K) float probabilities, on the model's device; rows of probabilities times the weights of
     the images (`data.distilled.weighted`) make the loss of a batch the mean of weight times loss.
@@ -75,9 +76,7 @@ def train(
     backward = "tf32" if settings.precision == "tf32" else "float32"  # bfloat16 follows the forward pass
     threads = threads_for(model, take(torch.zeros(1, dtype=torch.int64, device=device)), settings.batch)
     network = None
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-    )
+    optimizer = _optimizer(model, settings)
     for epoch in range(settings.epochs):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, epoch)
@@ -89,7 +88,7 @@ def train(
                 with precision_scope(settings.precision, device):
                     x = augment(take(indices), p)
                     network = fast(model, x, settings.precision) if network is None else network
-                    loss = F.cross_entropy(network(x), labels[indices])
+                    loss = _loss(network(x), labels, indices)
                 optimizer.zero_grad()
                 with precision_scope(backward, device):
                     loss.backward()
@@ -101,6 +100,19 @@ def train(
             )
         if after_epoch is not None:
             after_epoch(epoch + 1)
+
+
+def _optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
+    s, parameters = settings, model.parameters()
+    if s.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=s.lr, weight_decay=s.weight_decay)
+    return torch.optim.SGD(parameters, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
+
+
+def _loss(outputs: Tensor, labels: Tensor | Regression, indices: Tensor) -> Tensor:
+    if isinstance(labels, Regression):
+        return labels.loss(outputs, indices)
+    return F.cross_entropy(outputs, labels[indices])
 
 
 def train_on_real(
@@ -119,7 +131,7 @@ def train_on_real(
         train(model, context.real_images(), labels, settings, augmenter, generator, after_epoch)
 
 
-def _batches(model: nn.Module, take: Take, labels: Tensor, settings: Training) -> int:
+def _batches(model: nn.Module, take: Take, labels: Tensor | Regression, settings: Training) -> int:
     """Number of batches per epoch, without a last one of a single image that BatchNorm cannot train on."""
     count, batches = len(labels), -(-len(labels) // settings.batch)
     if min(count, settings.batch) > 1 and count % settings.batch != 1:
@@ -136,13 +148,15 @@ def _batches(model: nn.Module, take: Take, labels: Tensor, settings: Training) -
 
 
 def learning_rate(settings: Training, epoch: int) -> float:
-    """The learning rate of `epoch`, counted from 0. cosine: from lr down to lr / 100 in the last epoch; step: lr / 10
-    from the middle epoch on."""
+    """The learning rate of `epoch`, counted from 0. First it rises over settings.warmup epochs, to lr in the last of
+    them. cosine: from lr down to lr / 100 in the last epoch; step: lr / 10 from the middle epoch on."""
+    if epoch < settings.warmup:
+        return settings.lr * (epoch + 1) / settings.warmup
     if settings.schedule == "constant":
         return settings.lr
     if settings.schedule == "step":
         return settings.lr if 2 * epoch < settings.epochs else settings.lr / 10
-    progress = epoch / max(1, settings.epochs - 1)
+    progress = (epoch - settings.warmup) / max(1, settings.epochs - 1 - settings.warmup)
     return settings.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from selmatch_ext import strict_json
 from selmatch_ext.data.images import ImageData, check_labels, denormalize
 from selmatch_ext.data.schedule import REQUIRED, Schedule, schedule_of
+from selmatch_ext.data.soft_labels import Regression, centered
 from selmatch_ext.data.whitening import Whitening
 from selmatch_ext.files import atomic_write, json_field, load_tensors, save_tensors
 from selmatch_ext.settings import DRAWN, SELECTIONS
@@ -41,6 +42,8 @@ class DistilledSet:
     whitening: the ZCA that was applied after mean and std. schedule: the training that the set is made for, if any.
     weights: (n,) float32, 0 or above and not all 0: training minimizes the mean of weight times loss over the images of
     a batch; None = all 1.
+    scores: (n, K) float32, what outputs of networks are regressed on where they are trained by the squared error
+    (evaluation.loss mse; KIP, FRePo); for all else `labels` stand for them. None = the labels minus 1/K.
 
     Raises TypeError or ValueError naming the field that is wrong.
     """
@@ -58,6 +61,7 @@ class DistilledSet:
     whitening: Whitening | None = None
     schedule: Schedule | None = None
     weights: Tensor | None = None
+    scores: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = len(self.images)
@@ -94,6 +98,8 @@ class DistilledSet:
             self.schedule.check(n)
         if self.weights is not None:
             _check_weights(self.weights, n)
+        if self.scores is not None:
+            _check_scores(self.scores, n, len(self.class_names))
 
     def _check_labels(self) -> None:
         labels, n, classes = self.labels, len(self.images), len(self.class_names)
@@ -127,8 +133,13 @@ class DistilledSet:
         weights, `weighted(labels, weights)`."""
         return self.labels if self.weights is None else weighted(self.labels, self.weights, len(self.class_names))
 
+    def regression(self) -> Regression:
+        """What networks are trained on the set with, by the squared error."""
+        scores = centered(self.labels, len(self.class_names)) if self.scores is None else self.scores
+        return Regression(scores, self.weights)
+
     def digest(self) -> str:
-        """What identifies the set: a hash of its images, labels, mask, normalization, schedule and weights."""
+        """What identifies the set: a hash of its images, labels, mask, normalization, schedule, weights and scores."""
         tensors = [self.images, self.labels, self.distilled, self.mean, self.std]
         tensors += [t for name, t in sorted(self._optional().items()) if name != "lr"]
         digest = hashlib.sha256()
@@ -151,6 +162,8 @@ class DistilledSet:
             found |= self.schedule.tensors()
         if self.weights is not None:
             found["weights"] = self.weights
+        if self.scores is not None:
+            found["scores"] = self.scores
         return found
 
     def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -224,7 +237,7 @@ def _fields(tensors: dict[str, Tensor], described: dict[str, Any], source: str) 
     fields["class_names"] = strict_json.strings(described["class_names"], "class_names")
     fields["method"] = strict_json.string(described["method"], "method")
     fields["settings"] = strict_json.mapping(described["settings"], "settings")
-    fields["weights"] = tensors.get("weights")
+    fields["weights"], fields["scores"] = tensors.get("weights"), tensors.get("scores")
     fields["lr"] = None
     if "lr" in tensors:
         lr = tensors["lr"]
@@ -256,6 +269,16 @@ def _check_weights(weights: Tensor, count: int) -> None:
         raise ValueError(f"weights holds {weights[row].item()}, that of image {row}; allowed are finite numbers from 0")
     if not weights.any():
         raise ValueError("weights are all 0; at least one must be above 0")
+
+
+def _check_scores(scores: Tensor, count: int, classes: int) -> None:
+    """ValueError unless `scores` are those of `count` images."""
+    if scores.dtype != torch.float32 or tuple(scores.shape) != (count, classes):
+        raise ValueError(
+            f"scores is {scores.dtype} {tuple(scores.shape)}; it must be torch.float32 ({count}, {classes})"
+        )
+    if not scores.isfinite().all():
+        raise ValueError("scores hold NaN or infinite values")
 
 
 def weighted(labels: Tensor, weights: Tensor, classes: int) -> Tensor:

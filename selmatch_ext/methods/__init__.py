@@ -10,11 +10,13 @@ from selmatch_ext.methods.base import Defaults, LoopSettings, Method, MethodSett
 from selmatch_ext.methods.datm import DATM
 from selmatch_ext.methods.dd import DD
 from selmatch_ext.methods.distribution import DM
+from selmatch_ext.methods.frepo import FRePo
 from selmatch_ext.methods.gradient import DC, DSA
+from selmatch_ext.methods.kip import KIP, LabelSolve
 from selmatch_ext.methods.mtt import MTT
 from selmatch_ext.methods.selmatch import SelMatch
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (DC, DSA, DM, DD, MTT, DATM, SelMatch)}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (DC, DSA, DM, DD, MTT, DATM, SelMatch, KIP, LabelSolve, FRePo)}
 TAKEN = ("random", "start", "expert", "evaluation", "scores", "features", "noise", "correct")
 """Names of other sets and random streams, which no method can have."""
 RESERVED = (
@@ -56,6 +58,9 @@ __all__ = [
     "DM",
     "DSA",
     "Defaults",
+    "FRePo",
+    "KIP",
+    "LabelSolve",
     "LoopSettings",
     "METHODS",
     "MTT",

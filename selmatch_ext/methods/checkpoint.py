@@ -68,7 +68,7 @@ class Checkpoint:
             for key, value in optimizer.state.get(t, {}).items():
                 if isinstance(value, Tensor):
                     tensors[f"optimizer.{name}.{key}"] = value
-        tensors |= {f"state.{name}": t for name, t in method.state.items()}
+        tensors |= {f"state.{name}": t for name, t in method.state.items()} | _group_tensors(optimizer)
         tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
         save_tensors(self.path, "checkpoint", tensors, {"settings": json.dumps(self.settings)})
 
@@ -88,10 +88,11 @@ class Checkpoint:
             for name, t in own.items():
                 t.copy_(tensors[name])
         for name, t in method.learned.items():
-            prefix = f"optimizer.{name}."
-            state = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            state = _below(tensors, f"optimizer.{name}.")
             if state:
                 optimizer.state[t] = state
+        for number, group in enumerate(optimizer.param_groups):
+            group |= _below(tensors, f"group.{number}.")
         optimizer.load_state_dict(optimizer.state_dict())  # moves each tensor to where the optimizer wants it
         return tensors["losses"].tolist()
 
@@ -120,20 +121,39 @@ class Checkpoint:
 
 
 def _optimizer_tensors(method: Method, optimizer: torch.optim.Optimizer) -> dict[str, tuple[str, Tensor]]:
-    """The tensors that `optimizer` keeps of each learned one, by their names in the file, with the learned one's name:
-    those that a copy of it has after a step."""
+    """The tensors that `optimizer` keeps of each learned one, and of each group, by their names in the file, with the
+    name of the learned one, for a group of its first: those that a copy of it has after a step."""
     trial = copy.deepcopy(optimizer)
     copies = {id(t): copied for t, copied in zip(_parameters(optimizer), _parameters(trial), strict=True)}
     for copied in copies.values():
         copied.grad = torch.zeros_like(copied)
     trial.step()
-    return {
+    names = {id(copies[id(t)]): name for name, t in method.learned.items() if id(t) in copies}
+    groups = {}
+    for name, value in _group_tensors(trial).items():
+        first = trial.param_groups[int(name.split(".")[1])]["params"][0]
+        groups[name] = f"learned.{names[id(first)]}", value
+    return groups | {
         f"optimizer.{name}.{key}": (f"learned.{name}", value)
         for name, t in method.learned.items()
         if id(t) in copies
         for key, value in trial.state.get(copies[id(t)], {}).items()
         if isinstance(value, Tensor)
     }
+
+
+def _group_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What an optimizer keeps of a whole group, as the step number of timm's Lamb, by the names in the file."""
+    return {
+        f"group.{number}.{key}": value
+        for number, group in enumerate(optimizer.param_groups)
+        for key, value in group.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

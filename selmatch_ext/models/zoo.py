@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selmatch_ext.models import growing
 from selmatch_ext.models.classic import MLP, VGG, AlexNet, LeNet, ResNet
 from selmatch_ext.models.convnet import ConvNet, parse_name
 
@@ -21,7 +22,7 @@ _NAMES = (
     + [f"ConvNetD{depth}" for depth in range(1, 9)]
     + [f"ConvNetW{width}" for width in (32, 64, 128, 256, 512, 1024)]
     + [f"ConvNet{part}" for part in "BN IN GN LN NN AS AR AL ASwish NP MP AP D4BN".split()]
-    + "MLP LeNet AlexNet VGG11 VGG11IN VGG11BN VGG16 VGG16IN VGG16BN".split()
+    + "MLP LeNet AlexNet VGG11 VGG11IN VGG11BN VGG16 VGG16IN VGG16BN FRePoNet FRePoNetBN".split()
     + [
         f"ResNet{layers}{norm}{suffix}"
         for layers in _BLOCKS
@@ -52,7 +53,8 @@ def build(
             activation (AR relu, AL leaky relu, AS sigmoid, ASwish) and a pooling (AP, MP, NP); "torchvision:NAME" or
             "timm:NAME" for a classifier of those packages, without pretrained weights; "package.module:function" for
             your own, a function (channels, classes, (H, W)) -> nn.Module. VGG and ResNet have instance norm unless the
-            name says BN (as in the public code of the papers).
+            name says BN (as in the public code of the papers). "FRePoNet" takes D, W (of the first block; each of the
+            others doubles it) and BN, in this order.
         channels: of the images. With other than 3, a torchvision network gets a new first convolution.
         classes: number of logits.
         image_size: side, or (H, W), in pixels.
@@ -117,6 +119,9 @@ def _construct(name: str, channels: int, classes: int, size: tuple[int, int]) ->
     settings = parse_name(name)
     if settings is not None:
         return ConvNet(channels, classes, size, settings)
+    frepo = growing.parse_name(name)
+    if frepo is not None:
+        return growing.FRePoNet(channels, classes, size, *frepo)
     vgg = re.fullmatch(r"VGG(11|16)(BN|IN)?", name)
     if vgg:
         return VGG(channels, classes, size, vgg[1], vgg[2] or "IN")

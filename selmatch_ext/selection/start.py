@@ -106,7 +106,7 @@ def choose(
 
 
 def _from_file(path: str, context: Context) -> DistilledSet:
-    """The set in a file, without its learned learning rate and its schedule."""
+    """The set in a file, without its learned learning rate, its schedule and its scores."""
     chosen = DistilledSet.load(path)
     data = seen_as(chosen, context.data)
     if not chosen.distilled.any():
@@ -118,7 +118,7 @@ def _from_file(path: str, context: Context) -> DistilledSet:
             f"start.select {path} has {int(mine[label])} images of class {data.class_names[label]}, the data "
             f"{int(there[label])}: there are too few to compare with"
         )
-    return replace(chosen, lr=None, schedule=None)
+    return replace(chosen, lr=None, schedule=None, scores=None)
 
 
 def prototype(settings: Start, context: Context) -> DistilledSet:

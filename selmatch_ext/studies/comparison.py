@@ -19,7 +19,9 @@ from selmatch_ext.files import write_json
 from selmatch_ext.methods.datm import DATMSettings
 from selmatch_ext.methods.dd import DDSettings
 from selmatch_ext.methods.distribution import DMSettings
+from selmatch_ext.methods.frepo import FRePoSettings
 from selmatch_ext.methods.gradient import DCSettings, DSASettings
+from selmatch_ext.methods.kip import KIPSettings, LabelSolveSettings
 from selmatch_ext.methods.mtt import MTTSettings
 from selmatch_ext.methods.selmatch import SelMatchSettings
 from selmatch_ext.output import say
@@ -81,7 +83,25 @@ def entries(seed: int) -> dict[str, Run]:
         "dd-attack-ipc10": ("dd", Start(ipc=10), DDSettings(**attack)),
         "selmatch-ipc10": ("selmatch", WINDOW, SelMatchSettings(**matching)),
     }
-    return {name: _row(method, start, settings, seed) for name, (method, start, settings) in rows.items()}
+    runs = {name: _row(method, start, settings, seed) for name, (method, start, settings) in rows.items()}
+    return runs | _regressions(seed)
+
+
+def _regressions(seed: int) -> dict[str, Run]:
+    """The lines of the methods that are evaluated by regression, which learn scores."""
+    evaluation = replace(EVALUATION, distilled_strategy=STRATEGY, loss="mse")
+    plain = replace(evaluation, model="MLP", distilled_strategy="none")
+    frepo: dict[str, Any] = {"model": "FRePoNetD2W32BN", "optimizer": "adam", "flip": False, "batch_real": 256}
+    rows: dict[str, tuple[str, Any, Evaluation]] = {
+        "kip": ("kip", KIPSettings(iterations=300, batch_real=500), plain),
+        "label-solve": ("label-solve", LabelSolveSettings(), plain),
+        "frepo": ("frepo", FRePoSettings(iterations=500, lr_images=0.01, lr_labels=0.003, **frepo), evaluation),
+    }
+    return {
+        f"{name}-ipc{ipc}": Run(method, settings, Data("digits"), Start(ipc=ipc), EXPERTS, how, seed)
+        for name, (method, settings, how) in rows.items()
+        for ipc in (1, 10)
+    }
 
 
 def selections() -> dict[str, Start]:
@@ -154,7 +174,8 @@ def _table(rows: dict[str, Run], results: dict[str, dict[str, Any]]) -> list[lis
     table = [["method, images per class", "random", "start", "distilled"]]
     for name, found in results.items():
         title, sets = name.replace("-ipc", ", "), ("random", "start", rows[name].method)
-        table.append([title, *(f"{found[key]['mean']:.1f} ± {found[key]['std']:.1f}" for key in sets)])
-        for what, shares in found.get("attack", {}).items():
+        other = "" if rows[name].evaluation.model == MODEL else f" ({rows[name].evaluation.model})"
+        table.append([title + other, *(f"{found[key]['mean']:.1f} ± {found[key]['std']:.1f}" for key in sets)])
+        for what, shares in {**found.get("attack", {}), **found.get("kernel", {})}.items():
             table.append([f"{title}: {what}", *[f"{shares[key]:.1f}" for key in sets]])
     return table

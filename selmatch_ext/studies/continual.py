@@ -72,7 +72,7 @@ def restrict(data: ImageData, classes: torch.Tensor) -> ImageData:
 def restrict_set(subset: DistilledSet, classes: torch.Tensor, per_class: int | None = None) -> DistilledSet:
     """The images of some classes (k,) int64, ascending, at most the first `per_class` of each; they become classes
     0 to k−1. Soft labels keep those classes' probabilities, scaled to sum to 1; weights stay as they are.
-    A schedule (DD) is left out."""
+    A schedule (DD) and scores are left out."""
     labels = subset.hard_labels
     kept = torch.cat([(labels == c).nonzero().squeeze(1)[:per_class] for c in classes.tolist()])
     if subset.labels.is_floating_point():
@@ -89,4 +89,5 @@ def restrict_set(subset: DistilledSet, classes: torch.Tensor, per_class: int | N
         weights=None if subset.weights is None else subset.weights[kept],
         class_names=[subset.class_names[c] for c in classes.tolist()],
         schedule=None,
+        scores=None,
     )
