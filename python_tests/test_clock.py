@@ -73,6 +73,16 @@ def test_outside_of_a_run_nothing_is_measured(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir()) and "run:" not in capsys.readouterr().err
 
 
+def test_a_bar_need_not_say_what_its_work_is(tmp_path, now):
+    def work():
+        with clock.measured("stage"), progress(total=2) as bar:
+            now.value += 60
+            bar.update()
+            assert shown(bar) == "run: 01:00 left"
+
+    recorded(work, tmp_path)
+
+
 def test_only_one_process_writes(tmp_path):
     call = clock.recorded("run", lambda: False)(lambda settings, folder, device: _stage())
     call(None, tmp_path, CPU)

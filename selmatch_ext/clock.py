@@ -102,7 +102,7 @@ class Bar(tqdm):
 
     kind: of the work, such as a network that is trained. each: how much of it a unit of the bar is."""
 
-    def __init__(self, *, kind: str, each: float = 1.0, **options: Any):
+    def __init__(self, *, kind: str = "other work", each: float = 1.0, **options: Any):
         self.kind, self.each, self.clock, self.last = kind, each, _clock, time.monotonic()
         if self.clock is not None and self.clock.stage is not None:
             total, initial = options["total"], options.get("initial", 0)
