@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CPU, MODEL, random_set, tiny_run
+from conftest import CPU, MEASURED, MODEL, random_set, tiny_run
 from PIL import Image
 
 from selmatch_ext import cli, evaluation, runner
@@ -25,8 +25,11 @@ def stop(*rest, **options):
     raise Stopped
 
 
+IGNORED = ("settings.json", "data.json", *MEASURED)  # written by every call
+
+
 def stamps(folder):
-    return {p: p.stat().st_mtime_ns for p in folder.rglob("*.*") if p.name not in ("settings.json", "data.json")}
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*.*") if p.name not in IGNORED}
 
 
 def stopped_before(stage, settings, folder):

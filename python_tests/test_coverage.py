@@ -136,6 +136,12 @@ class Growing:
     def decay(self, iteration):
         return 1.0
 
+    def learned_rates(self):
+        return {}
+
+    def updated(self):
+        pass
+
     def __init__(self, subset):
         self.subset, self.learned = subset, {"x": torch.zeros((), requires_grad=True)}
 

@@ -25,6 +25,7 @@ from selmatch_ext.data.images import ImageData
 from selmatch_ext.data.load import load_data
 from selmatch_ext.data.trajectories import ExpertStore
 from selmatch_ext.evaluation import Accuracy
+from selmatch_ext.methods import METHODS
 from selmatch_ext.provenance import to_dict
 from selmatch_ext.runner import distill, run
 from selmatch_ext.selection import start, window_search
@@ -310,7 +311,7 @@ def test_every_verb_has_help(verb, capsys):
     ("arguments", "message"),
     [
         (["evaluate", "nothing.safetensors", "--data.dataset", "digits"], "nothing.safetensors"),
-        (["distill", "dam"], "no method is called 'dam'; there are dc, dsa, dm, dd, mtt, datm, selmatch, and package."),
+        (["distill", "dam"], f"no method is called 'dam'; there are {', '.join(METHODS)}, and package."),
         (["scores", "--data.dataset", "cifar", "--out", "x.npz"], "'cifar'; allowed are digits"),
         (["scores", "--data.dataset", "digits", "--start.scores.source", "loss", "--out", "x"], "one of forgetting"),
         (["scores", "--data.dataset", "digits", "--device", "cuda:77", "--out", "x"], "device 'cuda:77' is not"),

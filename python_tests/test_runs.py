@@ -262,7 +262,7 @@ def test_a_method_of_ones_own_with_its_settings_as_options(module, tmp_path, cap
         ("fading_method:random", "its name is 'random'; it must consist of .* and not be one of random, start"),
         ("fading_method:Clashing", "its settings cannot be called seed, as other options are"),
         (":X", "no method is called ':X'"),
-        ("dx", "no method is called 'dx'; there are dc, dsa, dm, dd, mtt, datm, selmatch, and package.module:Class"),
+        ("dx", f"no method is called 'dx'; there are {', '.join(METHODS)}, and package.module:Class"),
     ],
 )
 def test_methods_that_there_are_not(module, name, message, tmp_path, capsys):

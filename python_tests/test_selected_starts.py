@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, MODEL, tiny_run
+from conftest import CPU, MEASURED, MODEL, tiny_run
 
 from selmatch_ext import cli
 from selmatch_ext.context import Context
@@ -43,7 +43,7 @@ def asked(select, **changes):
 
 
 def files(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in MEASURED}
 
 
 def dying(monkeypatch, place, name, after=0):
