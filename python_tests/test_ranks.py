@@ -31,6 +31,16 @@ class Line:
     def decay(self, iteration):
         return 1.0
 
+    @property
+    def losses_change_state(self):
+        return bool(self.state)
+
+    def learned_rates(self):
+        return {}
+
+    def updated(self):
+        pass
+
     def __init__(self):
         self.learned = {"x": torch.zeros(5, requires_grad=True), "unused": torch.zeros(1, requires_grad=True)}
 
