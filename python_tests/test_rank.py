@@ -32,7 +32,10 @@ def test_held_out_images_are_training_images_that_random_ones_do_not_share(digit
     data = held_out(Context(digits, 3), 0.1)
     counts = torch.bincount(digits.train.labels)
     assert torch.equal(torch.bincount(data.test.labels), (counts * 0.1).round().long())
-    keys = lambda split: {image.numpy().tobytes() for image in split.images}  # noqa: E731
+
+    def keys(split):
+        return {image.numpy().tobytes() for image in split.images}
+
     assert len(data.train) + len(data.test) == len(digits.train)
     assert keys(data.train) | keys(data.test) == keys(digits.train)
     assert not torch.equal(held_out(Context(digits, 4), 0.1).test.images, data.test.images)

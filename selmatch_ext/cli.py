@@ -293,8 +293,10 @@ def command(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one verb; an error that the user can mend is one line on standard error and exit status 1. Modules in the
-    current folder can be named, as in experts.model my_networks:build."""
+    """Runs the command that `arguments` (None: those of this process) give, and returns the exit status, which
+    `cli_process.guarded` lists. An error that the user can correct is shown as one line on standard error. The current
+    folder is added to the path of modules, so that options can name a module there (--experts.model my_networks:build).
+    """
     if "" not in sys.path:
         sys.path.append("")
     words = sys.argv[1:] if arguments is None else arguments

@@ -39,5 +39,6 @@ def _before_methods(make: Callable[[str], Verb], methods: Iterable[str]) -> Verb
         pass
 
     kinds = tuple(Annotated[Any, tyro.conf.subcommand(name=name, constructor=make(name))] for name in methods)
+    # The methods are known at run time only: `a | b` cannot be written for them.
     verb.__annotations__["method"] = Annotated[Union[kinds], tyro.conf.arg(name="")]  # noqa: UP007
     return verb

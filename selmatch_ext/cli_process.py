@@ -43,7 +43,8 @@ class CommonOptions:
 
 
 def split_options(arguments: list[str]) -> tuple[CommonOptions, list[str]]:
-    """The options of every verb, wherever they stand, and the other arguments."""
+    """Separates the options that every verb has (--debug, --insist-on-bfloat16) from the rest of the command, wherever
+    they stand in it. Returns their values and the remaining arguments."""
     flags = {"--debug": "debug", "--insist-on-bfloat16": "insist"}
     given = {name: flag in arguments for flag, name in flags.items()}
     return CommonOptions(**given), [a for a in arguments if a not in flags]

@@ -143,7 +143,8 @@ def _named(hint: Any) -> tuple | None:
 
 
 def _read(hint: Any) -> tuple[type | None, Range | None, bool, bool]:
-    """(int, float or None; range; whether None is allowed; whether a tuple) of an annotation."""
+    """What the annotation of a setting allows: the type of its numbers (int, float, or None where it is no number),
+    their range (None: any), whether the setting may be None, and whether it is a tuple of such numbers."""
     if hint in (int, float):
         return hint, None, False, False
     origin, inside = get_origin(hint), get_args(hint)

@@ -329,8 +329,9 @@ def _write_mosaic(
 
 
 def _shown(text: str) -> str:
-    """`text`, whatever it holds, as matplotlib draws it literally: $ starts no formula, bytes that are not UTF-8 and
-    control characters are escapes, a _ at the beginning keeps no name out of a legend, and its length is bounded."""
+    """`text` changed so that matplotlib draws it as it stands. $ is escaped, since it would start a formula. Bytes that
+    are not UTF-8 and control characters become escape sequences. A space goes before a leading _, since matplotlib
+    leaves such names out of a legend. Long texts are cut in the middle."""
     text = readable(text)
     if len(text) > MOST_CHARACTERS:
         text = text[: MOST_CHARACTERS // 2] + " … " + text[-MOST_CHARACTERS // 3 :]

@@ -51,7 +51,9 @@ def load_folder(path: Path, options: FolderOptions, cache: str | os.PathLike | N
 def load_planned(
     path: Path, plan: Callable[[], SplitPlan], options: FolderOptions, cache: str | os.PathLike | None, key: str
 ) -> ImageData:
-    """Decodes what `plan()` lists, or reads it from the cache, where it was kept under `key` (see `cache_key`)."""
+    """The images of a data set. Where the folder `cache` holds a file for `key` (see `cache_key`), they are read from
+    it; otherwise the files that `plan()` lists are decoded, and the result is written there for the next call. cache:
+    None = nothing is cached."""
     name = readable(_stem(path)) + (f" ({options.resize}x{options.resize})" if options.resize is not None else "")
     store = None
     if cache is not None:

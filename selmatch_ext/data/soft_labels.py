@@ -19,7 +19,7 @@ class Regression:
 
     @property
     def device(self) -> torch.device:
-        """Where the scores are."""
+        """The device of the scores, as of a tensor."""
         return self.scores.device
 
     def __len__(self) -> int:
