@@ -35,6 +35,15 @@ def device(request):
     return request.param
 
 
+@pytest.fixture
+def one_thread():
+    """The tensors here are so small that several threads would mostly wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def digits():
     from selmatch_ext.data.load import load

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from reference import unrolled_sgd_full_graph
-from test_unroll import CLASSES, Problem, network, one_thread  # noqa: F401  (a fixture)
+from test_unroll import CLASSES, Problem, network
 from torch import nn
 
 import selmatch_ext as sm
 from selmatch_ext.models.flat import flatten
 from selmatch_ext.modules.unwrap import unwrapped
 from selmatch_ext.unroll import unrolled_sgd
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ENGINES = pytest.mark.parametrize("engine", ["fused", "autograd"])
 

@@ -8,7 +8,8 @@ import sys
 import pytest
 import reference
 import torch
-from dsa_cases import ALL, DEVICES, NAMES, OLD_GRIDS, each_device, generator, normal  # noqa: F401  (a fixture)
+from conftest import DEVICES
+from dsa_cases import ALL, NAMES, OLD_GRIDS, generator, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from dsa_cases import ALL, NAMES, OLD_GRIDS, each_device, normal  # noqa: F401  (a fixture)
+from dsa_cases import ALL, NAMES, OLD_GRIDS, normal
 
 import selmatch_ext as sm
 

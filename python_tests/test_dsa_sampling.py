@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dsa_cases import ALL, each_device, generator  # noqa: F401  (a fixture)
+from dsa_cases import ALL, generator
 
 import selmatch_ext as sm
 from selmatch_ext.ops import dsa

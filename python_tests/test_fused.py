@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from reference import unrolled_sgd_full_graph
-from test_unroll import CLASSES, Problem, assert_near, network, one_thread  # noqa: F401  (a fixture)
+from test_unroll import CLASSES, Problem, assert_near, network
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,6 +15,8 @@ from selmatch_ext import models
 from selmatch_ext.fused.dual import Dual
 from selmatch_ext.fused.reader import read
 from selmatch_ext.unroll import unrolled_sgd
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYERS = list(itertools.product(("IN", "BN", "GN", "LN", "NN"), ("AR", "AL", "AS", "ASwish"), ("AP", "MP", "NP")))
 

@@ -5,12 +5,13 @@ import torch
 from given_networks import Base, assert_same, gradients, seeded
 from odd_networks import NoGrad
 from reference import unrolled_sgd_full_graph
-from test_unroll import one_thread  # noqa: F401  (a fixture)
 from torch import nn
 
 import selmatch_ext as sm
 from selmatch_ext.models.flat import flatten
 from selmatch_ext.unroll import unrolled_sgd
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_what_is_known_of_a_network_is_forgotten_when_it_changes():

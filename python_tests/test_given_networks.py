@@ -12,13 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from odd_networks import NETWORKS, Rounded
 from reference import unrolled_sgd_full_graph
-from test_unroll import CLASSES, one_thread  # noqa: F401  (a fixture)
+from test_unroll import CLASSES
 from torch import nn
 from torch.nn import functional as F
 
 import selmatch_ext as sm
 from selmatch_ext.fused.training import fast
 from selmatch_ext.unroll import unrolled_sgd
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("make, reason", NETWORKS, ids=[make.__name__ for make, _ in NETWORKS])

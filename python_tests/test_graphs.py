@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from test_fused import Functional
-from test_unroll import CLASSES, Problem, assert_near, network, one_thread  # noqa: F401  (a fixture)
+from test_unroll import CLASSES, Problem, assert_near, network
 from torch import nn
 
 from selmatch_ext.ops.sampling import sample_augmentation
@@ -14,6 +14,8 @@ from selmatch_ext.unroll import UnrolledSGD, sgd, unrolled_sgd
 from selmatch_ext.unroll.adjoint import UnrollPlan
 from selmatch_ext.unroll.graphs import GraphedStepper, _map, _tensors
 from selmatch_ext.unroll.tesla import Wanted
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BATCHES = [[0, 1, 2, 3], [3, 4, 4, 5], [9, 0], [5, 6, 7, 8], [8, 9, 10, 11], [11, 1]]
 
@@ -124,6 +126,17 @@ def test_what_needs_no_gradient(fixed, recorder):
     fake = recorder()
     assert_same_bits(problem.gradients(unrolled_sgd), expected)
     assert fake.replays > 0
+
+
+@pytest.mark.parametrize("nesterov", [False, True], ids=["plain", "nesterov"])
+def test_momentum(nesterov, recorder):
+    problem = problem_of(network("ConvNetD2W8BN"))
+    momentum, decay = (torch.full((6,), value, requires_grad=True) for value in (0.9, 0.01))
+    options = {"momentum": momentum, "weight_decay": decay, "nesterov": nesterov}
+    expected = problem.gradients(unrolled_sgd, **options)
+    fake = recorder()
+    assert_same_bits(problem.gradients(unrolled_sgd, **options), expected)
+    assert fake.replays == 8
 
 
 def test_without_gradients(recorder):

@@ -12,13 +12,14 @@ import pytest
 import torch
 from given_networks import Base, assert_same, gradients, seeded
 from reference import unrolled_sgd_full_graph
-from test_unroll import one_thread  # noqa: F401  (a fixture)
 from torch import nn
 from torch.nn import functional as F
 
 import selmatch_ext as sm
 from selmatch_ext.models.batchnorm import refuses_one_image
 from selmatch_ext.unroll import unrolled_sgd
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Holding(Base):

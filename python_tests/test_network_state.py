@@ -11,7 +11,6 @@ import pytest
 import torch
 from given_networks import Base, assert_same, gradients, seeded
 from reference import unrolled_sgd_full_graph
-from test_unroll import one_thread  # noqa: F401  (a fixture)
 from torch import nn
 
 import selmatch_ext as sm
@@ -19,6 +18,8 @@ from selmatch_ext.modules.objects import LIMIT
 from selmatch_ext.modules.private import PrivateModel
 from selmatch_ext.modules.state import ModuleState
 from selmatch_ext.unroll import unrolled_sgd
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 from given_networks import Base, assert_same, gradients, seeded
 from reference import unrolled_sgd_full_graph
-from test_unroll import one_thread  # noqa: F401  (a fixture)
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import roi_align
 
 from selmatch_ext.unroll import unrolled_sgd
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Checkpointed(Base):

@@ -16,17 +16,10 @@ from selmatch_ext.models.flat import flatten, parameter_count, unflatten
 from selmatch_ext.ops.sampling import sample_augmentation
 from selmatch_ext.unroll import unrolled_sgd
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NORMS = ("IN", "BN", "GN", "LN", "NN")
 CLASSES = 5
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The tensors here are so small that several threads would mostly wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Problem:

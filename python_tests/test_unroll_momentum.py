@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from reference import unrolled_sgd_full_graph
-from test_graphs import assert_same_bits, problem_of, recorder  # noqa: F401  (a fixture)
-from test_unroll import NORMS, Odd, Problem, assert_near, network, one_thread  # noqa: F401  (a fixture)
+from test_graphs import assert_same_bits
+from test_unroll import NORMS, Odd, Problem, assert_near, network
 from torch.nn import functional as F
 
 from selmatch_ext.models.flat import flatten
 from selmatch_ext.unroll import UnrolledSGD, adjoint, unrolled_sgd
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ENGINES = pytest.mark.parametrize("engine", ["fused", "autograd"])
 NESTEROV = pytest.mark.parametrize("nesterov", [False, True], ids=["plain", "nesterov"])
@@ -113,16 +115,6 @@ def test_lower_precision(engine, precision, least):
         for name, gradient in problem.gradients(unrolled_sgd, **options).items():
             assert gradient.dtype == torch.float32
             assert F.cosine_similarity(gradient.double().flatten(), expected[name].flatten(), dim=0) > least, name
-
-
-@NESTEROV
-def test_steps_from_graphs_have_the_same_bits(nesterov, recorder):  # noqa: F811
-    problem = problem_of(network("ConvNetD2W8BN"))
-    options = optimizer((0.9,) * 6, (0.01,) * 6, torch.float32, nesterov)
-    expected = problem.gradients(unrolled_sgd, **options)
-    fake = recorder()
-    assert_same_bits(problem.gradients(unrolled_sgd, **options), expected)
-    assert fake.replays == 8
 
 
 def test_the_numbers_0_are_plain_sgd():
