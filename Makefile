@@ -21,6 +21,8 @@ demo: $(VENV)/.installed
 methods: $(VENV)/.installed
 	$(BIN)/selmatch methods --seed $(SEED) --out runs/methods
 
+# Threads that wait leave the core to other processes.
+test: export OMP_WAIT_POLICY ?= passive
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
