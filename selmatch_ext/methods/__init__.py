@@ -37,6 +37,8 @@ def find_method(name: str) -> type[Method]:
     if name in METHODS:
         return METHODS[name]
     module, _, attribute = name.partition(":")
+    if module.endswith(".py"):
+        raise ValueError(f"{name!r} is written without .py, and from the folder of the file: {module[:-3]}:{attribute}")
     if not attribute or not module or module.startswith("."):
         raise ValueError(f"no method is called {name!r}; there are {', '.join(METHODS)}, and package.module:Class")
     found = getattr(importlib.import_module(module), attribute, None)
