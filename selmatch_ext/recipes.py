@@ -3,6 +3,7 @@ in recipes.json."""
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
