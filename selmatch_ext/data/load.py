@@ -80,7 +80,7 @@ def _meant(spec: str) -> str:
     named = next((name for name in ("digits", *TORCHVISION) if name.lower() == spec.lower().replace("-", "")), None)
     if named is not None:
         return f"; write {named}"
-    return f"; for the images in that path write imagefolder:{spec}" if spec and Path(spec).exists() else ""
+    return f"; for the images in that path write imagefolder:{spec}" if os.path.exists(spec) else ""
 
 
 def load_data(settings: Data, seed: int) -> ImageData:
