@@ -151,7 +151,11 @@ def _split(where: str, listing: Listing, name: str) -> tuple[Split, list[str]]:
     below = f"{name}/CLASS/" if name else "CLASS/"
     skipped = skipped_text(listing.skipped)
     if not images:
-        hint = "" if name != "train" else "; for class folders without train and test set test_share (--data.test-share 0.2)"
+        hint = (
+            ""
+            if name != "train"
+            else "; for class folders without train and test set test_share (--data.test-share 0.2)"
+        )
         raise ValueError(f"{where} has no images under {below} ({skipped or 'no files there'}){hint}")
     empty = sorted(set(listing.classes) - {parts[depth] for parts in images})
     if empty:
