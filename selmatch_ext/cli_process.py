@@ -156,7 +156,7 @@ def parsed(parse: Callable[[], T], arguments: list[str], prog: str = "selmatch")
 
 
 def _with_prog(text: str, prog: str, arguments: list[str]) -> str:
-    """tyro's text, where it names `selmatch dm --help` for `selmatch run dm --help`. The box around it keeps its width."""
+    """tyro's text, where it names `selmatch dm --help` for `selmatch run dm --help`. The box keeps its width."""
     first, _, verb = prog.partition(" ")
     if not verb or not arguments:
         return text
