@@ -1,6 +1,7 @@
 """A distillation method in a file of its own, run by the same loop as the package's methods. From this folder:
 
-selmatch run my_method:PixelMeans --data.dataset digits --iterations 100 --lr-images 0.5 --out DIR
+selmatch run my_method:PixelMeans --data.dataset digits --iterations 100 --lr-images 0.5 --out DIR \\
+  --start.ipc 5 --evaluation.model ConvNetD2W16 --evaluation.networks 2 --evaluation.training.epochs 20
 python my_method.py DIR    # the same from Python, with a short evaluation
 """
 

@@ -251,3 +251,14 @@ def test_doctor_as_json_on_this_machine(capsys):
     assert 1 <= found["available"] <= found["cores"] and found["threads"] == torch.get_num_threads()
     assert found["bfloat16"] > 0 and len(found["gpus"]) == torch.cuda.device_count()
     assert isinstance(found["slow"], list) and all(line.endswith(".") for line in found["slow"])
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_option_of_a_method_is_answered_with_a_command_that_exists(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["run", "dm", "--start.ipx", "5", "--out", "x"])
+    said = capsys.readouterr().err
+    assert "--start.ipc INT" in said and "in selmatch run dm --help" in said
+    assert len({len(line) for line in said.splitlines()}) == 1  # the box is whole

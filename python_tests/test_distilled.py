@@ -108,6 +108,10 @@ def test_wrong_fields(changes, message):
 
 def test_truncated_and_foreign_files(tmp_path):
     path = tmp_path / "d.safetensors"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "distilled.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match="run is a folder; the set in it is .*run/distilled.safetensors"):
+        DistilledSet.load(tmp_path / "run")
     with pytest.raises(FileNotFoundError, match="expected a selmatch_ext file of kind distilled"):
         DistilledSet.load(path)
     example().save(path)

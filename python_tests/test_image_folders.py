@@ -208,6 +208,8 @@ def test_test_share_of_each_class(tmp_path, below):
     spec = f"imagefolder:{tmp_path}/s"
     with pytest.raises(ValueError, match="test_share"):
         load(spec)
+    with pytest.raises(ValueError, match="for the images in that path write imagefolder:"):
+        load(f"{tmp_path}/s")
     data = load(spec, test_share=0.2, cache=tmp_path / "cache")
     assert torch.bincount(data.test.labels).tolist() == [2, 1, 1] and torch.bincount(data.train.labels).tolist() == [
         8,

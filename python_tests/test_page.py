@@ -266,7 +266,10 @@ def test_the_verb(finished, tmp_path, capsys):
     assert "--out is missing" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert cli.main(["report", str(tmp_path / "empty")]) == 1
-    assert "empty holds no run of selmatch" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "empty holds no run of selmatch" in said and "warning" not in said
+    assert cli.main(["report", str(tmp_path / "nothing")]) == 1
+    assert "nothing does not exist" in capsys.readouterr().err
 
 
 def test_runs_of_other_methods(tmp_path):

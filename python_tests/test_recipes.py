@@ -318,3 +318,7 @@ def test_a_recipe_is_run_with_its_settings_and_changes(tmp_path, monkeypatch):
 def test_an_unknown_recipe_names_its_neighbors(capsys):
     assert cli.main(["run", "--settings", "selmatch-cifar10", "--out", "x"]) == 1
     assert "no recipe is named 'selmatch-cifar10'; there are selmatch-cifar10-ipc250" in capsys.readouterr().err
+    assert cli.main(["run", "--settings", "nothing", "--out", "x"]) == 1
+    assert len(capsys.readouterr().err) < 200
+    assert cli.main(["run", "--settings", "runs/nothing", "--out", "x"]) == 1
+    assert "--settings runs/nothing: there is no such folder or file" in capsys.readouterr().err

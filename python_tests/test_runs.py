@@ -257,6 +257,7 @@ def test_a_method_of_ones_own_with_its_settings_as_options(module, tmp_path, cap
     ("name", "message"),
     [
         ("no_module:X", "No module named 'no_module'"),
+        ("fading_method.py:Fading", "is written without .py, and from the folder of the file: fading_method:Fading"),
         ("fading_method:Nothing", "has no class Nothing that is a selmatch_ext.methods.Method"),
         ("fading_method:torch", "has no class torch that is a selmatch_ext.methods.Method"),
         ("fading_method:random", "its name is 'random'; it must consist of .* and not be one of random, start"),

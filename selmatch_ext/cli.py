@@ -288,7 +288,7 @@ def command(arguments: list[str]) -> None:
     if defaults is not None and len(words) > 0 and words[0] in verbs:
         check_named_networks(defaults, inspect.signature(verbs[words[0]]).parameters, words)
     later = {name: _later(verb, defaults) for name, verb in verbs.items()}
-    call = cli_process.parsed(lambda: cli_help.parsed(later, prog, words), words)
+    call = cli_process.parsed(lambda: cli_help.parsed(later, prog, words), words, prog)
     call()
 
 

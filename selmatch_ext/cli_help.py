@@ -18,7 +18,8 @@ from selmatch_ext.output import safe_streams, say
 ABOUT = """Dataset distillation, from data set to evaluated distilled set. `selmatch VERB --help` lists the settings of
 a verb, `selmatch run METHOD --help` those of a method.
 Options of every verb: --debug shows where an error comes from; --insist-on-bfloat16 lets a run use bfloat16 on a
-processor without instructions for it. `selmatch --version` shows the version.
+processor without instructions for it. `selmatch --version` shows the version, and
+`selmatch --tyro-print-completion bash` (zsh, fish) prints a script that completes commands in the shell.
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -136,9 +137,10 @@ class _Held(io.StringIO):
         return sys.__stderr__ is not None and not sys.__stderr__.closed and sys.__stderr__.isatty()
 
 
-def parsed(parse: Callable[[], T], arguments: list[str]) -> T:
+def parsed(parse: Callable[[], T], arguments: list[str], prog: str = "selmatch") -> T:
     """What `parse`, a call of tyro, returns. UsageError, one line that names the option as it was typed, for a setting
-    that is not in its range; other mistakes in the command are shown as tyro shows them."""
+    that is not in its range; other mistakes in the command are shown as tyro shows them, but that the command in its
+    hints is one that exists. prog: what stands before `arguments`."""
     held = _Held()
     try:
         with contextlib.redirect_stderr(held):
@@ -149,8 +151,17 @@ def parsed(parse: Callable[[], T], arguments: list[str]) -> T:
             error = error.__cause__ or error.__context__
         if error is not None:
             raise UsageError(f"{typed(error, arguments)} is {error.given}; allowed is {error.allowed}") from error
-        sys.stderr.write(held.getvalue())
+        sys.stderr.write(_with_prog(held.getvalue(), prog, arguments))
         raise
+
+
+def _with_prog(text: str, prog: str, arguments: list[str]) -> str:
+    """tyro's text, where it names `selmatch dm --help` for `selmatch run dm --help`. The box keeps its width."""
+    first, _, verb = prog.partition(" ")
+    if not verb or not arguments:
+        return text
+    command = f"{re.escape(first)} ({re.escape(arguments[0])} --help(?:\x1b\\[[\\d;]*m)*)" + " " * (len(verb) + 1)
+    return re.sub(command, lambda found: f"{prog} {found[1]}", text)
 
 
 def typed(error: SettingError, arguments: list[str]) -> str:

@@ -72,6 +72,8 @@ def given_run(arguments: list[str], with_method: Collection[str]) -> tuple[Run |
 
 def _find(given: str, method: str | None, whole: bool) -> Run:
     if given in recipes.RECIPES or not Path(given).exists():
+        if "/" in given or given.endswith(".json"):
+            raise FileNotFoundError(f"--settings {given}: there is no such folder or file")
         recipe = recipes.find(given)
         run = recipe.settings
         if whole and recipe.method == recipes.SELECT:

@@ -237,6 +237,8 @@ def report_(path: Positional[Path], *, out: Path | None = None, columns: int = 1
         page.write_page(path, out)
         say(out)
         return
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; expected the folder of a run, or a set")
     if out is None:
         raise ValueError(f"--out is missing: it names the PNG or the folder for the pictures of {path}")
     subset = DistilledSet.load(path)

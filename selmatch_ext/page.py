@@ -75,7 +75,7 @@ def _contents(folder: Path) -> dict[str, Any]:
     ]
     drawn = {title: image for title, draw in plots if (image := _tried(draw)) is not None}
     return {
-        "title": _tried(_title, settings, data) or folder.absolute().name,
+        "title": (_tried(_title, settings, data) if settings else None) or folder.absolute().name,
         "state": _state(folder, settings, sets, losses),
         "results": _tried(_results, folder),
         "further": _tried(_further, folder),

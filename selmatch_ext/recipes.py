@@ -3,6 +3,7 @@ in recipes.json."""
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -121,10 +122,12 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _read(_TABLE)}
 
 
 def find(name: str) -> Recipe:
-    """ValueError with the names there are for one that is not."""
+    """ValueError with names that are near, for one that is not there."""
     if name not in RECIPES:
-        near = [known for known in RECIPES if known.split("-")[0] == name.split("-")[0]] or list(RECIPES)
-        raise ValueError(f"no recipe is named {name!r}; there are {', '.join(near)} (all of them: selmatch recipes)")
+        near = [known for known in RECIPES if known.split("-")[0] == name.split("-")[0]]
+        near = near or difflib.get_close_matches(name, RECIPES, n=5, cutoff=0.3)
+        there = f"; there are {', '.join(near)}" if near else ""
+        raise ValueError(f"no recipe is named {name!r}{there} (all of them: selmatch recipes)")
     return RECIPES[name]
 
 

@@ -103,7 +103,7 @@ def plot_beta(
     figure, axes = _plot("β: share of each class skipped, hardest first", "test accuracy (%)")
     axes.errorbar(betas, means, yerr=stds, color=BLUE, marker="o", markersize=5, capsize=3, linewidth=1.5)
     if chosen is not None:
-        label = f"chosen: β = {chosen:g}, {results[chosen][0]:.1f} %"
+        label = f"chosen by training images: β = {chosen:g}, {results[chosen][0]:.1f} %"
         axes.plot([chosen], [results[chosen][0]], "o", markersize=11, mfc="none", mec=ORANGE, mew=2, label=label)
         axes.legend(frameon=False, loc="best")
     _save(figure, path)

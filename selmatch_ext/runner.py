@@ -274,6 +274,8 @@ def _write_report(
         attempt(report.image_grid, *kept, title="selected: kept as they are")
     attempt(report.before_after, before[learned], after[learned], labels[learned], folder / "distilled.png", names)
     attempt(write_page, folder)
+    if (folder / "report.html").exists():
+        say(f"\nA page with images and plots: {folder / 'report.html'}")
 
 
 def _plot_windows(chosen: Chosen, folder: Path) -> None:

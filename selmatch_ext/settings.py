@@ -125,8 +125,9 @@ class Experts(Checked):
     """Expert trajectories (MTT, arXiv 2203.11932, section 3.1)."""
 
     model: str = "ConvNetBN"
-    """The network of experts and students; a name of selmatch_ext.models.names(), torchvision:NAME, timm:NAME, or a
-    function of yours, package.module:function."""
+    """The network of experts and students: ConvNet, ConvNetD2W32 (2 blocks of 32 channels), LeNet, ResNet18BN or
+    another name of selmatch_ext.models.names(); torchvision:NAME, timm:NAME; or a function of yours,
+    package.module:function."""
     count: Count = 100
     """Trajectories, each from an initialization of its own."""
     strategy: str = DSA
@@ -245,7 +246,7 @@ class Evaluation(Checked):
     """Networks trained from scratch on a small set and tested on the real test set."""
 
     model: str = "ResNet18BN"
-    """The network that is trained; named as in experts.model."""
+    """The network that is trained, such as ConvNetD2W32 (2 blocks of 32 channels, quick); named as in experts.model."""
     networks: Count = 5
     """Networks trained, each from an initialization of its own."""
     distilled_strategy: str = DSA

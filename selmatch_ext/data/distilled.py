@@ -194,6 +194,9 @@ class DistilledSet:
     def load(cls, path: str | os.PathLike) -> DistilledSet:
         """Reads what `save` wrote. Raises FileNotFoundError, and ValueError naming the file when it is damaged, of
         another kind, or holds what does not fit together."""
+        inside = os.path.join(path, "distilled.safetensors")
+        if os.path.isfile(inside):
+            raise FileNotFoundError(f"{path} is a folder; the set in it is {inside}")
         tensors, metadata = load_tensors(path, KIND, "images", "labels", "distilled", "indices")
         described = {name: json_field(metadata, name, path) for name in DESCRIBED}
         try:

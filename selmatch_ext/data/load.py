@@ -66,12 +66,21 @@ def _load(settings: Data, seed: int) -> ImageData:
         raise ValueError(
             f"data set is {spec!r}; allowed are digits, {', '.join(TORCHVISION)}, "
             + ", ".join(f"{kind}:PATH" for kind in PATHS)
+            + _meant(spec)
         )
     _refuse_unused(settings)
     data = _digits() if spec == "digits" else _torchvision(spec, Path(root or "data"), settings.download)
     if settings.classes is None:
         return data
     return data.of_classes(torch.tensor(positions(settings.classes, data.class_names, spec)))
+
+
+def _meant(spec: str) -> str:
+    """What was probably meant by a data set that does not exist."""
+    named = next((name for name in ("digits", *TORCHVISION) if name.lower() == spec.lower().replace("-", "")), None)
+    if named is not None:
+        return f"; write {named}"
+    return f"; for the images in that path write imagefolder:{spec}" if os.path.exists(spec) else ""
 
 
 def load_data(settings: Data, seed: int) -> ImageData:
@@ -119,7 +128,11 @@ def _torchvision(name: str, root: Path, download: bool) -> ImageData:
     try:
         parts = [getattr(datasets, name)(str(root), download=download, **a) for a in arguments]
     except RuntimeError as error:
-        raise FileNotFoundError(f"{name} is not under {root} (download=True fetches it): {error}") from error
+        why = "" if "not found" in str(error) else f": {error}"
+        raise FileNotFoundError(
+            f"{name} is not under {root}, or is damaged there; download=True (--data.download) fetches it, and root "
+            f"(--data.root) names another folder{why}"
+        ) from error
     class_names = [str(c) for c in getattr(parts[0], "classes", range(10))]
     train, test = (_torchvision_split(part) for part in parts)
     return ImageData(name, train, test, class_names)

@@ -151,8 +151,12 @@ def _split(where: str, listing: Listing, name: str) -> tuple[Split, list[str]]:
     below = f"{name}/CLASS/" if name else "CLASS/"
     skipped = skipped_text(listing.skipped)
     if not images:
-        hint = "" if name != "train" else "; class folders alone need test_share"
-        raise ValueError(f"{where} has no images under {below} ({skipped or 'no files at all'}{hint})")
+        hint = (
+            ""
+            if name != "train"
+            else "; for class folders without train and test set test_share (--data.test-share 0.2)"
+        )
+        raise ValueError(f"{where} has no images under {below} ({skipped or 'no files there'}){hint}")
     empty = sorted(set(listing.classes) - {parts[depth] for parts in images})
     if empty:
         folder = f"{name}/{empty[0]}" if name else empty[0]

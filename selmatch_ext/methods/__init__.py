@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from dataclasses import fields
+from pathlib import Path
 
 from selmatch_ext.methods.base import Defaults, LoopSettings, Method, MethodSettings, Task
 from selmatch_ext.methods.datm import DATM
@@ -37,9 +38,16 @@ def find_method(name: str) -> type[Method]:
     if name in METHODS:
         return METHODS[name]
     module, _, attribute = name.partition(":")
+    if module.endswith(".py"):
+        raise ValueError(f"{name!r} is written without .py, and from the folder of the file: {module[:-3]}:{attribute}")
     if not attribute or not module or module.startswith("."):
         raise ValueError(f"no method is called {name!r}; there are {', '.join(METHODS)}, and package.module:Class")
-    found = getattr(importlib.import_module(module), attribute, None)
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise
+        raise ModuleNotFoundError(f"{error} in {Path.cwd()}, nor on Python's path", name=error.name) from error
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ValueError(f"{name}: {module} has no class {attribute} that is a selmatch_ext.methods.Method")
     own = getattr(found, "name", "")

@@ -141,7 +141,8 @@ def check_shares(method: Method) -> None:
     if draws < 1 or draws % ranks.world():
         raise ValueError(
             f"{ranks.world()} processes share the losses of an iteration, so the number of losses must be a "
-            f"multiple of {ranks.world()}, got {draws}; for MTT, DATM and SelMatch it is experts_per_iteration"
+            f"multiple of {ranks.world()}, got {draws}; for MTT, DATM and SelMatch it is experts_per_iteration; "
+            "most other methods distill in one process only"
         )
     if draws > 1 and method.losses_change_state:
         raise ValueError(f"{method.name} keeps state from one loss to the next and cannot average {draws} of them")

@@ -261,5 +261,5 @@ def check_trajectories(store: ExpertSource, model: torch.nn.Module, settings: MT
     if last > store.epochs:
         raise ValueError(
             f"max_start_epoch {settings.max_start_epoch} and expert_epochs {settings.expert_epochs} need trajectories "
-            f"of {last} epochs; those in {store.folder} have {store.epochs}"
+            f"of {last} epochs; those in {store.folder} have {store.epochs} (experts.training.epochs)"
         )
