@@ -284,6 +284,12 @@ def with_layer(layer):
     return model
 
 
+def indexed():
+    model = Small(lambda m, x: m.pool(m.first(x))[0])
+    model.pool = nn.MaxPool2d(3, return_indices=True)
+    return model
+
+
 FALLBACKS = [
     (lambda: Unknown("instance", "relu"), "sin"),
     (lambda: Branching("instance", "relu"), "torch.fx cannot read Branching"),
@@ -291,7 +297,7 @@ FALLBACKS = [
     (lambda: with_layer(nn.Dropout(0.3)), r"Dropout \(features.3\)"),
     (lambda: Small(lambda m, x: F.dropout(m.first(x), 0.3)), "dropout"),
     (lambda: Small(lambda m, x: F.max_pool2d(m.first(x), 3, return_indices=True)[0]), "max_pool2d_with_indices"),
-    (lambda: with_layer(nn.MaxPool2d(3, return_indices=True)), r"MaxPool2d \(features.3\) with return_indices"),
+    (indexed, r"MaxPool2d \(pool\) with return_indices"),
     (lambda: Small(lambda m, x: torch.cat([m.first(x), m.second(x)], 2)), "cat with arguments"),
     (lambda: Small(lambda m, x: m.first(x) * 2), "mul of 2"),
     (lambda: with_layer(nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")), "padding_mode 'reflect'"),
