@@ -266,7 +266,7 @@ def test_batch_norm_of_one_value_per_channel_is_torchs_error():
 
 class Unknown(PublicConvNet):
     def forward(self, x):
-        return super().forward(torch.tanh(x))
+        return super().forward(torch.sin(x))
 
 
 class Branching(PublicConvNet):
@@ -286,12 +286,22 @@ def with_layer(layer):
     return model
 
 
+def indexed():
+    model = Small(lambda m, x: m.pool(m.first(x))[0])
+    model.pool = nn.MaxPool2d(3, return_indices=True)
+    return model
+
+
 FALLBACKS = [
-    (lambda: Unknown("instance", "relu"), "tanh"),
+    (lambda: Unknown("instance", "relu"), "sin"),
     (lambda: Branching("instance", "relu"), "torch.fx cannot read Branching"),
     (hooked, "classifier has hooks"),
     (lambda: with_layer(nn.Dropout(0.3)), r"Dropout \(features.3\)"),
-    (lambda: with_layer(nn.MaxPool2d(3, 1, 1)), r"MaxPool2d \(features.3\) with a window of 3"),
+    (lambda: Small(lambda m, x: F.dropout(m.first(x), 0.3)), "dropout"),
+    (lambda: Small(lambda m, x: F.max_pool2d(m.first(x), 3, return_indices=True)[0]), "max_pool2d_with_indices"),
+    (indexed, r"MaxPool2d \(pool\) with return_indices"),
+    (lambda: Small(lambda m, x: torch.cat([m.first(x), m.second(x)], 2)), "cat with arguments"),
+    (lambda: Small(lambda m, x: m.first(x) * 2), "mul of 2"),
     (lambda: with_layer(nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")), "padding_mode 'reflect'"),
     (lambda: with_layer(nn.Softmax2d()), r"Softmax2d \(features.3\)"),
     (lambda: Small(lambda m, x: torch.mul(m.first(x), other=m.second(x))), "mul with"),

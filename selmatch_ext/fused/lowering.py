@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from selmatch_ext.fused.map_rules import AdaptiveAverage, Concatenate, Elementwise, MaxPool, Multiply
 from selmatch_ext.fused.operations import Operation, Unsupported, no_rule
 from selmatch_ext.fused.rules import Add, Average, Block, Conv, Flatten, Linear, Rule
 from selmatch_ext.ops.block import (
@@ -82,28 +83,28 @@ def _smooth(activation: int) -> list[Rule]:
 
 
 def _average(
-    name: str, size: object, stride: object, padding: object, ceil: bool, count: bool, by: object
+    name: str, size: object, stride: object, padding: object, ceil: bool, count: bool, by: int | None
 ) -> list[Rule]:
     size = _pair(size)
     stride = size if stride is None else _pair(stride)
-    if _pair(padding) != (0, 0) or ceil or not count or by is not None:
-        raise no_rule(f"{name} with padding, ceil_mode or another divisor")
-    if size == stride == (2, 2):
-        return [Block(BlockKind(pool=AVERAGE_POOL))]
-    return [Average(size, stride)]
+    rule = Average(size, stride, _pair(padding), bool(ceil), bool(count), by)
+    return [Block(BlockKind(pool=AVERAGE_POOL))] if rule == Average((2, 2), (2, 2)) else [rule]
 
 
-def _maximum(name: str, size: object, stride: object, padding: object, dilation: object, ceil: bool) -> list[Rule]:
-    stride = size if stride is None else stride
-    if (_pair(size), _pair(stride), _pair(padding), _pair(dilation), bool(ceil)) != ((2, 2), (2, 2), (0, 0), (1, 1), 0):
-        raise no_rule(f"{name} with a window of {size}, stride {stride}, padding {padding}, dilation {dilation}")
-    return [Block(BlockKind(pool=MAX_POOL))]
+def _maximum(
+    name: str, size: object, stride: object, padding: object, dilation: object, ceil: bool, indices: bool
+) -> list[Rule]:
+    if indices:
+        raise no_rule(f"{name} with return_indices")
+    stride = size if stride in (None, []) else stride
+    rule = MaxPool(_pair(size), _pair(stride), _pair(padding), _pair(dilation), bool(ceil))
+    if rule == MaxPool((2, 2), (2, 2), (0, 0), (1, 1), False):
+        return [Block(BlockKind(pool=MAX_POOL))]
+    return [rule]
 
 
-def _global(name: str, size: object) -> list[Rule]:
-    if _pair(size) != (1, 1):
-        raise no_rule(f"{name} to {size}")
-    return [Average(None)]
+def _adaptive(name: str, size: object) -> list[Rule]:
+    return [Average(None) if _pair(size) == (1, 1) else AdaptiveAverage(_pair(size))]
 
 
 def _flatten_module(reader: _Reader, m: nn.Flatten, name: str) -> list[Rule]:
@@ -112,10 +113,15 @@ def _flatten_module(reader: _Reader, m: nn.Flatten, name: str) -> list[Rule]:
     return [Flatten()]
 
 
-def _dropout(reader: _Reader, m: nn.Dropout | nn.Dropout2d, name: str) -> list[Rule]:
-    if m.p > 0 and m.training:
+def _undropped(name: str, p: float, training: bool) -> list[Rule]:
+    """Nothing, where nothing is drawn."""
+    if p > 0 and training:
         raise no_rule(name)
     return []
+
+
+def _hardtanh(low: float, high: float) -> list[Rule]:
+    return [Elementwise("hardtanh", (low, high))]
 
 
 MODULES: dict[type, Callable] = {
@@ -129,15 +135,23 @@ MODULES: dict[type, Callable] = {
     nn.LeakyReLU: lambda r, m, name: _leaky(m.negative_slope),
     nn.Sigmoid: lambda r, m, name: _smooth(SIGMOID),
     nn.SiLU: lambda r, m, name: _smooth(SWISH),
+    nn.Tanh: lambda r, m, name: [Elementwise("tanh")],
+    nn.GELU: lambda r, m, name: [Elementwise("gelu", (m.approximate,))],
+    nn.Hardsigmoid: lambda r, m, name: [Elementwise("hardsigmoid")],
+    nn.Hardswish: lambda r, m, name: [Elementwise("hardswish")],
+    nn.Hardtanh: lambda r, m, name: _hardtanh(m.min_val, m.max_val),
+    nn.ReLU6: lambda r, m, name: _hardtanh(0.0, 6.0),
     nn.AvgPool2d: lambda r, m, name: _average(
         name, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override
     ),
-    nn.MaxPool2d: lambda r, m, name: _maximum(name, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode),
-    nn.AdaptiveAvgPool2d: lambda r, m, name: _global(name, m.output_size),
+    nn.MaxPool2d: lambda r, m, name: _maximum(
+        name, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices
+    ),
+    nn.AdaptiveAvgPool2d: lambda r, m, name: _adaptive(name, m.output_size),
     nn.Flatten: _flatten_module,
     nn.Identity: lambda r, m, name: [],
-    nn.Dropout: _dropout,
-    nn.Dropout2d: _dropout,
+    nn.Dropout: lambda r, m, name: _undropped(name, m.p, m.training),
+    nn.Dropout2d: lambda r, m, name: _undropped(name, m.p, m.training),
 }
 
 
@@ -175,14 +189,22 @@ def _add(reader: _Reader, node: fx.Node, name: str) -> Read:
 
 
 def _multiply(reader: _Reader, node: fx.Node, name: str) -> Read:
-    """x * sigmoid(x), which is swish; no other product."""
+    """The product of two maps; x * sigmoid(x) is swish, which a block can do."""
     if node.kwargs or len(node.args) != 2:
         raise no_rule(f"{name} with {dict(node.kwargs)}")
     a, b = (reader.source(x, name) for x in node.args)
     for x, gate in ((a, b), (b, a)):
         if gate >= 0 and reader.found[gate] == Operation(_smooth(SIGMOID)[0], (x,)):
             return (x,), _smooth(SWISH)
-    raise no_rule(f"{name} of other things than x and sigmoid(x)")
+    return (a, b), [Multiply()]
+
+
+def _concatenate(reader: _Reader, node: fx.Node, name: str) -> Read:
+    given = dict(zip(("tensors", "dim"), node.args, strict=False)) | dict(node.kwargs)
+    tensors = given.pop("tensors", None)
+    if not isinstance(tensors, (tuple, list)) or given != {"dim": 1}:
+        raise no_rule(f"{name} with arguments {node.args} {dict(node.kwargs)}; along dimension 1 it is known")
+    return tuple(reader.source(x, name) for x in tensors), [Concatenate()]
 
 
 def _mean(reader: _Reader, node: fx.Node, name: str) -> Read:
@@ -195,7 +217,14 @@ def _mean(reader: _Reader, node: fx.Node, name: str) -> Read:
 _RELU = _one(lambda name, inplace: _leaky(0.0), "inplace")
 _SIGMOID = _one(lambda name: _smooth(SIGMOID))
 _FLATTEN = _one(_flatten_call, "start_dim", "end_dim", start_dim=0, end_dim=-1)
-FUNCTIONS: dict[object, Callable] = {
+_TANH = _one(lambda name: [Elementwise("tanh")])
+_GELU = _one(lambda name, approximate: [Elementwise("gelu", (approximate,))], "approximate", approximate="none")
+_MAX_POOL = _one(
+    _maximum,
+    *("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+    **{"padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False},
+)
+FUNCTIONS: dict[object, Callable] = {  # methods, and functions of packages that need not be loaded, by their names
     F.relu: _RELU,
     torch.relu: _RELU,
     "relu": _RELU,
@@ -210,14 +239,31 @@ FUNCTIONS: dict[object, Callable] = {
         *("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
         **{"padding": 0, "ceil_mode": False, "count_include_pad": True},
     ),
-    F.max_pool2d: _one(
-        lambda name, size, stride, padding, dilation, ceil, indices: _maximum(
-            name, size, stride, padding, dilation, ceil or bool(indices)
-        ),
-        *("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
-        **{"padding": 0, "dilation": 1, "ceil_mode": False},
+    F.tanh: _TANH,
+    torch.tanh: _TANH,
+    "tanh": _TANH,
+    F.gelu: _GELU,
+    F.hardsigmoid: _one(lambda name, inplace: [Elementwise("hardsigmoid")], "inplace"),
+    F.hardswish: _one(lambda name, inplace: [Elementwise("hardswish")], "inplace"),
+    F.hardtanh: _one(
+        lambda name, low, high, inplace: _hardtanh(low, high),
+        *("min_val", "max_val", "inplace"),
+        **{"min_val": -1.0, "max_val": 1.0},
     ),
-    F.adaptive_avg_pool2d: _one(_global, "output_size"),
+    F.relu6: _one(lambda name, inplace: _hardtanh(0.0, 6.0), "inplace"),
+    F.dropout: _one(
+        lambda name, p, training, inplace: _undropped(name, p, training),
+        *("p", "training", "inplace"),
+        **{"p": 0.5, "training": True},
+    ),
+    "torchvision.ops.stochastic_depth.stochastic_depth": _one(
+        lambda name, p, mode, training: _undropped(name, p, training),
+        *("p", "mode", "training"),
+        training=True,
+    ),
+    F.max_pool2d: _MAX_POOL,
+    torch.max_pool2d: _MAX_POOL,
+    F.adaptive_avg_pool2d: _one(_adaptive, "output_size"),
     torch.flatten: _FLATTEN,
     "flatten": _FLATTEN,
     "view": _view,
@@ -228,8 +274,13 @@ FUNCTIONS: dict[object, Callable] = {
     "add": _add,
     "add_": _add,
     operator.mul: _multiply,
+    operator.imul: _multiply,
     torch.mul: _multiply,
     "mul": _multiply,
+    "mul_": _multiply,
+    torch.cat: _concatenate,
+    torch.concat: _concatenate,
+    torch.concatenate: _concatenate,
     "mean": _mean,
     torch.mean: _mean,
 }

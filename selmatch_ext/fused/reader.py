@@ -122,7 +122,7 @@ class _Reader:
             inputs = tuple(self.source(a, name) for a in node.args)
         else:
             name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-            read = FUNCTIONS.get(node.target)
+            read = FUNCTIONS.get(node.target) or FUNCTIONS.get(f"{getattr(node.target, '__module__', '')}.{name}")
             if node.op == "get_attr":
                 raise no_rule(f"the tensor {name} outside the layer that it belongs to")
             if read is None:
@@ -146,7 +146,7 @@ class _Reader:
         if node.op == "call_module":
             return bool(getattr(self.modules[node.target], "inplace", False))
         named = isinstance(node.target, str) and node.target.endswith("_")
-        return named or node.target is operator.iadd or bool(node.kwargs.get("inplace"))
+        return named or node.target in (operator.iadd, operator.imul) or bool(node.kwargs.get("inplace"))
 
     @staticmethod
     def _is_size(node: object) -> TypeGuard[fx.Node]:

@@ -8,7 +8,7 @@ is that of forward-mode differentiation of the backward pass; csrc/block/block.h
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -298,7 +298,11 @@ class Average:
     """Average pooling other than the 2 x 2 that a block does; size None: over the whole map."""
 
     size: tuple[int, int] | None
-    stride: tuple[int, int] = field(default=(1, 1))
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    ceil: bool = False
+    count_padding: bool = True
+    divisor: int | None = None
 
     def forward(self, p: Parameters, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         (x,) = inputs
@@ -318,7 +322,8 @@ class Average:
 
     def _settings(self, x: Tensor) -> tuple:
         size = tuple(x.shape[2:]) if self.size is None else self.size
-        return size, self.stride if self.size is not None else size, (0, 0), False, True, None
+        stride = size if self.size is None else self.stride
+        return size, stride, self.padding, self.ceil, self.count_padding, self.divisor
 
     def _pool(self, x: Tensor) -> Tensor:
         return torch.ops.aten.avg_pool2d(x, *self._settings(x))
