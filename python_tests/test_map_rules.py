@@ -6,7 +6,7 @@ import torch
 import torchvision
 from reference import unrolled_sgd_full_graph
 from test_fused import Small
-from test_unroll import CLASSES, Problem, assert_near, one_thread  # noqa: F401  (a fixture)
+from test_unroll import CLASSES, Problem, assert_near
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.densenet import DenseNet
@@ -16,6 +16,8 @@ from selmatch_ext.fused.dual import Dual
 from selmatch_ext.fused.map_rules import AdaptiveAverage, Concatenate, Elementwise, MaxPool, Multiply
 from selmatch_ext.fused.rules import Average
 from selmatch_ext.unroll import unrolled_sgd
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MAP, ODD, GATE = (3, 5, 9, 7), (2, 1, 11, 6), (3, 5, 1, 1)
 
