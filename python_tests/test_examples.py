@@ -17,7 +17,8 @@ PRINTED = {
     "drop_in_dsa.py": r"the same images: True, the same gradients: True\n20 batches of 256 images: .* s before",
     "unrolled_gradient.py": r"engine: fused\n(iteration \d+: held-out loss .*\n){4}learned rates:( \d\.\d{3}){10}\n"
     r"learned momentum: 0\.\d{3}, weight decay: 0\.\d{5}\n",
-    "distill_my_images.py": r"random .*%[^%]*\nstart .*%[^%]*\ndm .*%.*\n8 images of \(1, 16, 16\)",
+    "distill_my_images.py": r"random .*%[^%]*\nstart .*%[^%]*\ndm .*%.*\n"
+    r"\nA page .*report\.html\n8 images of \(1, 16, 16\)",
     "my_method.py": r"pixel-means changes the test accuracy by [+-]\d+\.\d points; .* are in results\n",
     "train_on_a_distilled_set.py": r"100 images, made by random; .*\naccuracy on the test images of digits: \d+\.\d%\n",
 }

@@ -126,7 +126,7 @@ TINY = [
         ("--precision tf32", "precision is tf32, which needs a CUDA device"),
         ("--experts.training.precision bfloat16", "experts.training.precision is bfloat16, which takes 12 times"),
         ("--cuda-graphs True", "cuda_graphs needs a CUDA device"),
-        ("--engine fused --experts.model timm:resnet10t", "engine is fused, but"),
+        ("--engine fused --experts.model torchvision:shufflenet_v2_x0_5", "engine is fused, but"),
         ("--experts.count 100000000", "GB are free there"),
         ("--device tpu", "there are auto, cpu"),
         ("--device meta", "device 'meta' is not supported; there are auto, cpu"),
