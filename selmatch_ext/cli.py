@@ -274,7 +274,7 @@ def _later(verb: Callable[..., None], defaults: Run | None) -> Callable[..., Cal
 
 
 def command(arguments: list[str]) -> None:
-    """Runs one verb, given the words after `selmatch`."""
+    """Runs the command whose words, such as ["run", "dm", "--out", "DIR"], follow `selmatch` on the command line."""
     if arguments[:1] == [cli_completion.FLAG]:
         return say(cli_completion.script(" ".join(arguments[1:]), VERBS, METHOD_VERBS, METHODS))
     defaults, words = given_run(arguments, METHOD_VERBS)

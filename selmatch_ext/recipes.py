@@ -150,8 +150,8 @@ _CLASS_SIZE = {
 
 
 def narrow(model: str) -> str:
-    """The name of a ConvNet, at most 32 wide, with depth and norm of a wider one; of ResNet18 with its norm. FRePo's
-    network begins 16 wide."""
+    """The name of a smaller network for --reduced: a ConvNet keeps depth and norm and gets width 32, a ResNet becomes
+    a ConvNet of width 32 with the same norm, FRePo's network gets width 16. Other names stay as they are."""
     if model.startswith("ResNet"):
         return "ConvNetW32BN" if "BN" in model else "ConvNetW32"
     if model.startswith("ConvNet"):

@@ -256,7 +256,7 @@ def _tabulated(rows: Sequence[Sequence[Any]], style: str) -> str:
 
 
 def _pixels(images: Tensor) -> np.ndarray:
-    """(n, H, W, 3) uint8, enlarged by a whole factor to at least TILE pixels."""
+    """The images as (n, H, W, 3) uint8. Pixels are repeated until the longer side has at least TILE of them."""
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise ValueError(f"images has shape {tuple(images.shape)}; it must be (n, C, H, W) with n > 0 and C 1 or 3")
     if images.is_floating_point():

@@ -49,7 +49,7 @@ class Split:
     classes: list[str]
 
     def of_classes(self, folders: list[str]) -> Split:
-        """The images in some class folders."""
+        """The images whose class folder is one of `folders`, in the same order."""
         kept = [(path, c) for path, c in zip(self.paths, self.classes, strict=True) if c in folders]
         return Split([path for path, _ in kept], [c for _, c in kept])
 
@@ -151,11 +151,7 @@ def _split(where: str, listing: Listing, name: str) -> tuple[Split, list[str]]:
     below = f"{name}/CLASS/" if name else "CLASS/"
     skipped = skipped_text(listing.skipped)
     if not images:
-        hint = (
-            ""
-            if name != "train"
-            else "; for class folders without train and test set test_share (--data.test-share 0.2)"
-        )
+        hint = "; for class folders without train and test set test_share (--data.test-share 0.2)" * (name == "train")
         raise ValueError(f"{where} has no images under {below} ({skipped or 'no files there'}){hint}")
     empty = sorted(set(listing.classes) - {parts[depth] for parts in images})
     if empty:
@@ -165,7 +161,8 @@ def _split(where: str, listing: Listing, name: str) -> tuple[Split, list[str]]:
 
 
 def stratified(where: str, split: Split, share: float, seed: int) -> tuple[Split, Split]:
-    """Sets `share` of the images of each class aside, at least one, drawn from `seed`."""
+    """(train, test): of each class, the test split gets `share` of the images, at least one, drawn with `seed`. Raises
+    ValueError where a class would have no image left to train on."""
     in_test: set[str] = set()
     for class_name in sorted(set(split.classes)):
         members = [p for p, c in zip(split.paths, split.classes, strict=True) if c == class_name]

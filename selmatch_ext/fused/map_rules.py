@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selmatch_ext.fused.dual import Dual
-from selmatch_ext.fused.rules import DualGradients, Duals, Gradients, Parameters, channels_last
+from selmatch_ext.fused.rules import DualGradients, Duals, Gradients, LinearPooling, Parameters, channels_last
 
 aten = torch.ops.aten
 
@@ -69,30 +69,17 @@ def _gathered(x: Tensor, indices: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class AdaptiveAverage:
+class AdaptiveAverage(LinearPooling):
     """Average pooling to a map of a given size; None: the size that the map has. Windows may overlap."""
 
     size: tuple[int | None, int | None]
 
-    def forward(self, p: Parameters, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        (x,) = inputs
-        return self._pool(x), x
-
-    def backward(self, p: Parameters, x: Tensor, g: Tensor, need_x: bool) -> tuple[Gradients, Parameters]:
-        return (aten._adaptive_avg_pool2d_backward(g, x),), {}
-
-    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Tensor | None) -> tuple[Dual, Tensor]:
-        (x,) = inputs
-        return x.map(self._pool), x.value
-
-    def dual_backward(
-        self, p: Parameters, t: Parameters, x: Tensor, g: Dual, need_x: bool, need_p: bool
-    ) -> tuple[DualGradients, Parameters]:
-        return (g.map(lambda v: aten._adaptive_avg_pool2d_backward(v, x)),), {}
-
     def _pool(self, x: Tensor) -> Tensor:
         sides = zip(self.size, x.shape[2:], strict=True)
         return aten._adaptive_avg_pool2d(x, [side if size is None else size for size, side in sides])
+
+    def _back(self, g: Tensor, x: Tensor) -> Tensor:
+        return aten._adaptive_avg_pool2d_backward(g, x)
 
 
 class Function(NamedTuple):

@@ -293,16 +293,15 @@ class Flatten:
         return g.to(dtype).view(len(g), *shape)
 
 
-@dataclass(frozen=True)
-class Average:
-    """Average pooling other than the 2 x 2 that a block does; size None: over the whole map."""
+class LinearPooling:
+    """Pooling that is linear: `_pool` maps x, and `_back` is its adjoint for the shape of x, so that tangents pass
+    through the same two."""
 
-    size: tuple[int, int] | None
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    ceil: bool = False
-    count_padding: bool = True
-    divisor: int | None = None
+    def _pool(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _back(self, g: Tensor, x: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def forward(self, p: Parameters, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         (x,) = inputs
@@ -319,6 +318,18 @@ class Average:
         self, p: Parameters, t: Parameters, x: Tensor, g: Dual, need_x: bool, need_p: bool
     ) -> tuple[DualGradients, Parameters]:
         return (g.map(lambda v: self._back(v, x)),), {}
+
+
+@dataclass(frozen=True)
+class Average(LinearPooling):
+    """Average pooling other than the 2 x 2 that a block does; size None: over the whole map."""
+
+    size: tuple[int, int] | None
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    ceil: bool = False
+    count_padding: bool = True
+    divisor: int | None = None
 
     def _settings(self, x: Tensor) -> tuple:
         size = tuple(x.shape[2:]) if self.size is None else self.size

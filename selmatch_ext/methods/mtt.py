@@ -152,7 +152,7 @@ class MTT(Method):
         return torch.optim.SGD(groups, momentum=s.momentum)
 
     def targets(self) -> Tensor:
-        """(n,) int64 labels, or (n, K) probabilities."""
+        """What the student trains on: (n,) int64 classes where `labels` is hard, else (n, K) probabilities."""
         return self.labels if self.settings.labels == "hard" else self.merged(self.fixed, self.logits.softmax(1))
 
     def loss(self, iteration: int, generator: torch.Generator) -> Tensor:
