@@ -20,11 +20,12 @@ from bench import peaks
 from bench.gpu_files import write
 from bench.timing import Setting, machine
 
-HELPERS = {"__main__", "checks", "gpu", "gpu_files", "gpu_stages", "networks", "peaks", "sanitized", "timing"}
+HELPERS = {"__main__", "checks", "gpu", "gpu_files", "gpu_stages", "peaks", "sanitized", "timing"}
+APART = {"equal_time", "networks"}  # questions that are not part of every run
 
 
 def measurements() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(bench.__path__) if module.name not in HELPERS)
+    return sorted(module.name for module in pkgutil.iter_modules(bench.__path__) if module.name not in HELPERS | APART)
 
 
 def chosen(parser: argparse.ArgumentParser, names: list[str], device: str) -> dict:

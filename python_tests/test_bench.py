@@ -5,12 +5,23 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import CPU, tiny_run
 
+from bench import equal_time
 from bench.timing import Setting, alternate, rotations
+from selmatch_ext import runner
+from selmatch_ext.context import Context
+from selmatch_ext.data.distilled import DistilledSet
+from selmatch_ext.data.load import load_data
+from selmatch_ext.data.trajectories import ExpertStore
+from selmatch_ext.methods import MTT, Task
+from selmatch_ext.selection.start import Kept, choose
+from selmatch_ext.settings import Data, Start
 
 ROOT = Path(__file__).parents[1]
 ALWAYS = {"build", "machine", "device", "quick", "notes", "peaks"}
@@ -77,6 +88,36 @@ def test_calls_take_turns_over_their_inputs():
     assert seconds.keys() == {"a", "b"} and all(s >= 0 for s in seconds.values())
     assert [calls.count(k) for k in range(3)] == [8, 8, 16]
     assert rotations(Setting(), 100) == 1
+
+
+def test_both_loops_make_the_same_updates_for_as_long(tmp_path, monkeypatch, capsys):
+    """The plain loop's gradient is ours, what it makes is a snapshot of ours, and ours is told to run as long."""
+    settings = replace(tiny_run().settings, lr_lr=1e-7)
+    run = tiny_run(data=Data("digits", per_class=20), start=Start("random", 4, alpha=0.5), settings=settings)
+    runner.run(run, tmp_path / "run", CPU)
+    experts = tmp_path / "run" / "experts"
+    context = Context(load_data(run.data, run.seed), run.seed)
+    start = choose(run.start, context, run.evaluation, Kept.under(tmp_path)).images
+    both = [MTT(Task(start, context, ExpertStore(experts)), run.settings) for _ in range(2)]
+    equal_time.as_plain(both[1])
+    ours, plain = (torch.autograd.grad(m.loss(0, torch.Generator().manual_seed(1)), [m.images, m.lr]) for m in both)
+    for mine, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5)
+
+    monkeypatch.setattr(equal_time, "seconds_of_updates", lambda *_: {"plain": 0.5, "ours": 0.2})
+    paths = ["--settings", "run", "--experts", "run/experts", "--out", "out"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["equal_time", *paths, "--updates", "2"])
+    equal_time.main()
+    found = json.loads((tmp_path / "out" / "equal_time.json").read_text())
+    assert (found["plain"]["updates"], found["ours"]["updates"]) == (2, 5)
+    shown = [line for line in capsys.readouterr().out.splitlines() if "s an update" in line]
+    assert shown[0].startswith("plain: 0.500 s an update; after 2 updates ") and shown[1].startswith("ours: 0.200 s")
+    short = replace(run, settings=replace(run.settings, iterations=2))
+    runner.distill_alone(short, tmp_path / "two", CPU, experts)
+    made = DistilledSet.load(tmp_path / "two" / "distilled.safetensors")
+    snapshot = DistilledSet.load(tmp_path / "out" / "ours" / "snapshots" / "iteration_000002.safetensors")
+    assert torch.equal(made.images, snapshot.images)
 
 
 @pytest.mark.gpu

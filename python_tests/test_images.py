@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from selmatch_ext.data.images import ImageData, ImageSplit, denormalize, pixel_statistics
-from selmatch_ext.data.load import load
+from selmatch_ext.data.load import load, load_data
+from selmatch_ext.settings import Data
 
 
 def test_digits():
@@ -85,3 +86,17 @@ def test_unknown_names():
             load(spec)
     with pytest.raises(ValueError, match="resize is 4, but digits"):
         load("digits", resize=4)
+
+
+def test_held_out_images_take_the_place_of_the_test_images(digits):
+    """Images to choose settings on: from the training split, with every image of it on one side only."""
+    data = load_data(Data("digits", held_out=0.25, per_class=40), seed=3)
+    position = {image.numpy().tobytes(): i for i, image in enumerate(digits.train.images)}
+    train, test = ({position[image.numpy().tobytes()] for image in part.images} for part in (data.train, data.test))
+    assert not train & test and torch.equal(digits.train.images[data.full.kept], data.train.images)
+    assert torch.equal(torch.bincount(data.test.labels), (torch.bincount(digits.train.labels) * 0.25).round().long())
+    again, other = (load_data(Data("digits", held_out=0.25), seed) for seed in (3, 4))
+    assert torch.equal(again.test.images, data.test.images) and not torch.equal(other.test.images, data.test.images)
+    assert len(again.train) + len(again.test) == len(digits.train)
+    with pytest.raises(ValueError, match="held_out is 1.5; allowed is above 0 to below 1"):
+        Data("digits", held_out=1.5)

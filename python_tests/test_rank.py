@@ -29,7 +29,7 @@ def test_the_scale_of_the_scores():
 
 
 def test_held_out_images_are_training_images_that_random_ones_do_not_share(digits):
-    data = held_out(Context(digits, 3), 0.1)
+    data = held_out(Context(digits, 3), Ranking())
     counts = torch.bincount(digits.train.labels)
     assert torch.equal(torch.bincount(data.test.labels), (counts * 0.1).round().long())
 
@@ -38,10 +38,10 @@ def test_held_out_images_are_training_images_that_random_ones_do_not_share(digit
 
     assert len(data.train) + len(data.test) == len(digits.train)
     assert keys(data.train) | keys(data.test) == keys(digits.train)
-    assert not torch.equal(held_out(Context(digits, 4), 0.1).test.images, data.test.images)
+    assert not torch.equal(held_out(Context(digits, 4), Ranking()).test.images, data.test.images)
     few = digits.subset(1, torch.Generator())
-    with pytest.raises(ValueError, match="held_out is 0.1: it leaves none of the 1 images of 0"):
-        held_out(Context(few), 0.1)
+    with pytest.raises(ValueError, match="held_out is 0.1: it leaves none of the 1 training images of 0"):
+        held_out(Context(few), Ranking())
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_the_scores_are_the_formulas_and_rates_are_chosen_on_held_out_images(dig
     label, augmented = 0.25 * 0.2 - 0.75 * 0.5, 0.75 * 0.2 + 0.25 * 0.3
     assert found["label_robust"] == pytest.approx(100 * (e(label) - e(-1)) / (e(1) - e(-1)))
     assert found["augmentation_robust"] == pytest.approx(100 * (e(augmented) - e(-1)) / (e(1) - e(-1)))
-    held = len(held_out(Context(digits), 0.1).test)
+    held = len(held_out(Context(digits), RANKING).test)
     for name, size, how, given in answers:
         assert size == (held if "lr " in name else len(digits.test))
         if name in ("set: hard", "all training images"):

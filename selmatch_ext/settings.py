@@ -73,6 +73,9 @@ class Data(Checked):
     neither test nor val."""
     cache: str | None = None
     """Where the decoded images of a folder or archive are kept, so that the second start is instant."""
+    held_out: Part | None = None
+    """Share of each class's training images, drawn by the seed, that takes the place of the test images: for choosing
+    settings."""
     per_class: Count | None = None
     """Keep only this many random training images of each class."""
     zca: bool = False

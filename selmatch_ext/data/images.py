@@ -197,6 +197,22 @@ class ImageData:
         name = f"{self.name} ({len(classes)} classes)"
         return ImageData(name, only(self.train), only(self.test), names, full=self._full(kept))
 
+    def held_out(self, share: float, generator: torch.Generator) -> ImageData:
+        """`share` of the training images of each class, at least one image, becomes the test split; the others stay to
+        train on. Mean, std and whitening stay. ValueError where a class would have no image left to train on."""
+        in_test = torch.zeros(len(self.train), dtype=torch.bool)
+        for label, members in enumerate(self.members):
+            count = max(1, round(share * len(members)))
+            if count >= len(members):
+                raise ValueError(
+                    f"held_out is {share:g}: it leaves none of the {len(members)} training images of "
+                    f"{self.class_names[label]}"
+                )
+            in_test[self.sample(label, count, generator)] = True
+        kept, test = (mask.nonzero().squeeze(1) for mask in (~in_test, in_test))
+        name, full = f"{self.name} (training images)", self._full(kept)
+        return replace(self, name=name, train=self.train.take(kept), test=self.train.take(test), full=full)
+
     def _full(self, indices: Tensor) -> Full:
         """What `full` is of the data set that has the training images at `indices` only."""
         if self.full is None:

@@ -84,8 +84,11 @@ def _meant(spec: str) -> str:
 
 
 def load_data(settings: Data, seed: int) -> ImageData:
-    """The data set that the settings name, of the classes that they name, reduced and whitened as they say."""
+    """The data set that the settings name, of the classes that they name, with held-out images to test on, reduced and
+    whitened as they say."""
     data = _load(settings, seed)
+    if settings.held_out is not None:
+        data = data.held_out(settings.held_out, generator(seed, "held_out"))
     if settings.per_class is not None:
         data = data.subset(settings.per_class, generator(seed, "subset"))
     return data.whitened() if settings.zca else data

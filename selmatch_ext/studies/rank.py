@@ -98,6 +98,11 @@ def _write(
     attempt(report.plot_bars, bars, folder / "rank.png", "test accuracy (%)")
 
 
+def held_out(context: Context, settings: Ranking) -> ImageData:
+    """The data set with held-out training images to test on."""
+    return context.data.held_out(settings.held_out, context.generator("rank", "held out"))
+
+
 @dataclass
 class _Work:
     """Trains networks for the scores. rates: the learning rates that were chosen, by what they are for."""
@@ -108,7 +113,7 @@ class _Work:
 
     def __post_init__(self) -> None:
         self.rates: dict[str, float] = {}
-        self.held = replace(self.context, data=held_out(self.context, self.settings.held_out))
+        self.held = replace(self.context, data=held_out(self.context, self.settings))
 
     def on_all(self, how: Evaluation) -> Accuracy:
         everything = real_subset(self.context.data, torch.arange(len(self.context.data.train)), "all training images")
@@ -154,21 +159,3 @@ class _Work:
             raise ValueError(f"training diverges at all of ranking.rates {self.settings.rates}; try smaller ones")
         self.rates[label] = max(tried, key=lambda rate: tried[rate])
         return replace(how, training=replace(how.training, lr=self.rates[label]))
-
-
-def held_out(context: Context, share: float) -> ImageData:
-    """The training images as a data set of their own: `share` of each class, at least one image, drawn by the seed, is
-    its test split. ValueError where nothing of a class is left."""
-    data, order = context.data, context.generator("rank", "held out")
-    held, kept = [], []
-    for label, members in enumerate(data.members):
-        count = max(1, round(share * len(members)))
-        if count == len(members):
-            raise ValueError(
-                f"ranking.held_out is {share:g}: it leaves none of the {count} images of {data.class_names[label]}"
-            )
-        members = members[torch.randperm(len(members), generator=order)]
-        held.append(members[:count])
-        kept.append(members[count:])
-    train, test = (data.train.take(torch.cat(parts).sort().values) for parts in (kept, held))
-    return replace(data, name=f"{data.name} (training images)", train=train, test=test, full=None)

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Settings of run.sh, chosen on held-out training images: 10 % of CIFAR-10's take the place of the test images.
+#   IMAGES=cifar10-jpeg.tar.gz SCORES=cifar10-jpeg-cscore.npy bash bench/results/cifar10-shares/choose.sh
+# STEPS="windows …" runs a part.
+cd "$(dirname "$0")/../../.." && source bench/results/cifar10-shares/common.sh
+: "${OUT:=runs/cifar10-shares-held-out}" "${STEPS:=windows updates alpha}"
+sweep() {  # FOLDER, then options
+  # shellcheck disable=SC2046,SC2086
+  $SELMATCH sweep $common --data.held-out 0.1 --data.cache "$OUT/images" --evaluation.networks 2 $(training evaluation 100) \
+    --out "$OUT/$1" "${@:2}"
+}
+# Where the window lies (β).
+windows() {
+  local curves=(random=select)
+  for beta in 0.1 0.3 0.5 0.7; do
+    curves+=("window-$beta=select,start.select=window,start.window.beta=$beta")
+  done
+  sweep windows --shares 0.05 0.1 0.2 0.3 --curves "${curves[@]}"
+}
+for step in $STEPS; do "$step"; done
