@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Random images, windows, MTT, DATM, DM and SelMatch at 5, 10, 20 and 30 % of 10,000 images of CIFAR-10; writes sweep.json,
+# sweep.md, accuracy.png and coverage.png. A killed run continues.
+#   IMAGES=cifar10-jpeg.tar.gz SCORES=cifar10-jpeg-cscore.npy bash bench/results/cifar10-shares/run.sh
+cd "$(dirname "$0")/../../.." && source bench/results/cifar10-shares/common.sh
+: "${OUT:=runs/cifar10-shares}"
+curves=(random=select "mtt,$matching,$rates" "dm,$dm")
+# shellcheck disable=SC2046,SC2086
+$SELMATCH sweep $common --data.cache "$OUT/images" --evaluation.networks 3 $(training evaluation 150) \
+  --shares 0.05 0.1 0.2 0.3 --out "$OUT" --curves "${curves[@]}"
