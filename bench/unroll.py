@@ -320,12 +320,16 @@ def plot(result: dict, path: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for name, peaks in result["peak_mb"].items():
-        axes.plot([int(n) for n in peaks], [p["allocated"] for p in peaks.values()], marker="o", label=name)
+        shown = name.removesuffix(", IEEE float32")
+        axes.plot([int(n) for n in peaks], [p["allocated"] for p in peaks.values()], marker="o", label=shown)
     axes.set(xlabel="inner steps", ylabel="peak memory, MB", yscale="log", title="one matching step, ConvNet width 128")
+    axes.set_yticks([200, 500, 1000, 2000, 5000])
+    axes.yaxis.set_major_formatter(ticker.ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)

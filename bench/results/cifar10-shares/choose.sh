@@ -3,7 +3,7 @@
 #   IMAGES=cifar10-jpeg.tar.gz SCORES=cifar10-jpeg-cscore.npy bash bench/results/cifar10-shares/choose.sh
 # STEPS="windows …" runs a part.
 cd "$(dirname "$0")/../../.." && source bench/results/cifar10-shares/common.sh
-: "${OUT:=runs/cifar10-shares-held-out}" "${STEPS:=windows easier alpha}"
+: "${OUT:=runs/cifar10-shares-held-out}" "${STEPS:=windows alpha}"
 sweep() {  # FOLDER, then options
   # shellcheck disable=SC2046,SC2086
   $SELMATCH sweep $common --data.held-out 0.1 --data.cache "$OUT/images" --evaluation.networks 2 $(training evaluation 100) \
@@ -16,16 +16,11 @@ windows() {
     curves+=("window-$beta=select,start.select=window,start.window.beta=$beta")
   done
   sweep windows --shares 0.05 0.1 0.2 0.3 --curves "${curves[@]}"
+  sweep windows-0.8 --shares 0.05 0.1 --curves random=select window-0.8=select,start.select=window,start.window.beta=0.8
 }
-# The easiest images at small shares.
-easier() {
-  sweep windows --shares 0.05 0.1 --curves random=select window-0.8=select,start.select=window,start.window.beta=0.8 \
-    window-0.9=select,start.select=window,start.window.beta=0.9
-}
-# The share of the images that is learned (α) at 20 %.
+# The share of the images that is learned (α), at 20 % and after half of the updates.
 alpha() {
-  sweep alpha --shares 0.2 --experts.count 3 --curves \
-    "selmatch-0.2=selmatch,$matching,lr-images=4000,start.window.beta=0.7,start.alpha=0.2" \
-    "selmatch-0.6=selmatch,$matching,lr-images=4000,start.window.beta=0.7,start.alpha=0.6"
+  local curve="selmatch,$matching,iterations=125,lr-images=4000,start.window.beta=0.5"
+  sweep alpha --shares 0.2 --experts.count 3 --curves "selmatch-0.2=$curve,start.alpha=0.2" "selmatch-0.6=$curve,start.alpha=0.6"
 }
 for step in $STEPS; do "$step"; done

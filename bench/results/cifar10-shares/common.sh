@@ -11,7 +11,5 @@ common="--device cpu --data.dataset imagefolder:$IMAGES --data.per-class 1000 --
   --experts.model ConvNetW32 --experts.count 5 --experts.training.epochs 20 --start.features.model ConvNetW32
   --evaluation.model ConvNetW32 --evaluation.selected-strategy None --coverage-networks 1 $(training start.features 15)"
 # Steps of images grow with the set: an update takes a smaller share of a larger set (MTT), or divides by its size (DM).
-matching=iterations=300,inner-steps=20,expert-epochs=1,max-start-epoch=16,batch-syn=50,lr-init=0.02,keep=activations
-matching+=,snapshot-every=100
-rates=lr-images=1000:2000:4000:6000
-dm=model=ConvNetW32,iterations=200,batch-real=128,lr-images=10:20:40:60
+matching=inner-steps=20,expert-epochs=1,max-start-epoch=16,batch-syn=50,lr-init=0.02,keep=activations
+dm=dm,model=ConvNetW32,iterations=150,batch-real=128,lr-images=10:20:40:60
