@@ -91,7 +91,7 @@ def test_a_run_of_several_draws_goes_on_with_the_same_bits(tmp_path):
 
 
 def test_draws_that_nobody_makes(tmp_path):
-    with pytest.raises(ValueError, match="must be a multiple of 1, got 0"):
+    with pytest.raises(ValueError, match="must be 1 or a multiple of 1, got 0"):
         averaged(Line(), 2, tmp_path, 0)
 
 
@@ -199,6 +199,22 @@ def test_processes_that_cannot_share_the_experts(digits, experts, tmp_path):
     start.save(tmp_path / "start.safetensors")
     arguments = ["distill", "mtt", "--start.select", tmp_path / "start.safetensors", "--data.dataset", "digits"]
     short = ["--experts", experts.folder, "--max-start-epoch", "2", "--expert-epochs", "1", "--out", tmp_path]
-    done = selmatch(2, *arguments, *short)
+    done = selmatch(2, *arguments, *short, "--experts-per-iteration", "3")
     assert done.returncode != 0
-    assert "must be a multiple of 2, got 1" in done.stderr
+    assert "must be 1 or a multiple of 2, got 3" in done.stderr
+
+
+def test_a_method_of_one_loss_is_distilled_by_one_process(tmp_path):
+    """The others wait, and have the same set for the evaluation, which is divided."""
+    short = [*SHORT, "--data.dataset", "digits", "--start.ipc", "3", "--model", MODEL, "--iterations", "3"]
+    folders = {processes: tmp_path / str(processes) for processes in (1, 2)}
+    for processes, out in folders.items():
+        done = selmatch(processes, "run", "dm", *short, "--batch-real", "8", "--snapshot-every", "2", "--out", out)
+        assert done.returncode == 0, done.stderr[-2000:]
+        told = "dm: the first of the 2 processes distills, the others wait for it"
+        assert done.stdout.count(told) == processes - 1 and done.stdout.count("test accuracy") == 1
+    one, two = folders.values()
+    names = sorted(p.relative_to(one) for p in one.rglob("*"))
+    assert names == sorted(p.relative_to(two) for p in two.rglob("*"))
+    for name in ("results.json", "distilled.safetensors", "checkpoint.safetensors", "losses.csv"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name

@@ -26,6 +26,8 @@ from selmatch_ext.output import safe
 PATIENCE = timedelta(days=30)  # a rank may wait for another's whole expert
 _apart = False
 """Whether this process is within `alone`."""
+_bars = True
+"""Whether it shows progress bars."""
 
 
 def world() -> int:
@@ -90,19 +92,20 @@ def _wait(begin: Callable[[], dist.Work]) -> None:
 
 def progress(**options: Any) -> Bar:
     """A progress bar with the options of tqdm and `Bar`, shown by rank 0 alone, and not within `alone`."""
-    return Bar(**options, disable=not first() or _apart, file=safe(sys.stderr))
+    return Bar(**options, disable=not (first() and _bars), file=safe(sys.stderr))
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
+def alone(bars: bool = False) -> Iterator[None]:
     """Within, this process does all of the work itself and waits for no other, as if there were one: for a piece of
-    work that is one rank's as a whole. No progress bar is shown, since other ranks do the same meanwhile."""
-    global _apart
-    before, _apart = _apart, True
+    work that is one rank's as a whole. bars: whether to show progress, which should be off where other ranks do the
+    same meanwhile."""
+    global _apart, _bars
+    before, _apart, _bars = (_apart, _bars), True, bars and _bars
     try:
         yield
     finally:
-        _apart = before
+        _apart, _bars = before
 
 
 @contextlib.contextmanager

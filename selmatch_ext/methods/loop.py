@@ -18,6 +18,7 @@ from selmatch_ext import ranks
 from selmatch_ext.methods.base import Method
 from selmatch_ext.methods.checkpoint import Checkpoint, LoopState, Snapshots
 from selmatch_ext.methods.log import Log
+from selmatch_ext.output import say
 from selmatch_ext.precision import precision_scope
 from selmatch_ext.second_order import twice_differentiable
 from selmatch_ext.seeds import global_stream
@@ -34,9 +35,10 @@ def run_method(
     since iteration i draws from the stream (seed, method.name, i).
 
     Where the method averages several draws, each comes from its own stream, and several processes (ranks.py) share them
-    and end with the same bits as one. With settings.snapshot_every the set as it is before the first iteration, after
-    every so many and at the end goes to `folder`/snapshots/iteration_000100.safetensors and so on. Losses and learning
-    rates go to `folder`/losses.csv.
+    and end with the same bits as one. Where it does not, the first process does all of the work and the others wait.
+
+    With settings.snapshot_every the set as it is before the first iteration, after every so many and at the end goes to
+    `folder`/snapshots/iteration_000100.safetensors and so on. Losses and learning rates go to `folder`/losses.csv.
 
     made_from: what snapshots are saved with as their settings. identity: what a checkpoint must have been made from to
     be continued; None: `made_from`.
@@ -44,15 +46,36 @@ def run_method(
     Raises ValueError when the checkpoint was made from something else, or the processes cannot share the draws equally;
     FloatingPointError (after saving the last good state) when a loss or gradient is not finite or the loss exceeds
     `method.max_loss`."""
-    seed, settings, iterations = method.task.context.seed, method.settings, method.iterations
+    seed = method.task.context.seed
     known = {**(made_from if identity is None else identity), "seed": seed, "method": method.name}
     checkpoint = Checkpoint(Path(folder) / "checkpoint.safetensors", known)
     check_shares(method)
     optimizer = method.optimizer()
+    if ranks.world() == 1 or method.losses_per_iteration > 1:
+        losses = _run(method, optimizer, checkpoint, Path(folder), made_from)
+        ranks.barrier()
+        return losses
+    if ranks.first():
+        say(f"{method.name}: the first of the {ranks.world()} processes distills, the others wait for it")
+        with ranks.alone(bars=True):
+            losses = _run(method, optimizer, checkpoint, Path(folder), made_from)
+    ranks.barrier()
+    return losses if ranks.first() else checkpoint.restore(method, optimizer)
+
+
+def _run(
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    checkpoint: Checkpoint,
+    folder: Path,
+    made_from: dict[str, Any],
+) -> list[float]:
+    """The iterations that are left; returns the losses of all."""
+    settings, iterations = method.settings, method.iterations
     rates = [group["lr"] for group in optimizer.param_groups]
     losses = checkpoint.restore(method, optimizer)
-    keep = Snapshots(Path(folder) / "snapshots", settings.snapshot_every, iterations, made_from)
-    log = Log(Path(folder), method, optimizer, losses)
+    keep = Snapshots(folder / "snapshots", settings.snapshot_every, iterations, made_from)
+    log = Log(folder, method, optimizer, losses)
     log.show(keep(method, len(losses)), len(losses))
     saved_at = time.monotonic()
     good = None
@@ -75,7 +98,6 @@ def run_method(
                 saved_at = time.monotonic()
     _save(checkpoint, log, method, optimizer, losses)
     log.close()
-    ranks.barrier()
     return losses
 
 
@@ -138,11 +160,10 @@ def check_shares(method: Method) -> None:
     """ValueError where the processes cannot share the draws of an iteration equally, or the method cannot average
     several."""
     draws = method.losses_per_iteration
-    if draws < 1 or draws % ranks.world():
+    if draws < 1 or (draws > 1 and draws % ranks.world()):
         raise ValueError(
-            f"{ranks.world()} processes share the losses of an iteration, so the number of losses must be a "
-            f"multiple of {ranks.world()}, got {draws}; for MTT, DATM and SelMatch it is experts_per_iteration; "
-            "most other methods distill in one process only"
+            f"{ranks.world()} processes share the losses of an iteration, so the number of losses must be 1 or a "
+            f"multiple of {ranks.world()}, got {draws}; for MTT, DATM and SelMatch it is experts_per_iteration"
         )
     if draws > 1 and method.losses_change_state:
         raise ValueError(f"{method.name} keeps state from one loss to the next and cannot average {draws} of them")

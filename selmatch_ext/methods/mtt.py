@@ -84,8 +84,8 @@ class MTTSettings(InnerSGD, MethodSettings):
     max_loss: Positive = 100.0
     """A matching loss above this stops the run: 1 is the distance between the expert's start and target."""
     experts_per_iteration: Count = 1
-    """Experts whose losses are averaged in each iteration; several processes (torchrun) share them, so it must be a
-    multiple of their number."""
+    """Experts whose losses are averaged in each iteration; several processes (torchrun) share them, so it must be 1 or
+    a multiple of their number."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
