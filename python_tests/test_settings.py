@@ -1,7 +1,7 @@
 """Every setting has a range, and what is not in it is refused by its name before any work."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, Optional
 
 import pytest
