@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -28,6 +28,7 @@ GAP = 2  # pixels between images
 MOST_ROWS = 20  # classes shown in one picture
 MOST_CHARACTERS = 60  # of a name or title in a picture
 BLUE, ORANGE = "#1f5fa8", "#d9641e"
+PALETTE = (BLUE, ORANGE, "#2e8b57", "#8e44ad", "#b8860b", "#c0392b", "#17a2b8", "#7f8c8d")
 
 
 def image_grid(
@@ -131,7 +132,7 @@ def plot_loss(values: Sequence[float], path: str | os.PathLike, title: str | Non
         axes.yaxis.set_minor_locator(_two_and_five())
         for set_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             set_format("{x:g}")
-    axes.xaxis.set_major_locator(_whole_numbers())
+    axes.xaxis.set_major_locator(_ticks(iterations))
     _save(figure, path)
 
 
@@ -141,8 +142,7 @@ def plot_coverage(
     """Writes a panel for all, easy and hard test images: the share that each run's set covers, over iterations.
 
     results: {run: {"iterations": [...], "all": [%, ...], "easy": [...], "hard": [...]}}. A run of one iteration becomes
-    a horizontal line.
-    """
+    a horizontal line."""
     figure = _figure(11, 3.8, "constrained")
     panels = figure.subplots(1, 3)
     alone = all(len(found["iterations"]) == 1 for found in results.values())
@@ -150,12 +150,13 @@ def plot_coverage(
         axes.set(title=f"{group} test images", xlabel="" if alone else xlabel)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        for (name, found), color in zip(results.items(), _colors(len(results)), strict=True):
+        for (name, found), (color, style) in zip(results.items(), _looks(len(results)), strict=True):
+            look: dict[str, Any] = {"color": color, "label": _shown(name)}
             if len(found["iterations"]) == 1:
-                axes.axhline(found[group][0], color=color, linestyle="--", linewidth=1.5, label=_shown(name))
+                axes.axhline(found[group][0], linestyle="-.", linewidth=1.5, **look)
             else:
-                axes.plot(found["iterations"], found[group], color=color, marker="o", markersize=4, label=_shown(name))
-        axes.xaxis.set_major_locator(_whole_numbers())
+                axes.plot(found["iterations"], found[group], marker="o", markersize=4, linestyle=style, **look)
+        axes.xaxis.set_major_locator(_ticks(x for found in results.values() for x in found["iterations"]))
         axes.set_ylim(bottom=0)
         if alone:
             axes.set_xticks([])
@@ -179,7 +180,7 @@ def plot_bars(
         x = np.arange(len(groups)) + (i - (len(results) - 1) / 2) * width
         means, stds = zip(*(values[group] for group in groups), strict=True)
         bars: dict[str, Any] = {
-            "color": _colors(len(results))[i],
+            "color": _looks(len(results))[i][0],
             "ecolor": "#333333",
             "capsize": 2,
             "label": _shown(name),
@@ -199,19 +200,17 @@ def plot_curves(
     ylabel: str,
     level: tuple[str, float] | None = None,
 ) -> None:
-    """Writes a curve with error bars for each series. results: {series: {x: (mean, standard deviation)}}. Where colors
-    repeat, the lines are dashed, and then dotted; so many names are beside the plot. level: a horizontal line."""
+    """Writes a curve with error bars for each series; many names are beside the plot. level: a horizontal line.
+    results: {series: {x: (mean, standard deviation)}}."""
     figure, axes = _plot(xlabel, ylabel)
-    colors = _colors(len(results))
-    for i, (name, values) in enumerate(results.items()):
+    for (name, values), (color, style) in zip(results.items(), _looks(len(results)), strict=True):
         means, stds = zip(*values.values(), strict=True)
-        style = ("-", "--", ":")[colors[:i].count(colors[i]) % 3]
-        line: dict[str, Any] = {"color": colors[i], "marker": "o", "markersize": 5, "capsize": 3, "label": _shown(name)}
+        line: dict[str, Any] = {"color": color, "marker": "o", "markersize": 5, "capsize": 3, "label": _shown(name)}
         axes.errorbar(list(values), means, yerr=stds, linestyle=style, **line)
     if level is not None:
         axes.axhline(level[1], color="#333333", linestyle="-.", linewidth=1.5, label=_shown(level[0]))
-    axes.xaxis.set_major_locator(_whole_numbers())
-    if len(set(colors)) < len(results):
+    axes.xaxis.set_major_locator(_ticks(x for values in results.values() for x in values))
+    if len(results) > len(PALETTE):
         figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     elif len(results) + (level is not None) > 1:
         axes.legend(frameon=False)
@@ -353,10 +352,12 @@ def _figure(width: float, height: float, layout: Literal["constrained", "tight"]
     return Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout=layout)
 
 
-def _whole_numbers() -> Locator:
-    from matplotlib.ticker import MaxNLocator
+def _ticks(values: Iterable[float]) -> Locator:
+    """The values themselves where they are few, else whole numbers."""
+    from matplotlib.ticker import FixedLocator, MaxNLocator
 
-    return MaxNLocator(integer=True)
+    different = sorted(set(values))
+    return FixedLocator(different) if len(different) <= 6 else MaxNLocator(integer=True)
 
 
 def _two_and_five() -> Locator:
@@ -375,10 +376,9 @@ def _plot(xlabel: str, ylabel: str, title: str | None = None) -> tuple[Figure, A
     return figure, axes
 
 
-def _colors(count: int) -> list[str]:
-    """As many colors, told apart by hue; they repeat after eight."""
-    palette = [BLUE, ORANGE, "#2e8b57", "#8e44ad", "#b8860b", "#c0392b", "#17a2b8", "#7f8c8d"]
-    return [palette[i % len(palette)] for i in range(count)]
+def _looks(count: int) -> list[tuple[str, str]]:
+    """So many colors and styles of lines: whole lines, then dashed ones, then dotted ones, each in all colors."""
+    return [(PALETTE[i % len(PALETTE)], ("-", "--", ":")[i // len(PALETTE) % 3]) for i in range(count)]
 
 
 def _running_mean(values: np.ndarray, reach: int) -> np.ndarray:

@@ -18,9 +18,14 @@ windows() {
   sweep windows --shares 0.05 0.1 0.2 0.3 --curves "${curves[@]}"
   sweep windows-0.8 --shares 0.05 0.1 --curves random=select window-0.8=select,start.select=window,start.window.beta=0.8
 }
-# The share of the images that is learned (α), at 20 % and after half of the updates.
+# The share of the images that is learned (α), at 5 and at 20 %. Each share is a sweep: the epochs are 100 at both.
 alpha() {
-  local curve="selmatch,$matching,iterations=125,lr-images=4000,start.window.beta=0.5"
-  sweep alpha --shares 0.2 --experts.count 3 --curves "selmatch-0.2=$curve,start.alpha=0.2" "selmatch-0.6=$curve,start.alpha=0.6"
+  local curve="selmatch,$matching,iterations=125"
+  sweep alpha-5 --shares 0.05 --experts.count 3 --curves \
+    "selmatch-0.2=$curve,lr-images=1000,start.window.beta=0.7,start.alpha=0.2" \
+    "selmatch-0.6=$curve,lr-images=1000,start.window.beta=0.7,start.alpha=0.6"
+  sweep alpha-20 --shares 0.2 --experts.count 3 --curves \
+    "selmatch-0.2=$curve,lr-images=4000,start.window.beta=0.5,start.alpha=0.2" \
+    "selmatch-0.6=$curve,lr-images=4000,start.window.beta=0.5,start.alpha=0.6"
 }
 for step in $STEPS; do "$step"; done

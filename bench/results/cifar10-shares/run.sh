@@ -4,7 +4,7 @@
 #   IMAGES=cifar10-jpeg.tar.gz SCORES=cifar10-jpeg-cscore.npy bash bench/results/cifar10-shares/run.sh
 cd "$(dirname "$0")/../../.." && source bench/results/cifar10-shares/common.sh
 : "${OUT:=runs/cifar10-shares}"
-matching+=,iterations=250,snapshot-every=50,lr-images=1000:2000:4000:6000
+matching+=,iterations=200,snapshot-every=50,lr-images=1000:2000:4000:6000
 window=start.select=window,start.window.beta=0.7:0.7:0.5:0.5 # by choose.sh
 : "${CURVES:=random=select window=select,$window mtt,$matching $dm}"
 # shellcheck disable=SC2046,SC2086
