@@ -5,8 +5,10 @@
 cd "$(dirname "$0")/../../.." && source bench/results/cifar10-shares/common.sh
 : "${OUT:=runs/cifar10-shares}"
 matching+=,iterations=200,snapshot-every=50,lr-images=1000:2000:4000:6000
-window=start.select=window,start.window.beta=0.7:0.7:0.5:0.5 # by choose.sh
-: "${CURVES:=random=select window=select,$window mtt,$matching $dm}"
+window=start.select=window,start.window.beta=0.7:0.7:0.5:0.5 # β and α by choose.sh
+partly=$window,start.alpha=0.2
+: "${CURVES:=random=select window=select,$window mtt,$matching datm,$matching,first-max-start-epoch=8
+  $dm dm-window=$dm,$partly selmatch,$matching,$partly}"
 # shellcheck disable=SC2046,SC2086
 $SELMATCH sweep $common --data.cache "$OUT/images" --evaluation.networks 3 $(training evaluation 150) \
   --shares 0.05 0.1 0.2 0.3 --out "$OUT" --curves $CURVES
