@@ -1,9 +1,9 @@
 """One step of ordinary training, plain against `fast` (fused/training.py): forward, backward and the update.
 
-ConvNet of width 128 with instance and with batch norm, and ResNet18BN. In IEEE float32 also the plain network under
-torch.compile. All have the same precision: bfloat16 is torch's autocast for
-the plain network, and convolutions and activations in bfloat16 for the fast one. On a GPU the time of the launches, as
-training runs, and that of a replayed CUDA graph, which is the GPU's work alone.
+ConvNet of width 128 with instance and with batch norm, and ResNet18BN; in IEEE float32 also the plain network under
+torch.compile. All run in the same precision: bfloat16 is torch's autocast for the plain network, and convolutions and
+activations in bfloat16 for the fast one. On a GPU both the time of the launches, as training runs, and that of a
+replayed CUDA graph, which is the GPU's work alone.
 """
 
 import torch
@@ -44,7 +44,8 @@ def _step(setting, name, precision, kind, batch, side):
 
 
 def run(setting: Setting) -> dict:
-    """Seconds of a step by network and precision, plain and fast, and how many times faster fast is."""
+    """Seconds of a step by network and precision, plain, fast and compiled, and how many times faster than plain fast
+    is."""
     batch, side = setting.size((50, 32), (125, 32), (4, 8))
     cases = {}
     with threads():

@@ -85,7 +85,7 @@ def test_a_schedule_is_for_its_own_network_alone(digits, saved, scheduled, tmp_p
     capsys.readouterr()
     assert cli.main(["evaluate", str(scheduled), "--data.dataset", "digits", "--device", "cpu"]) == 0
     expected = evaluate(training_set(scheduled), Context(digits), EVALUATION)["test"]
-    assert capsys.readouterr().out == f"MLP: {expected} over 1 networks\n"  # more would be that one again
+    assert capsys.readouterr().out == f"MLP: {expected} over 1 networks, digits\n"  # more would be that one again
 
 
 def test_a_wrong_name_is_refused_before_any_training(digits, saved, tmp_path, monkeypatch):

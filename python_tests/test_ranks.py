@@ -91,7 +91,7 @@ def test_a_run_of_several_draws_goes_on_with_the_same_bits(tmp_path):
 
 
 def test_draws_that_nobody_makes(tmp_path):
-    with pytest.raises(ValueError, match="must be 1 or a multiple of 1, got 0"):
+    with pytest.raises(ValueError, match="must be 1, or a multiple of the number of processes, 1, .* got 0"):
         averaged(Line(), 2, tmp_path, 0)
 
 
@@ -201,7 +201,7 @@ def test_processes_that_cannot_share_the_experts(digits, experts, tmp_path):
     short = ["--experts", experts.folder, "--max-start-epoch", "2", "--expert-epochs", "1", "--out", tmp_path]
     done = selmatch(2, *arguments, *short, "--experts-per-iteration", "3")
     assert done.returncode != 0
-    assert "must be 1 or a multiple of 2, got 3" in done.stderr
+    assert "a multiple of the number of processes, 2, which share them; got 3" in done.stderr
 
 
 def test_a_method_of_one_loss_is_distilled_by_one_process(tmp_path):
@@ -211,10 +211,18 @@ def test_a_method_of_one_loss_is_distilled_by_one_process(tmp_path):
     for processes, out in folders.items():
         done = selmatch(processes, "run", "dm", *short, "--batch-real", "8", "--snapshot-every", "2", "--out", out)
         assert done.returncode == 0, done.stderr[-2000:]
-        told = "dm: the first of the 2 processes distills, the others wait for it"
+        told = "the first of the 2 processes distills"
         assert done.stdout.count(told) == processes - 1 and done.stdout.count("test accuracy") == 1
     one, two = folders.values()
     names = sorted(p.relative_to(one) for p in one.rglob("*"))
     assert names == sorted(p.relative_to(two) for p in two.rglob("*"))
     for name in ("results.json", "distilled.safetensors", "checkpoint.safetensors", "losses.csv"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+def test_all_processes_say_that_the_first_has_stopped(tmp_path):
+    short = [*SHORT, "--data.dataset", "digits", "--start.ipc", "2", "--model", MODEL, "--iterations", "4"]
+    done = selmatch(2, "run", "dm", *short, "--batch-real", "8", "--lr-images", "1e30", "--out", tmp_path)
+    assert done.returncode != 0 and "dm stopped at iteration" in done.stderr, done.stderr[-2000:]
+    assert "dm stopped in the first process, which says why" in done.stderr and "cannot go on alone" not in done.stderr
+    assert (tmp_path / "stopped.safetensors").exists() and not (tmp_path / "distilled.safetensors").exists()

@@ -145,7 +145,7 @@ def test_a_run_that_cannot_work_is_refused_before_work(arguments, message, tmp_p
 def test_the_wanted_number_of_processes_is_asked_before_work(tmp_path, monkeypatch):
     monkeypatch.setattr("selmatch_ext.ranks.world", lambda: 2)
     monkeypatch.setattr("selmatch_ext.training.train", lambda *rest: pytest.fail("trained for nothing"))
-    with pytest.raises(ValueError, match="2 processes share the losses .* got 3; .* it is experts_per_iteration"):
+    with pytest.raises(ValueError, match="the number of processes, 2, .* got 3 .* it is experts_per_iteration"):
         settings = replace(tiny_run().settings, experts_per_iteration=3)
         runner.run(tiny_run(settings=settings), tmp_path, CPU)
 

@@ -118,9 +118,9 @@ def settings_by_name(run: Run) -> dict[str, Any]:
 
 
 def data_of(data: Data, path: Path, seed: int) -> tuple[Data, int]:
-    """The data settings that the set in the file `path` was made with, and the seed that drew test_share and per_class,
-    where `data` does not name a data set; what else differs from the defaults in `data` counts. Else `data` and `seed`.
-    Nothing is downloaded or cached because a file says so.
+    """The data settings that the set in the file `path` was made with, and the seed that drew test_share, held_out and
+    per_class, where `data` does not name a data set; what else differs from the defaults in `data` counts. Else `data`
+    and `seed`. Nothing is downloaded or cached because a file says so.
 
     Raises ValueError where the file does not say of which data set it is."""
     if data.dataset != OF_THE_SET.dataset:

@@ -77,9 +77,10 @@ def evaluate(
     where = device_of(device)
     check_choices({"evaluation": evaluation}, where)
     subset = training_set(path)
-    result = evaluate_set(subset, _context(data, path, seed, where), evaluation, record)["test"]
+    context = _context(data, path, seed, where)
+    result = evaluate_set(subset, context, evaluation, record)["test"]
     model = evaluation.model if subset.schedule is None else subset.schedule.model
-    say(f"{model}: {result} over {len(result.values)} networks")
+    say(f"{model}: {result} over {len(result.values)} networks, {context.data.name}")
 
 
 def coverage(

@@ -91,7 +91,7 @@ def _wait(begin: Callable[[], dist.Work]) -> None:
 
 
 def progress(**options: Any) -> Bar:
-    """A progress bar with the options of tqdm and `Bar`, shown by rank 0 alone, and not within `alone`."""
+    """A progress bar with the options of tqdm and `Bar`, shown by rank 0 alone; within `alone` where it says so."""
     return Bar(**options, disable=not (first() and _bars), file=safe(sys.stderr))
 
 

@@ -153,7 +153,7 @@ def plot_coverage(
         for (name, found), (color, style) in zip(results.items(), _looks(len(results)), strict=True):
             look: dict[str, Any] = {"color": color, "label": _shown(name)}
             if len(found["iterations"]) == 1:
-                axes.axhline(found[group][0], linestyle="-.", linewidth=1.5, **look)
+                axes.axhline(found[group][0], linestyle=style if alone else "-.", linewidth=1.5, **look)
             else:
                 axes.plot(found["iterations"], found[group], marker="o", markersize=4, linestyle=style, **look)
         axes.xaxis.set_major_locator(_ticks(x for found in results.values() for x in found["iterations"]))

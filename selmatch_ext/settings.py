@@ -74,8 +74,8 @@ class Data(Checked):
     cache: str | None = None
     """Where the decoded images of a folder or archive are kept, so that the second start is instant."""
     held_out: Part | None = None
-    """Share of each class's training images, drawn by the seed, that takes the place of the test images: for choosing
-    settings."""
+    """Share of each class's training images, drawn by the seed, that takes the place of the test images, to choose
+    settings on."""
     per_class: Count | None = None
     """Keep only this many random training images of each class."""
     zca: bool = False

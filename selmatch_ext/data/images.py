@@ -205,12 +205,12 @@ class ImageData:
             count = max(1, round(share * len(members)))
             if count >= len(members):
                 raise ValueError(
-                    f"held_out is {share:g}: it leaves none of the {len(members)} training images of "
-                    f"{self.class_names[label]}"
+                    f"held_out is {share:g}, which is {count} of the {len(members)} training images of "
+                    f"{self.class_names[label]}; at least one must be left to train on"
                 )
             in_test[self.sample(label, count, generator)] = True
         kept, test = (mask.nonzero().squeeze(1) for mask in (~in_test, in_test))
-        name, full = f"{self.name} (training images)", self._full(kept)
+        name, full = f"{self.name} (held-out images)", self._full(kept)
         return replace(self, name=name, train=self.train.take(kept), test=self.train.take(test), full=full)
 
     def _full(self, indices: Tensor) -> Full:

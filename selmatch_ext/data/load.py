@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def load_data(settings: Data, seed: int) -> ImageData:
     data = _load(settings, seed)
     if settings.held_out is not None:
         data = data.held_out(settings.held_out, generator(seed, "held_out"))
+        data = replace(data, mean=None, std=None)  # of the images that are left
     if settings.per_class is not None:
         data = data.subset(settings.per_class, generator(seed, "subset"))
     return data.whitened() if settings.zca else data

@@ -260,7 +260,8 @@ class Method:
         return {}
 
     def updated(self) -> None:
-        """Called after each update of what is learned, by every process: the place to project it, or to average it."""
+        """Called after each update of what is learned, by every process that makes it: the place to project it, or to
+        average it."""
 
     def check(self) -> None:
         """Raises FloatingPointError when `learned` is no longer usable, e.g. a learning rate that is not positive."""

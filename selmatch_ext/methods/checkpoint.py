@@ -60,7 +60,7 @@ class Checkpoint:
         self.settings = json.loads(json.dumps(settings))
 
     def save(self, method: Method, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
-        """Writes the state; of several processes, which all have the same, only the first writes."""
+        """Writes the state; of several processes that have the same, only the first writes."""
         if not ranks.first():
             return
         tensors = {f"learned.{name}": t for name, t in method.learned.items()}

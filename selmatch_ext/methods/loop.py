@@ -55,20 +55,39 @@ def run_method(
         losses = _run(method, optimizer, checkpoint, Path(folder), made_from)
         ranks.barrier()
         return losses
+    return _run_by_first(method, optimizer, checkpoint, Path(folder), made_from)
+
+
+def _run_by_first(
+    method: Method, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, folder: Path, made_from: dict[str, Any]
+) -> list[float]:
+    """`_run` of the first process, whose last state the others read; all of them raise where its loss explodes."""
+    losses, problem = list[float](), ""
     if ranks.first():
-        say(f"{method.name}: the first of the {ranks.world()} processes distills, the others wait for it")
+        say(
+            f"{method.name} has one loss an iteration, so that the first of the {ranks.world()} processes distills and "
+            "the others wait (MTT, DATM and SelMatch: experts_per_iteration)"
+        )
         with ranks.alone(bars=True):
-            losses = _run(method, optimizer, checkpoint, Path(folder), made_from)
-    ranks.barrier()
-    return losses if ranks.first() else checkpoint.restore(method, optimizer)
+            try:
+                losses = _run(method, optimizer, checkpoint, folder, made_from)
+            except FloatingPointError as error:
+                problem = str(error)
+    stopped = any(flag.item() for flag in ranks.gather(torch.tensor(bool(problem))))
+    if not ranks.first():
+        losses = checkpoint.restore(method, optimizer)
+    if stopped:
+        raise FloatingPointError(problem or f"{method.name} stopped in the first process, which says why")
+    if len(losses) < method.iterations:
+        raise OSError(
+            f"process {ranks.rank()} finds {len(losses)} of {method.iterations} iterations in {checkpoint.path}; all "
+            "processes must see one file system"
+        )
+    return losses
 
 
 def _run(
-    method: Method,
-    optimizer: torch.optim.Optimizer,
-    checkpoint: Checkpoint,
-    folder: Path,
-    made_from: dict[str, Any],
+    method: Method, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, folder: Path, made_from: dict[str, Any]
 ) -> list[float]:
     """The iterations that are left; returns the losses of all."""
     settings, iterations = method.settings, method.iterations
@@ -162,8 +181,8 @@ def check_shares(method: Method) -> None:
     draws = method.losses_per_iteration
     if draws < 1 or (draws > 1 and draws % ranks.world()):
         raise ValueError(
-            f"{ranks.world()} processes share the losses of an iteration, so the number of losses must be 1 or a "
-            f"multiple of {ranks.world()}, got {draws}; for MTT, DATM and SelMatch it is experts_per_iteration"
+            f"the number of losses of an iteration must be 1, or a multiple of the number of processes, "
+            f"{ranks.world()}, which share them; got {draws} (for MTT, DATM and SelMatch it is experts_per_iteration)"
         )
     if draws > 1 and method.losses_change_state:
         raise ValueError(f"{method.name} keeps state from one loss to the next and cannot average {draws} of them")

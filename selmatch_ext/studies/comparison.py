@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from selmatch_ext import report
+from selmatch_ext import ranks, report
 from selmatch_ext.context import Context
 from selmatch_ext.data.distilled import to_train_on
 from selmatch_ext.data.load import load_data
@@ -141,6 +141,8 @@ def compare(names: Sequence[str], folder: Path, seed: int, device: torch.device)
     rows = {name: row for name, row in rows.items() if row.method in (names or known)}
     results = {name: run(row, folder / name, device, folder / "experts") for name, row in rows.items()}
     selected = _selected(folder, seed, device) if not names or SELECTION in names else {}
+    if not ranks.first():
+        return results | selected
     write_json(folder / "results.json", results | selected)
     title = f"digits, {MODEL}, test accuracy in %"
     if results:

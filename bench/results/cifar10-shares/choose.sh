@@ -2,7 +2,9 @@
 # Settings of run.sh, chosen on held-out training images: 10 % of CIFAR-10's take the place of the test images.
 #   IMAGES=cifar10-jpeg.tar.gz SCORES=cifar10-jpeg-cscore.npy bash bench/results/cifar10-shares/choose.sh
 # STEPS="windows …" runs a part.
-cd "$(dirname "$0")/../../.." && source bench/results/cifar10-shares/common.sh
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR
+source "$(dirname "$0")/common.sh"
 : "${OUT:=runs/cifar10-shares-held-out}" "${STEPS:=windows alpha}"
 sweep() {  # FOLDER, then options
   # shellcheck disable=SC2046,SC2086

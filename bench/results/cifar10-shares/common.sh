@@ -1,6 +1,5 @@
 # Settings that choose.sh and run.sh share; not run by itself. Variables: IMAGES and SCORES, the images as class folders
 # (an archive) and their C-scores; OUT; SELMATCH, the command.
-set -euo pipefail
 : "${IMAGES:=cifar10-jpeg.tar.gz}" "${SCORES:=cifar10-jpeg-cscore.npy}" "${SELMATCH:=selmatch}"
 training() {  # of a part of the settings, for a number of epochs
   echo "--$1.training.epochs $2 --$1.training.batch 64 --$1.training.lr 0.05 --$1.training.momentum 0.9

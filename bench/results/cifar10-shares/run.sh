@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Random images, windows, MTT, DATM, DM and SelMatch at 5, 10, 20 and 30 % of 10,000 images of CIFAR-10; writes sweep.json,
-# sweep.md, accuracy.png and coverage.png. A killed run continues.
+# Random images, windows, MTT, DATM, DM, DM from the window and SelMatch at 5, 10, 20 and 30 % of 10,000 images of
+# CIFAR-10; writes sweep.json, sweep.md, accuracy.png and coverage.png. A killed run continues.
 #   IMAGES=cifar10-jpeg.tar.gz SCORES=cifar10-jpeg-cscore.npy bash bench/results/cifar10-shares/run.sh
-cd "$(dirname "$0")/../../.." && source bench/results/cifar10-shares/common.sh
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR
+source "$(dirname "$0")/common.sh"
 : "${OUT:=runs/cifar10-shares}"
 matching+=,iterations=200,snapshot-every=50,lr-images=1000:2000:4000:6000
 window=start.select=window,start.window.beta=0.7:0.7:0.5:0.5 # β and α by choose.sh
