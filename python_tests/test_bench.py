@@ -20,6 +20,7 @@ from selmatch_ext.data.distilled import DistilledSet
 from selmatch_ext.data.load import load_data
 from selmatch_ext.data.trajectories import ExpertStore
 from selmatch_ext.methods import MTT, Task
+from selmatch_ext.runner import Run
 from selmatch_ext.selection.start import Kept, choose
 from selmatch_ext.settings import Data, Start
 
@@ -104,6 +105,9 @@ def test_both_loops_make_the_same_updates_for_as_long(tmp_path, monkeypatch, cap
     for mine, other in zip(ours, plain, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5)
 
+    seconds = equal_time.seconds_of_updates(run, context, experts, Kept.under(tmp_path))
+    assert seconds.keys() == {"plain", "ours"} and min(seconds.values()) > 0
+
     monkeypatch.setattr(equal_time, "seconds_of_updates", lambda *_: {"plain": 0.5, "ours": 0.2})
     paths = ["--settings", "run", "--experts", "run/experts", "--out", "out"]
     monkeypatch.chdir(tmp_path)
@@ -118,6 +122,15 @@ def test_both_loops_make_the_same_updates_for_as_long(tmp_path, monkeypatch, cap
     made = DistilledSet.load(tmp_path / "two" / "distilled.safetensors")
     snapshot = DistilledSet.load(tmp_path / "out" / "ours" / "snapshots" / "iteration_000002.safetensors")
     assert torch.equal(made.images, snapshot.images)
+
+
+def test_loops_that_would_not_make_the_same_updates_are_refused():
+    datm = Run.of("datm")
+    with pytest.raises(ValueError, match="first_max_start_epoch 10; .* where it is None"):
+        equal_time.check(datm)
+    equal_time.check(replace(datm, settings=replace(datm.settings, first_max_start_epoch=None)))
+    with pytest.raises(ValueError, match="is of the method dm; allowed are MTT"):
+        equal_time.check(Run.of("dm"))
 
 
 @pytest.mark.gpu

@@ -40,9 +40,7 @@ def test_held_out_images_are_training_images_that_random_ones_do_not_share(digit
     assert keys(data.train) | keys(data.test) == keys(digits.train)
     assert not torch.equal(held_out(Context(digits, 4), Ranking()).test.images, data.test.images)
     few = digits.subset(1, torch.Generator())
-    with pytest.raises(
-        ValueError, match="held_out is 0.1, which is 1 of the 1 training images of 0; at least"
-    ):
+    with pytest.raises(ValueError, match="held_out is 0.1, which is 1 of the 1 training images of 0; at least"):
         held_out(Context(few), Ranking())
 
 
