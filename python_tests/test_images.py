@@ -98,5 +98,6 @@ def test_held_out_images_take_the_place_of_the_test_images(digits):
     again, other = (load_data(Data("digits", held_out=0.25), seed) for seed in (3, 4))
     assert torch.equal(again.test.images, data.test.images) and not torch.equal(other.test.images, data.test.images)
     assert len(again.train) + len(again.test) == len(digits.train)
+    assert torch.equal(again.mean, pixel_statistics(again.train.images)[0]) and not torch.equal(again.mean, digits.mean)
     with pytest.raises(ValueError, match="held_out is 1.5; allowed is above 0 to below 1"):
         Data("digits", held_out=1.5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +88,9 @@ def load_data(settings: Data, seed: int) -> ImageData:
     whitened as they say."""
     data = _load(settings, seed)
     if settings.held_out is not None:
-        data = data.held_out(settings.held_out, generator(seed, "held_out"))
-        data = replace(data, mean=None, std=None)  # of the images that are left
+        part = data.held_out(settings.held_out, generator(seed, "held_out"))
+        # Without the mean and std of all: they are those of the images that are left
+        data = ImageData(part.name, part.train, part.test, part.class_names, full=part.full)
     if settings.per_class is not None:
         data = data.subset(settings.per_class, generator(seed, "subset"))
     return data.whitened() if settings.zca else data

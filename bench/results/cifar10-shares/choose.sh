@@ -5,7 +5,7 @@
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "$0")/common.sh"
-: "${OUT:=runs/cifar10-shares-held-out}" "${STEPS:=windows alpha}"
+: "${OUT:=runs/cifar10-shares-held-out}" "${STEPS:=windows alpha rates}"
 sweep() {  # FOLDER, then options
   # shellcheck disable=SC2046,SC2086
   $SELMATCH sweep $common --data.held-out 0.1 --data.cache "$OUT/images" --evaluation.networks 2 $(training evaluation 100) \
@@ -29,5 +29,16 @@ alpha() {
   sweep alpha-20 --shares 0.2 --experts.count 3 --curves \
     "selmatch-0.2=$curve,lr-images=4000,start.window.beta=0.5,start.alpha=0.2" \
     "selmatch-0.6=$curve,lr-images=4000,start.window.beta=0.5,start.alpha=0.6"
+}
+# The step size of the images, and later start epochs, at the largest share, where networks are trained with as many
+# updates as above (17 epochs).
+rates() {
+  local curve="$matching,iterations=125" window=start.select=window,start.window.beta=0.5,start.alpha=0.2 curves=()
+  for rate in 1000 300; do
+    curves+=("mtt-$rate=mtt,$curve,lr-images=$rate" "selmatch-$rate=selmatch,$curve,$window,lr-images=$rate")
+  done
+  curve=${curve/max-start-epoch=16/max-start-epoch=19},min-start-epoch=8,lr-images=1000
+  curves+=("mtt-late=mtt,$curve" "selmatch-late=selmatch,$curve,$window")
+  sweep rates --shares 0.3 --experts.count 3 --evaluation.training.epochs 17 --curves "${curves[@]}"
 }
 for step in $STEPS; do "$step"; done

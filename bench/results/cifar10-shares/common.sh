@@ -9,6 +9,6 @@ training() {  # of a part of the settings, for a number of epochs
 common="--device cpu --data.dataset imagefolder:$IMAGES --data.per-class 1000 --start.scores.source $SCORES
   --experts.model ConvNetW32 --experts.count 5 --experts.training.epochs 20 --start.features.model ConvNetW32
   --evaluation.model ConvNetW32 --evaluation.selected-strategy None --coverage-networks 1 $(training start.features 15)"
-# Steps of images grow with the set: an update takes a smaller share of a larger set (MTT), or divides by its size (DM).
 matching=inner-steps=20,expert-epochs=1,max-start-epoch=16,batch-syn=50,lr-init=0.02,keep=activations
+# The gradient of DM's loss with respect to an image divides by the size of the set.
 dm=dm,model=ConvNetW32,iterations=150,batch-real=128,lr-images=10:20:40:60
