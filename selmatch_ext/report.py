@@ -139,7 +139,7 @@ def plot_loss(values: Sequence[float], path: str | os.PathLike, title: str | Non
 def plot_coverage(
     results: Mapping[str, Mapping[str, Sequence[float]]], path: str | os.PathLike, xlabel: str = "iteration"
 ) -> None:
-    """Writes a panel for all, easy and hard test images: the share that each run's set covers, over iterations.
+    """Writes three panels, for all, the easy and the hard test images: the share that each set covers, over iterations.
 
     results: {run: {"iterations": [...], "all": [%, ...], "easy": [...], "hard": [...]}}. A run of one iteration becomes
     a horizontal line."""
@@ -300,7 +300,7 @@ def _mosaic(pixels: np.ndarray, rows: list[list[int]]) -> np.ndarray:
 def _write_mosaic(
     blocks: list[np.ndarray], names: list[str] | None, titles: Sequence[str] | None, path: str | os.PathLike
 ) -> None:
-    """Blocks beside each other, pixel for pixel, with the rows' names on the left and titles above."""
+    """Writes grids of images beside each other, unscaled. names: of the rows, on the left; titles: above the grids."""
     names = None if names is None else [_shown(name) for name in names]
     titles = None if titles is None else [_shown(title) for title in titles]
     between, margin, top = 24, 10, 34 if titles else 10

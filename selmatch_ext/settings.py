@@ -140,7 +140,7 @@ class Experts(Checked):
 
 @dataclass(frozen=True)
 class Scores(Checked):
-    """Difficulty of each training image."""
+    """How difficult each training image is: the kind of score, and the networks whose training gives it."""
 
     source: str = "forgetting"
     """forgetting, el2n, grand, aum (of all epochs), or least-confidence, entropy, margin (after the last one), computed
@@ -308,7 +308,7 @@ class Search(Checked):
 
 @dataclass(frozen=True)
 class StartParts(Checked):
-    """What the starts of several runs have in common: a start without its choice, size and learned share."""
+    """The settings of `Start` that all curves of a sweep share; each curve and share sets select, ipc and alpha."""
 
     window: Window = Window()
     scores: Scores = Scores()

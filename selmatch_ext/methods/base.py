@@ -69,8 +69,8 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Task:
-    """What every method is given: the set to begin with, the real data, normalized in the same way, and expert
-    trajectories, if there are any.
+    """What a method works with: `start`, the set that it begins with; `context`, with the real images, which are
+    normalized as those of the set are; and `experts`, expert trajectories where it needs them.
 
     dtype: of images and networks. Everything that is drawn outside the loop's generator comes from streams of the
     context's seed."""

@@ -99,7 +99,8 @@ def _write(
 
 
 def held_out(context: Context, settings: Ranking) -> ImageData:
-    """The data set with held-out training images to test on."""
+    """The data set without its test images: settings.held_out of the training images of each class, drawn by the seed,
+    take their place."""
     return context.data.held_out(settings.held_out, context.generator("rank", "held out"))
 
 
