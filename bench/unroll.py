@@ -8,7 +8,8 @@ precision on both sides: IEEE float32, TF32 (on a GPU) or bfloat16 (torch's auto
 engine is called through `UnrolledSGD`, which keeps what it read of the network, and its CUDA graphs, between calls.
 
 The rate of an inner step is that of the fused engine's convolutions as direct sums: 11 of the size of a forward
-convolution (10 where their results are kept), 7 for the first layer; its share is of the peak in that precision.
+convolution (10 where their results are kept, 9 where all is), 7 for the first layer; its share is of the peak in that
+precision.
 
 Peak memory on the CPU is measured in a fresh process for each number: the highest resident size (VmHWM) minus the
 resident size (VmRSS) after everything is imported and built and before the step. On a GPU it is what torch's allocator
@@ -44,6 +45,7 @@ KINDS = {
     "autograd": {"engine": "autograd"},
     FUSED: {"engine": "fused"},
     "fused, keep": {"engine": "fused", "keep": "activations"},
+    "fused, keep all": {"engine": "fused", "keep": "all"},
     "TESLA": {"engine": "fused", "gradient": "tesla"},
     "fused, CUDA graphs": {"engine": "fused", "cuda_graphs": True},
     "fused, keep, CUDA graphs": {"engine": "fused", "keep": "activations", "cuda_graphs": True},
@@ -69,7 +71,7 @@ def runs(setting: Setting) -> list[tuple[str, str]]:
     """(kind, precision) of everything that is timed."""
     found = []
     for precision in precisions(setting):
-        kinds = [FULL, FUSED, "fused, keep"]
+        kinds = [FULL, FUSED, "fused, keep", "fused, keep all"]
         kinds += ["fused, CUDA graphs", "fused, keep, CUDA graphs"] * setting.gpu
         found += [(kind, precision) for kind in kinds + ["autograd", "TESLA"] * (precision == "float32")]
     return found
@@ -172,7 +174,7 @@ def _peak(setting, network, kind, precision, steps):
 def _memory(setting):
     """By run and number of steps."""
     few, many = setting.size((4, 32), (4, 55), (1, 2))
-    cases = [(kind, "float32") for kind in (FULL, FUSED, "fused, keep")]
+    cases = [(kind, "float32") for kind in (FULL, FUSED, "fused, keep", "fused, keep all")]
     if setting.gpu:
         cases = [case for case in runs(setting) if case[0] not in ("autograd", "TESLA")]
     elif setting.quick:
@@ -187,7 +189,7 @@ def _memory(setting):
 def step_flops(setting: Setting, kind: str) -> int:
     """Of the fused engine's convolutions in one inner step, as direct sums."""
     first, *others = layers(*setting.size((128, 3), (128, 3), (8, 2)), side_of(setting))
-    times = 10 if "keep" in kind else 11
+    times = 9 if "keep all" in kind else 10 if "keep" in kind else 11
     batch = batch_of(setting)
     return 7 * forward_flops(batch, first) + times * sum(forward_flops(batch, layer) for layer in others)
 

@@ -9,6 +9,7 @@ from reference import unrolled_sgd_full_graph
 from test_unroll import CLASSES, Problem, assert_near, network
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import selmatch_ext as sm
 from selmatch_ext import models
@@ -44,6 +45,28 @@ def test_odd_sides_and_channels(size, channels):
     assert_near(problem.gradients(unrolled_sgd, engine="fused", keep="activations"), expected, 1e-10)
 
 
+class CountConvolutions(TorchDispatchMode):
+    """How many images pass the convolutions of more than three channels, forward or in either gradient."""
+
+    images = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function is torch.ops.aten.convolution.default and arguments[1].shape[1] > 3:
+            self.images += len(arguments[0])
+        if function is torch.ops.aten.convolution_backward.default and arguments[2].shape[1] > 3:
+            self.images += len(arguments[0]) * sum(arguments[-1])
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("keep, passes", [("nothing", 11), ("activations", 10), ("all", 9)])
+def test_what_a_step_costs(keep, passes):
+    problem = Problem(network("ConvNetD2W8"))
+    problem.gradients(unrolled_sgd, keep=keep)  # reads the network
+    with CountConvolutions() as counted:
+        problem.gradients(unrolled_sgd, keep=keep)
+    assert counted.images == passes * sum(map(len, problem.batches))
+
+
 @pytest.mark.parametrize("norm", ["IN", "BN", "GN", "LN", "NN"])
 def test_float32_is_as_near_to_float64_as_the_full_graph(norm):
     """Twice the full graph's distance at most, Winograd's convolutions included (width 32). Of the gradients that are
@@ -62,7 +85,7 @@ def test_bfloat16_points_the_same_way():
     exact = Problem(network("ConvNetD2W32", 16), size=16, lr=(0.01,) * 3)
     rounded = Problem(network("ConvNetD2W32", 16), torch.float32, size=16, lr=(0.01,) * 3)
     expected = exact.gradients(unrolled_sgd_full_graph)["images"].flatten()
-    for keep in ("nothing", "activations"):
+    for keep in ("nothing", "activations", "all"):
         found = rounded.gradients(unrolled_sgd, engine="fused", precision="bfloat16", keep=keep)["images"].flatten()
         assert F.cosine_similarity(found.double(), expected, dim=0) > 0.99
         assert (found - expected).norm() > 1e-4 * expected.norm()
@@ -230,7 +253,7 @@ def test_sums_with_the_images_and_harmless_operations_in_place(function):
     torch.manual_seed(0)
     problem = Problem(Small(function) if function else FlatImages(None))
     expected = problem.gradients(unrolled_sgd_full_graph)
-    for keep in ("nothing", "activations"):
+    for keep in ("nothing", "activations", "all"):
         assert_near(problem.gradients(unrolled_sgd, engine="fused", keep=keep), expected, 1e-10)
 
 

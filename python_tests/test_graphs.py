@@ -90,7 +90,13 @@ NETWORKS = {
     "sums": Functional,
     "MLP": lambda: network("MLP"),
 }
-OPTIONS = [{}, {"keep": "activations"}, {"gradient": "tesla"}, {"precision": "bfloat16", "keep": "activations"}]
+OPTIONS = [
+    {},
+    {"keep": "activations"},
+    {"keep": "all"},
+    {"gradient": "tesla"},
+    {"precision": "bfloat16", "keep": "activations"},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -106,7 +112,7 @@ def test_the_same_bits(make, options, recorder):
     assert (fake.warm, len(fake.recorded), fake.replays) == (4, 4, 8)
 
 
-@pytest.mark.parametrize("keep", ["nothing", "activations"])
+@pytest.mark.parametrize("keep", ["nothing", "activations", "all"])
 def test_a_last_smaller_batch_and_integer_labels(keep, recorder):
     """The last batch occurs once and never becomes a graph."""
     problem = problem_of(network("ConvNetD2W8"), soft=False, count=4)
@@ -154,7 +160,7 @@ def test_without_gradients(recorder):
 def test_results_are_the_callers(parameters, images, labels):
     """Every result of steps that take turns in what is wanted and kept, once all are done; the layout of what was."""
     problem = problem_of(network("ConvNetD2W8"))
-    turns = (Wanted(parameters, images, labels), True), (Wanted(not parameters, not images, not labels), False)
+    turns = (Wanted(parameters, images, labels), "all"), (Wanted(not parameters, not images, not labels), "nothing")
     plan = UnrollPlan([], None, None, "activations", "exact", "float32")
     plain, choice = sgd._choose(problem.model, problem.start, problem.images, plan, "fused")
     inputs = [t.detach() for t in (problem.start, problem.images, problem.labels)]
@@ -171,7 +177,7 @@ def test_results_are_the_callers(parameters, images, labels):
         assert torch.equal(gradient, expected[0])
         for a, b in zip(kept, expected[1], strict=True):
             assert (a is None) == (b is None)
-            assert a is None or torch.equal(a, b) and a.stride() == b.stride()
+            assert all(torch.equal(s, t) and s.stride() == t.stride() for s, t in zip(a or (), b or (), strict=True))
         for name, value in vars(derivative).items():
             other = getattr(expected[2], name)
             assert (value is None) == (other is None) and (value is None or torch.equal(value, other)), name

@@ -234,7 +234,7 @@ NETWORKS = {
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 def test_networks_equal_the_full_graph(make):
     torch.manual_seed(0)
-    check(Problem(make(), lr=(0.01,) * 3), ("nothing", "activations"))
+    check(Problem(make(), lr=(0.01,) * 3), ("nothing", "activations", "all"))
 
 
 def check(problem, keeps):

@@ -140,7 +140,7 @@ def test_same_bits_twice_and_only_what_is_asked_for():
 
 def test_second_backward_and_rates_as_numbers():
     problem = Problem(network("ConvNetD2W8"))
-    for keep in ("nothing", "activations"):
+    for keep in ("nothing", "activations", "all"):
         arguments = problem.model, problem.start, problem.images, problem.labels, problem.batches
         theta = unrolled_sgd(*arguments, 0.1, keep=keep)
         loss = (theta - problem.target).square().sum()
@@ -189,7 +189,7 @@ class Odd(nn.Module):
         return self.scaled(self.dropout(torch.tanh(self.again(torch.tanh(self.mix(x))))))
 
 
-@pytest.mark.parametrize("keep", ["nothing", "activations"])
+@pytest.mark.parametrize("keep", ["nothing", "activations", "all"])
 def test_odd_module(keep):
     problem = Problem(Odd())
     assert problem.start.numel() == sum(p.numel() for p in problem.model.parameters())
@@ -205,7 +205,7 @@ def test_odd_module(keep):
     assert gradient.norm() > 0  # the loss moves with it through the distance only
 
 
-@pytest.mark.parametrize("keep", ["nothing", "activations"])
+@pytest.mark.parametrize("keep", ["nothing", "activations", "all"])
 def test_second_backward_sees_the_same_dropout(keep):
     problem = Problem(Odd())
     arguments = problem.model, problem.start, problem.images, problem.labels, problem.batches, problem.lr

@@ -30,7 +30,7 @@ def optimizer(momentum=(0.9, 0.3, 0.7), weight_decay=(0.02, 0.1, 0.05), dtype=to
 def assert_exact(problem, options, tolerance=1e-9, **more):
     """The gradients with respect to images, labels, rates, momentum, weight decay and start."""
     expected = problem.gradients(unrolled_sgd_full_graph, **options)
-    for keep in ("nothing", "activations"):
+    for keep in ("nothing", "activations", "all"):
         assert_near(problem.gradients(unrolled_sgd, **options, keep=keep, **more), expected, tolerance)
 
 
@@ -110,7 +110,7 @@ def test_dropout_is_repeated():
 def test_lower_precision(engine, precision, least):
     expected = Problem(network("ConvNetD2W32", size=16), size=16).gradients(unrolled_sgd, **optimizer())
     problem = Problem(network("ConvNetD2W32", size=16), torch.float32, size=16)
-    for keep in ("nothing", "activations"):
+    for keep in ("nothing", "activations", "all"):
         options = optimizer(dtype=torch.float32) | {"keep": keep, "engine": engine, "precision": precision}
         for name, gradient in problem.gradients(unrolled_sgd, **options).items():
             assert gradient.dtype == torch.float32

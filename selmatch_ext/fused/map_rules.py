@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selmatch_ext.fused.dual import Dual
-from selmatch_ext.fused.rules import DualGradients, Duals, Gradients, LinearPooling, Parameters, channels_last
+from selmatch_ext.fused.rules import DualGradients, Duals, Gradients, Known, LinearPooling, Parameters, channels_last
 
 aten = torch.ops.aten
 
@@ -43,7 +43,7 @@ class MaxPool:
         return (self._back(g, *saved),), {}
 
     def dual_forward(
-        self, p: Parameters, t: Parameters, inputs: Duals, kept: Tensor | None
+        self, p: Parameters, t: Parameters, inputs: Duals, kept: Known | None
     ) -> tuple[Dual, tuple[Tensor, Tensor]]:
         (x,) = inputs
         y, saved = self.forward(p, (x.value,))
@@ -139,7 +139,7 @@ class Elementwise:
     def backward(self, p: Parameters, x: Tensor, g: Tensor, need_x: bool) -> tuple[Gradients, Parameters]:
         return (self._first(g, x),), {}
 
-    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Tensor | None) -> tuple[Dual, Dual]:
+    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Known | None) -> tuple[Dual, Dual]:
         (x,) = inputs
         y, _ = self.forward(p, (x.value,))
         return Dual(y, self._first(x.whole_tangent(), x.value)), x
@@ -170,7 +170,7 @@ class Multiply:
         a, b = saved
         return (_summed(g * b, a), _summed(g * a, b)), {}
 
-    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Tensor | None) -> tuple[Dual, Duals]:
+    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Known | None) -> tuple[Dual, Duals]:
         a, b = inputs
         return Dual(a.value * b.value, a.whole_tangent() * b.value + a.value * b.whole_tangent()), inputs
 
@@ -201,7 +201,7 @@ class Concatenate:
     def backward(self, p: Parameters, saved: list, g: Tensor, need_x: bool) -> tuple[Gradients, Parameters]:
         return tuple(_split(g, saved)), {}
 
-    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Tensor | None) -> tuple[Dual, list]:
+    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Known | None) -> tuple[Dual, list]:
         values = tuple(x.value for x in inputs)
         return Dual(torch.cat(values, 1), torch.cat([x.whole_tangent() for x in inputs], 1)), _parts(values)
 

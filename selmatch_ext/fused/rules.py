@@ -32,6 +32,8 @@ Parameters = dict[str, Tensor]
 Gradients = tuple[Tensor | None, ...]
 Duals = tuple[Dual, ...]
 DualGradients = tuple[Dual | None, ...]
+Known = tuple[Tensor, Tensor | None]
+"""Of an operation in an earlier pass: its result, and the gradient of its input where that is known."""
 
 
 class Rule(Protocol):
@@ -48,8 +50,8 @@ class Rule(Protocol):
     def backward(self, p: Parameters, saved: Any, g: Tensor, need_x: bool) -> tuple[Gradients, Parameters]:
         """(gradients of the inputs, gradients of the parameters)."""
 
-    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Tensor | None) -> tuple[Dual, Any]:
-        """(result and tangent, what `dual_backward` needs). kept: the result, where an earlier pass kept it."""
+    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Known | None) -> tuple[Dual, Any]:
+        """(result and tangent, what `dual_backward` needs). kept: what an earlier pass kept."""
 
     def dual_backward(
         self, p: Parameters, t: Parameters, saved: Any, g: Dual, need_x: bool, need_p: bool
@@ -91,35 +93,36 @@ class Conv:
         back, gradient = self._gradients(g, x, p[self.weight], need_x)
         return (back,), {self.weight: gradient, **self._bias_gradient(p, g)}
 
-    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Tensor | None) -> tuple[Dual, Dual]:
-        """kept: the convolution of x.value, where it is known."""
+    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Known | None) -> tuple[Dual, tuple]:
         (x,) = inputs
+        result, known = kept or (None, None)
         if x.tangent is None:
             x = Dual(channels_last(x.value), None)
         weight, bias = p[self.weight], self._bias(p, x.value)
         moved = self._convolve(x.value, t[self.weight], self._bias(t, x.value))
-        if kept is None and bias is None and x.has_both(value_first=True):
+        if result is None and bias is None and x.has_both(value_first=True):
             value, tangent = self._convolve(x.both(value_first=True), weight, None).chunk(2)
-            return Dual(value, tangent, moved), x
-        value = self._convolve(x.value, weight, bias) if kept is None else kept
+            return Dual(value, tangent, moved), (x, known)
+        value = self._convolve(x.value, weight, bias) if result is None else result
         if x.tangent is None:
-            return Dual(value, moved), x
-        return Dual(value, self._convolve(x.whole_tangent(), weight, None), moved), x
+            return Dual(value, moved), (x, known)
+        return Dual(value, self._convolve(x.whole_tangent(), weight, None), moved), (x, known)
 
     def dual_backward(
-        self, p: Parameters, t: Parameters, x: Dual, g: Dual, need_x: bool, need_p: bool
+        self, p: Parameters, t: Parameters, saved: tuple, g: Dual, need_x: bool, need_p: bool
     ) -> tuple[DualGradients, Parameters]:
-        weight = p[self.weight]
-        if x.tangent is None:  # the images: only the tangent of their gradient is asked for
-            back, gradient = self._gradients(g.whole_tangent(), x.value, weight, need_x, need_p)
-        else:
-            pair = g.both(value_first=False), x.both(value_first=True)
-            back, gradient = self._gradients(*pair, weight, need_x, need_p)
+        x, known = saved
+        weight, of_images = p[self.weight], x.tangent is None  # of their gradient only the tangent is asked for
+        pair = (g.whole_tangent(), x.value) if of_images else (g.both(value_first=False), x.both(value_first=True))
+        back, gradient = self._gradients(*pair, weight, need_x and known is None, need_p)
         gradients = {self.weight: gradient, **self._bias_gradient(p, g.whole_tangent())} if need_p else {}
         if not need_x:
             return (None,), gradients
         more = self._gradients(g.value, x.value, t[self.weight], True, False)[0]
-        return (Dual(None, back, more) if x.tangent is None else Dual.backward(back, more),), gradients
+        if known is not None:
+            back = self._gradients(g.whole_tangent(), x.value, weight, True, False)[0]
+            return (Dual(known, back, more),), gradients
+        return (Dual(None, back, more) if of_images else Dual.backward(back, more),), gradients
 
     def _bias(self, p: Parameters, like: Tensor) -> Tensor | None:
         return None if self.bias is None or self.canceled else p[self.bias].to(like.dtype)
@@ -192,7 +195,7 @@ class Block:
         gz, *gradients = block_backward(_four(g), z, stats, *self._pick(p), self.kind)
         return (gz.flatten(1) if g.dim() == 2 else gz,), self._named(gradients)
 
-    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Tensor | None) -> tuple[Dual, tuple]:
+    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Known | None) -> tuple[Dual, tuple]:
         (x,) = inputs
         z = _four_each(x.parts())
         both, stats = block_dual_forward(z, self._pick(p), self._pick(t), self.kind)
@@ -239,7 +242,7 @@ class Linear:
             gradients[self.bias] = g.sum(0)
         return (g @ p[self.weight] if need_x else None,), gradients
 
-    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Tensor | None) -> tuple[Dual, Dual]:
+    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Known | None) -> tuple[Dual, Dual]:
         (x,) = inputs
         x = x.map(lambda v: v.to(p[self.weight].dtype))
         moved = F.linear(x.value, t[self.weight], self._bias(t))
@@ -278,7 +281,7 @@ class Flatten:
     def backward(self, p: Parameters, saved: tuple, g: Tensor, need_x: bool) -> tuple[Gradients, Parameters]:
         return (self._back(g, saved),), {}
 
-    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Tensor | None) -> tuple[Dual, tuple]:
+    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Known | None) -> tuple[Dual, tuple]:
         (x,) = inputs
         return x.map(lambda v: v.flatten(1)), (x.value.shape[1:], x.value.dtype)
 
@@ -310,7 +313,7 @@ class LinearPooling:
     def backward(self, p: Parameters, x: Tensor, g: Tensor, need_x: bool) -> tuple[Gradients, Parameters]:
         return (self._back(g, x),), {}
 
-    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Tensor | None) -> tuple[Dual, Tensor]:
+    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Known | None) -> tuple[Dual, Tensor]:
         (x,) = inputs
         return x.map(self._pool), x.value
 
@@ -353,7 +356,7 @@ class Add:
     def backward(self, p: Parameters, saved: None, g: Tensor, need_x: bool) -> tuple[Gradients, Parameters]:
         return (g, g), {}
 
-    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Tensor | None) -> tuple[Dual, None]:
+    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Known | None) -> tuple[Dual, None]:
         return inputs[0] + inputs[1], None
 
     def dual_backward(

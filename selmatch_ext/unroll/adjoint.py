@@ -49,9 +49,9 @@ class Derivative:
 class Stepper(Protocol):
     """An engine: one step's gradient, and the derivative of that gradient along a direction."""
 
-    def gradient(self, theta: Tensor, x: Tensor, y: Tensor, wanted: Wanted | None, keep: bool) -> tuple[Tensor, Any]:
+    def gradient(self, theta: Tensor, x: Tensor, y: Tensor, wanted: Wanted | None, keep: str) -> tuple[Tensor, Any]:
         """((P,) gradient of the mean cross-entropy at theta, what `derivative` needs of this step beside its inputs).
-        wanted: what `derivative` will be asked for, None if it will not be called; keep: keep activations for it."""
+        wanted: what `derivative` will be asked for, None if it will not be called; keep: as `unrolled_sgd` has it."""
 
     def derivative(
         self, theta: Tensor, x: Tensor, y: Tensor, kept: Any, direction: Tensor, wanted: Wanted
@@ -197,10 +197,8 @@ def _forward(job: _Job, inputs: Inputs) -> Tensor:
     theta = inputs.start.detach()
     for i in range(len(plan.batches)):
         x, y = _batch(plan, i, inputs.images.detach(), inputs.labels.detach())
-        keep = needed and plan.keep == "activations"
-        gradient, kept = stepper.gradient(
-            theta, x, y, wanted_of_step(plan.gradient, i, tape.needs) if needed else None, keep
-        )
+        wanted = wanted_of_step(plan.gradient, i, tape.needs) if needed else None
+        gradient, kept = stepper.gradient(theta, x, y, wanted, plan.keep if needed else "nothing")
         if needed:
             tape.thetas.append(theta)
             tape.kept.append(kept)

@@ -14,7 +14,7 @@ from selmatch_ext.ops.dsa import Augmentation
 from selmatch_ext.unroll.tesla import GRADIENTS
 
 ENGINES = ("auto", "fused", "autograd")
-KEEP = ("nothing", "activations")
+KEEP = ("nothing", "activations", "all")
 PRECISION = ("float32", "tf32", "bfloat16")
 
 

@@ -46,18 +46,19 @@ class AutogradStepper:
         self.fingerprint = _Fingerprint()
 
     def gradient(
-        self, theta: Tensor, x: Tensor, y: Tensor, wanted: Wanted | None, keep: bool
+        self, theta: Tensor, x: Tensor, y: Tensor, wanted: Wanted | None, keep: str
     ) -> tuple[Tensor, _Step | None]:
         if wanted is not None:
             self.last_state = self.model.state(self.last_state)
-        if keep:
+        kept = keep != "nothing"
+        if kept:
             self.model.renew_buffers()
         with twice_differentiable():
-            graph = self._run(theta, x, y, wanted if keep else None)
+            graph = self._run(theta, x, y, wanted if kept else None)
         gradient = flatten(graph.gradients).detach()
         if wanted is None or self.last_state is None:
             return gradient, None
-        return gradient, _Step(self.last_state, self.fingerprint(gradient), graph if keep else None)
+        return gradient, _Step(self.last_state, self.fingerprint(gradient), graph if kept else None)
 
     def derivative(
         self, theta: Tensor, x: Tensor, y: Tensor, kept: _Step, direction: Tensor, wanted: Wanted

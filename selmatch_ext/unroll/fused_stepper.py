@@ -12,7 +12,7 @@ from torch import Tensor
 
 from selmatch_ext.fused.dual import Dual
 from selmatch_ext.fused.operations import Operation
-from selmatch_ext.fused.rules import Conv, Linear, Parameters
+from selmatch_ext.fused.rules import Conv, Known, Linear, Parameters
 from selmatch_ext.modules.private import PrivateModel
 from selmatch_ext.ops.conv3x3 import FEW
 from selmatch_ext.unroll.adjoint import Derivative, check_logits
@@ -21,7 +21,7 @@ from selmatch_ext.unroll.tesla import Wanted
 
 class FusedStepper:
     """A `Stepper` for a network that fused/reader.py has read. model: the copy that it was read from. What is kept of a
-    step are the results of its convolutions."""
+    step are the results of its convolutions and, where all is kept, the gradients of their inputs."""
 
     def __init__(self, model: PrivateModel, operations: list[Operation], precision: str):
         self.model, self.operations, self.precision = model, operations, precision
@@ -40,14 +40,15 @@ class FusedStepper:
         like, images = (torch.zeros(size, dtype=dtype, device=self.model.device) for size in (self.parameters, shape))
         return check_logits(self._run(self._named(like), self._images(images))[0][-1], images)
 
-    def gradient(self, theta: Tensor, x: Tensor, y: Tensor, wanted: Wanted | None, keep: bool) -> tuple[Tensor, Any]:
+    def gradient(self, theta: Tensor, x: Tensor, y: Tensor, wanted: Wanted | None, keep: str) -> tuple[Tensor, Any]:
         p = self._named(theta)
         values, saved = self._run(p, self._images(x))
         logits = values[-1].to(theta.dtype)
         check_logits(logits, x)
-        gradients = self._run_back(p, saved, self._shares_and_gradient(logits, y)[1])
-        kept = [v if self._is_kept(operation) else None for operation, v in zip(self.operations, values, strict=True)]
-        return self._flat(gradients, theta), kept if keep else None
+        both = zip(self.operations, values, strict=True)
+        kept: list[Known | None] = [(v, None) if self._is_kept(operation) else None for operation, v in both]
+        gradients = self._run_back(p, saved, self._shares_and_gradient(logits, y)[1], kept if keep == "all" else None)
+        return self._flat(gradients, theta), None if keep == "nothing" else kept
 
     def derivative(
         self, theta: Tensor, x: Tensor, y: Tensor, kept: Any, direction: Tensor, wanted: Wanted
@@ -74,7 +75,7 @@ class FusedStepper:
         return None
 
     def _is_kept(self, operation: Operation) -> bool:
-        """The results of convolutions, but for those of a few channels, such as the images': they are quick to redo,
+        """What belongs to convolutions, but for those of a few channels, such as the images': they are quick to redo,
         and large (in a ConvNet three quarters of it all)."""
         return isinstance(operation.rule, Conv) and self.shapes[operation.rule.weight][1] > FEW
 
@@ -118,13 +119,16 @@ class FusedStepper:
             saved.append(keep)
         return values, saved
 
-    def _run_back(self, p: Parameters, saved: list, g: Tensor) -> Parameters:
+    def _run_back(self, p: Parameters, saved: list, g: Tensor, kept: list[Known | None] | None) -> Parameters:
+        """The gradients of the parameters. kept: gets the gradient of the input beside each result that it has."""
         cotangents = {len(self.operations) - 1: g}
         gradients: Parameters = {}
         for i in reversed(range(len(self.operations))):
             operation, g = self.operations[i], cotangents.pop(i)
             backs, found = operation.rule.backward(p, saved[i], g, max(operation.inputs) >= 0)
             saved[i] = None
+            if kept is not None and (known := kept[i]) is not None:
+                kept[i] = known[0], backs[0]
             _accumulate(gradients, found)
             for j, back in zip(operation.inputs, backs, strict=True):
                 if j >= 0 and back is not None:

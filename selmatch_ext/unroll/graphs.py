@@ -33,7 +33,7 @@ class GraphedStepper:
         self.stepper, self.recorder = stepper, recorder
         self.graphs: dict[tuple, tuple | None] = {}  # (replay, results, inputs) of a key; None: warmed up
 
-    def gradient(self, theta: Tensor, x: Tensor, y: Tensor, wanted: Wanted | None, keep: bool) -> tuple[Tensor, Any]:
+    def gradient(self, theta: Tensor, x: Tensor, y: Tensor, wanted: Wanted | None, keep: str) -> tuple[Tensor, Any]:
         function = functools.partial(self.stepper.gradient, wanted=wanted, keep=keep)
         return self._run(("gradient", wanted, keep), function, (theta, x, y))
 
