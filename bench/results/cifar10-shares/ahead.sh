@@ -7,10 +7,10 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "$0")/common.sh"
 : "${OUT:=runs/cifar10-shares-ahead}"
-plain=selmatch,$matching,lr-images=1000,start.alpha=0.2,start.window.beta=0.7
-: "${CURVES:=window=select,start.select=window,start.window.beta=0.7 selmatch=$plain,iterations=200
-  labels=$plain,iterations=200,labels=learned momentum=$plain,iterations=200,inner-momentum=0.5,lr-init=0.01
-  average=$plain,iterations=200,ema=0.95 experts=$plain,iterations=100,experts-per-iteration=2}"
+plain=selmatch,$matching,lr-images=1000,start.alpha=0.2,start.window.beta=0.7,iterations=200
+slower=${plain/lr-init=0.02/lr-init=0.01} shorter=${plain%200}100
+: "${CURVES:=window=select,start.select=window,start.window.beta=0.7 selmatch=$plain labels=$plain,labels=learned
+  momentum=$slower,inner-momentum=0.5 average=$plain,ema=0.95 experts=$shorter,experts-per-iteration=2}"
 # shellcheck disable=SC2046,SC2086
 $SELMATCH sweep $common --data.held-out 0.1 --data.cache "$OUT/images" --experts.count 3 --evaluation.networks 3 \
   $(training evaluation 150) --shares 0.05 --out "$OUT" --curves $CURVES
