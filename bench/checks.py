@@ -56,7 +56,7 @@ class EngineCase:
 
 
 VARIANTS = ({}, {"keep": "activations"}, {"gradient": "tesla"}, {"soft": True}, {"augmented": True})
-ALL_AT_ONCE = {"keep": "activations", "soft": True, "augmented": True}
+ALL_AT_ONCE = {"keep": "all", "soft": True, "augmented": True}
 
 
 def engine_cases(gpu: bool) -> list[EngineCase]:
