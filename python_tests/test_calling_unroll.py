@@ -217,7 +217,7 @@ def test_buffers_and_parameters_of_all_kinds():
     problem = Problem(Odd())
     problem.model.wave = problem.model.wave.to(torch.complex128)
     expected = problem.gradients(unrolled_sgd_full_graph)
-    for keep in ("nothing", "activations"):
+    for keep in ("nothing", "activations", "all"):
         found = problem.gradients(unrolled_sgd, keep=keep)
         assert_all_close(found.values(), expected.values())
 

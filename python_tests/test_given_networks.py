@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_the_module_itself_is_computed(make, reason):
     expected = gradients(seeded(make), unrolled_sgd_full_graph)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    for keep in ("nothing", "activations"):
+    for keep in ("nothing", "activations", "all"):
         # A rounded gradient is a sum of rounded parts, which may come in another order.
         assert_same(gradients(seeded(make), unrolled_sgd, keep=keep), expected, 0.02 if make is Rounded else 1e-9)
         assert torch.equal(states[0], torch.get_rng_state())

@@ -244,7 +244,7 @@ def in_a_tuple():
 
 
 @pytest.mark.parametrize("make", [in_a_list, in_an_object, in_a_function, in_a_partial_function])
-@pytest.mark.parametrize("keep", ["nothing", "activations"])
+@pytest.mark.parametrize("keep", ["nothing", "activations", "all"])
 def test_a_parameter_is_the_same_in_all_its_places(make, keep):
     expected = gradients(seeded(Base), unrolled_sgd_full_graph)
     assert_same(gradients(seeded(make), unrolled_sgd, keep=keep), expected)

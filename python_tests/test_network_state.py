@@ -279,7 +279,7 @@ KINDS += [SubmoduleAtFirst, OfTheClass, OfAnotherClass, VariableOfAFunction, Def
 @pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
 def test_repeated_steps_have_the_state_that_they_had(make):
     expected = gradients(seeded(make), unrolled_sgd_full_graph)
-    for keep in ("nothing", "activations"):
+    for keep in ("nothing", "activations", "all"):
         assert_same(gradients(seeded(make), unrolled_sgd, engine="autograd", keep=keep), expected)
 
 

@@ -42,7 +42,7 @@ def step(name, precision="float32", tesla=False):
         theta, direction = (torch.empty(size, device="cuda") for _ in range(2))
         x, y = torch.empty(BATCH, 3, 32, 32, device="cuda"), torch.zeros(BATCH, dtype=torch.int64, device="cuda")
         counter.count.clear()
-        stepper.gradient(theta, x, y, wanted, False)
+        stepper.gradient(theta, x, y, wanted, "nothing")
         stepper.derivative(theta, x, y, None, direction, wanted)
     return counter.count
 

@@ -29,7 +29,7 @@ class NotCheckpointed(Base):
         return self.norm(F.silu(self.second(h)))
 
 
-@pytest.mark.parametrize("keep", ["nothing", "activations"])
+@pytest.mark.parametrize("keep", ["nothing", "activations", "all"])
 def test_checkpoints_inside_see_the_parameters_of_their_step(keep):
     expected = gradients(seeded(NotCheckpointed), unrolled_sgd_full_graph)
     assert_same(gradients(seeded(Checkpointed), unrolled_sgd, keep=keep), expected)

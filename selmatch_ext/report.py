@@ -200,8 +200,8 @@ def plot_curves(
     ylabel: str,
     level: tuple[str, float] | None = None,
 ) -> None:
-    """Writes a curve with error bars for each series; more than five names are beside the plot. level: a horizontal
-    line. results: {series: {x: (mean, standard deviation)}}."""
+    """Writes a curve with error bars for each series; many names are beside the plot. level: a horizontal line.
+    results: {series: {x: (mean, standard deviation)}}."""
     figure, axes = _plot(xlabel, ylabel)
     for (name, values), (color, style) in zip(results.items(), _looks(len(results)), strict=True):
         means, stds = zip(*values.values(), strict=True)
@@ -210,7 +210,7 @@ def plot_curves(
     if level is not None:
         axes.axhline(level[1], color="#333333", linestyle="-.", linewidth=1.5, label=_shown(level[0]))
     axes.xaxis.set_major_locator(_ticks(x for values in results.values() for x in values))
-    if len(results) > 5:
+    if len(results) > 5:  # so many names would cover the curves
         figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     elif len(results) + (level is not None) > 1:
         axes.legend(frameon=False)

@@ -113,9 +113,12 @@ class Conv:
     ) -> tuple[DualGradients, Parameters]:
         x, known = saved
         weight, of_images = p[self.weight], x.tangent is None  # of their gradient only the tangent is asked for
-        pair = (g.whole_tangent(), x.value) if of_images else (g.both(value_first=False), x.both(value_first=True))
-        back, gradient = self._gradients(*pair, weight, need_x and known is None, need_p)
-        gradients = {self.weight: gradient, **self._bias_gradient(p, g.whole_tangent())} if need_p else {}
+        back: Any = None
+        gradients: Parameters = {}
+        if need_p or (need_x and known is None):
+            pair = (g.whole_tangent(), x.value) if of_images else (g.both(value_first=False), x.both(value_first=True))
+            back, gradient = self._gradients(*pair, weight, need_x and known is None, need_p)
+            gradients = {self.weight: gradient, **self._bias_gradient(p, g.whole_tangent())} if need_p else {}
         if not need_x:
             return (None,), gradients
         more = self._gradients(g.value, x.value, t[self.weight], True, False)[0]

@@ -76,8 +76,8 @@ class MTTSettings(InnerSGD, MethodSettings):
     engine: Literal["auto", "fused", "autograd"] = "auto"
     """fused is faster and runs networks of known operations; autograd runs any; auto: fused where it can."""
     keep: Literal["nothing", "activations", "all"] = "nothing"
-    """activations is faster, and its memory grows with inner_steps; all is a little faster still, with twice as much of
-    it."""
+    """activations is faster, and its memory grows with inner_steps; all is a little faster still and takes
+    about twice that memory."""
     precision: Precision = "float32"
     """tf32 (GPU only): TF32 in convolutions and matrix products; bfloat16: convolutions and activations in bfloat16."""
     cuda_graphs: bool | None = None
