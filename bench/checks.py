@@ -51,11 +51,8 @@ class EngineCase:
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         parts = [self.norm, dtype if self.precision == "float32" else self.precision]
-        parts += [
-            word
-            for word, on in ((f"keep {self.keep}", self.keep != "nothing"), ("tesla", self.gradient == "tesla"))
-            if on
-        ]
+        parts += [f"keep {self.keep}"] * (self.keep != "nothing")
+        parts += ["tesla"] * (self.gradient == "tesla")
         return " ".join(parts + [word for word in ("soft", "augmented", "graphs") if getattr(self, word)])
 
 

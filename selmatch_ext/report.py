@@ -345,15 +345,15 @@ def _text_width(text: str, size: int) -> int:
 
 
 def _figure(width: float, height: float, layout: Literal["constrained", "tight"] | None = None) -> Figure:
-    """An empty figure of that many inches. matplotlib is imported here, as the command line, which imports this file,
-    draws only at the end: the import takes a third as long as torch's."""
+    """An empty figure; width and height in inches."""
+    # Imported here, because the import is slow and the command line, which loads this file at once, draws at the end.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout=layout)
 
 
 def _ticks(values: Iterable[float]) -> Locator:
-    """The values themselves where they are few, else whole numbers."""
+    """Where an axis has its ticks: at the values themselves where six or fewer differ, else at whole numbers."""
     from matplotlib.ticker import FixedLocator, MaxNLocator
 
     different = sorted(set(values))

@@ -115,9 +115,10 @@ class Conv:
         weight, of_images = p[self.weight], x.tangent is None  # of their gradient only the tangent is asked for
         back: Any = None
         gradients: Parameters = {}
-        if need_p or (need_x and known is None):
+        unknown = need_x and known is None
+        if need_p or unknown:
             pair = (g.whole_tangent(), x.value) if of_images else (g.both(value_first=False), x.both(value_first=True))
-            back, gradient = self._gradients(*pair, weight, need_x and known is None, need_p)
+            back, gradient = self._gradients(*pair, weight, unknown, need_p)
             gradients = {self.weight: gradient, **self._bias_gradient(p, g.whole_tangent())} if need_p else {}
         if not need_x:
             return (None,), gradients
@@ -300,8 +301,9 @@ class Flatten:
 
 
 class LinearPooling:
-    """Pooling that is linear: `_pool` maps x, and `_back` is its adjoint for the shape of x, so that tangents pass
-    through the same two."""
+    """Base of pooling that is a linear function of the map. A subclass gives `_pool`, the function, and `_back`, which
+    takes the gradient of its result to that of x. The tangent of a linear function is the function of the tangent, so
+    both also serve the dual passes."""
 
     def _pool(self, x: Tensor) -> Tensor:
         raise NotImplementedError

@@ -69,8 +69,8 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Task:
-    """What a method works with: `start`, the set that it begins with; `context`, with the real images, which are
-    normalized as those of the set are; and `experts`, expert trajectories where it needs them.
+    """What a method works with. start: the set that it begins with. context: the real images, normalized in the same
+    way, the seed and the device. experts: expert trajectories, for a method that needs them.
 
     dtype: of images and networks. Everything that is drawn outside the loop's generator comes from streams of the
     context's seed."""

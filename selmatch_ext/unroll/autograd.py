@@ -36,8 +36,8 @@ class _Step:
 
 
 class AutogradStepper:
-    """A `Stepper` for any module. A step is repeated for its derivative, with the random numbers, buffers and Python
-    attributes that it had, unless its graph is kept."""
+    """A `Stepper` for any module, by torch's autograd. The derivative of a step needs the step's graph: where that was
+    not kept, the step runs a second time, with the random numbers, buffers and Python attributes of the first."""
 
     def __init__(self, model: PrivateModel, plan: UnrollPlan):
         self.model, self.plan = model, plan
