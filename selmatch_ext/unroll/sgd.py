@@ -281,8 +281,8 @@ def _choose(
 
 
 def _graphed(stepper: Stepper, choice: Engine, device: torch.device) -> GraphedStepper:
-    """`stepper`, replayed from CUDA graphs. ValueError for autograd's engine, whose steps may draw random numbers that a
-    replay would repeat; and where `device` is not a GPU."""
+    """`stepper`, replayed from CUDA graphs. ValueError for autograd's engine, whose steps may draw random numbers that
+    a replay would repeat; and where `device` is not a GPU."""
     if not isinstance(stepper, FusedStepper):
         raise ValueError(f"cuda_graphs=True needs the fused engine, this call runs on {choice}")
     if device.type != "cuda":
