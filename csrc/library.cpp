@@ -21,6 +21,11 @@ TORCH_LIBRARY(selmatch_ext, m) {
       "bool student_wanted, bool start_wanted, bool target_wanted) -> Tensor[]");
   // 3 x 3, stride 1, padding 1; transposed: of the gradient of the result, with the same weight
   m.def("conv3x3(Tensor x, Tensor weight, Tensor? bias, bool transposed) -> Tensor");
+  // the batch of y and its tangent, along the direction x_t (None: 0), weight_t and bias_t: y first, transposed the
+  // tangent first; of the tangent alone without `value`
+  m.def(
+      "conv3x3_dual(Tensor x, Tensor? x_t, Tensor weight, Tensor weight_t, Tensor? bias, Tensor? bias_t, "
+      "bool transposed, bool value) -> Tensor");
   m.def("conv3x3_weight_gradient(Tensor x, Tensor g) -> Tensor");
   // norm + activation + pooling; the integers are those of block/block.h. stats: (rows, 2, channels), dual 4
   const std::string kind = "int norm, int groups, float eps, int activation, float slope, int pool)";

@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <type_traits>
+#include <utility>
 
 #include "conv3x3/conv3x3.h"
 #include "cpu_levels.h"

@@ -42,7 +42,7 @@ struct Conv3x3Surroundings {
 
 template <typename T, int kChannels>
 struct Conv3x3FewForward {
-  using Products = Conv3x3Loops<T>;
+  using Products = Conv3x3Products<T>;
   static constexpr int kPixels = 24;  // done together: their results stay in the first cache
   static constexpr int kBias = 9 * kChannels, kLength = kBias + 1;  // of the matrix: the last row is the bias
 
@@ -50,41 +50,68 @@ struct Conv3x3FewForward {
   const CpuParallel parallel;
   const int outputs = call.outputs;
   const int64_t pixels = call.batch * call.height * call.width;
-  const Conv3x3Surroundings<T, kChannels> around{call.x, call.height, call.width};
-  Memory<T> matrix{static_cast<int64_t>(kLength) * outputs, T(0)};  // (kLength, outputs)
+  const int64_t size = static_cast<int64_t>(kLength) * outputs;
+  Memory<T> matrices{2 * size, T(0)};  // (2, kLength, outputs), the second of weight_t
 
-  void fill_matrix() {
+  void fill_matrix(const T* weight, const T* bias, T* matrix) {
     for (int k = 0; k < outputs; ++k) {
       for (int c = 0; c < kChannels; ++c) {
         for (int j = 0; j < 9; ++j) {
-          matrix[(j * kChannels + c) * outputs + k] = call.weight[(k * kChannels + c) * 9 + j];
+          matrix[(j * kChannels + c) * outputs + k] = weight[(k * kChannels + c) * 9 + j];
         }
       }
     }
-    if (call.bias != nullptr) {
-      std::copy_n(call.bias, outputs, matrix + static_cast<int64_t>(kBias) * outputs);
+    if (bias != nullptr) {
+      std::copy_n(bias, outputs, matrix + static_cast<int64_t>(kBias) * outputs);
     }
   }
 
   void blocks(int64_t begin, int64_t end) {
-    Memory<T> surroundings{static_cast<int64_t>(kPixels) * kLength, T(1)};  // of which the last column stays
+    // Of which the last columns, the biases' factors, stay.
+    Memory<T> around{static_cast<int64_t>(kPixels) * kLength, T(1)},
+        around_t{static_cast<int64_t>(kPixels) * kLength, T(0)};
     Memory<T> rest{static_cast<int64_t>(kPixels) * outputs};
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kPixels, count = std::min<int64_t>(kPixels, pixels - first);
-      around.gather(first, count, kLength, surroundings);
-      T *y = call.y + first * outputs, *to = count == kPixels ? y : rest;
-      for (int column = 0; column < outputs; column += Products::kColumns) {
-        Products::template multiply<false>({surroundings, kLength, 1}, kPixels, matrix + column, outputs, kLength,
-                                           to + column, outputs);
+      gather(call.x, first, count, around);
+      if (call.y != nullptr) {
+        products(around, matrices, nullptr, count, rest, call.y + first * outputs);
       }
-      if (to != y) {
-        std::copy_n(to, count * outputs, y);
+      if (call.y_t != nullptr) {
+        const T* more = nullptr;
+        if (call.x_t != nullptr) {
+          gather(call.x_t, first, count, around_t);
+          more = around_t;
+        }
+        products(around, matrices + size, more, count, rest, call.y_t + first * outputs);
       }
     }
   }
 
+  void gather(const T* x, int64_t first, int64_t count, T* to) const {
+    Conv3x3Surroundings<T, kChannels>{x, call.height, call.width}.gather(first, count, kLength, to);
+  }
+
+  // around matrix + more (the first matrix) into y
+  void products(const T* around, const T* matrix, const T* more, int64_t count, T* rest, T* y) const {
+    T* to = count == kPixels ? y : rest;
+    for (int column = 0; column < outputs; column += Products::kColumns) {
+      Products::multiply({around, kLength, 1}, kPixels, matrix + column, outputs, kLength, to + column, outputs, false);
+      if (more != nullptr) {
+        Products::multiply({more, kLength, 1}, kPixels, matrices + column, outputs, kLength, to + column, outputs,
+                           true);
+      }
+    }
+    if (to != y) {
+      std::copy_n(to, count * outputs, y);
+    }
+  }
+
   void run() {
-    fill_matrix();
+    fill_matrix(call.weight, call.bias, matrices);
+    if (call.y_t != nullptr) {
+      fill_matrix(call.weight_t, call.bias_t, matrices + size);
+    }
     Products::template over<&Conv3x3FewForward::blocks>(*this, parallel, (pixels + kPixels - 1) / kPixels);
   }
 };
@@ -92,8 +119,8 @@ struct Conv3x3FewForward {
 // The gradient of the weight: the product of the transposed surroundings and g.
 template <typename T, int kChannels>
 struct Conv3x3FewGradient {
-  using Products = Conv3x3Loops<T>;
-  static constexpr int kPixels = 48;  // done together
+  using Products = Conv3x3Products<T>;
+  static constexpr int kPixels = 32;  // done together
   static constexpr int kLength = (9 * kChannels + Products::kFewRows - 1) / Products::kFewRows * Products::kFewRows;
 
   const Conv3x3GradientCall<T>& call;
@@ -103,7 +130,7 @@ struct Conv3x3FewGradient {
   // Shares of the images are added in order: the same bits for any number of threads, and sums that are not too long.
   const int64_t shares = std::min<int64_t>(call.batch, 16);
   const Conv3x3Surroundings<T, kChannels> around{call.x, call.height, call.width};
-  Memory<T> sums{shares * kLength * outputs, T(0)};  // (shares, kLength, outputs)
+  Memory<T> sums{shares * kLength * outputs, T(0)};  // (shares, outputs / kColumns, kLength, kColumns)
 
   void pieces(int64_t begin, int64_t end) {
     Memory<T> surroundings{static_cast<int64_t>(kPixels) * kLength, T(0)};
@@ -115,8 +142,8 @@ struct Conv3x3FewGradient {
         around.gather(first, count, kLength, surroundings);
         prefetch(call.g + (first + count) * outputs, std::min<int64_t>(kPixels, last - first - count) * outputs);
         for (int column = 0; column < outputs; column += Products::kColumns) {
-          Products::template multiply<true>({surroundings, 1, kLength}, kLength, call.g + first * outputs + column,
-                                            outputs, count, sum + column, outputs);
+          Products::multiply({surroundings, 1, kLength}, kLength, call.g + first * outputs + column, outputs, count,
+                             sum + column * kLength, Products::kColumns, true);
         }
       }
     }
@@ -129,7 +156,8 @@ struct Conv3x3FewGradient {
         for (int j = 0; j < 9; ++j) {
           T total = 0;
           for (int64_t share = 0; share < shares; ++share) {
-            total += sums[(share * kLength + j * kChannels + c) * outputs + k];
+            const int64_t panel = share * outputs / Products::kColumns + k / Products::kColumns;
+            total += sums[(panel * kLength + j * kChannels + c) * Products::kColumns + k % Products::kColumns];
           }
           call.weight[(k * kChannels + c) * 9 + j] = total;
         }
@@ -141,7 +169,7 @@ struct Conv3x3FewGradient {
 // The gradient of the input, the transposed convolution, which has kOutputs results a pixel.
 template <typename T, int kOutputs>
 struct Conv3x3FewInputGradient {
-  using Products = Conv3x3Loops<T>;
+  using Products = Conv3x3Products<T>;
   static constexpr int kFewRows = Products::kFewRows, kColumns = Products::kColumns;
   static constexpr int kPixels = 64;                                                   // done together
   static constexpr int kLength = (9 * kOutputs + kColumns - 1) / kColumns * kColumns;  // what a pixel gives
@@ -150,13 +178,14 @@ struct Conv3x3FewInputGradient {
   const CpuParallel parallel;
   const int channels = call.channels;
   const int64_t size = static_cast<int64_t>(call.height) * call.width;
-  Memory<T> matrix{static_cast<int64_t>(channels) * kLength, T(0)};  // (channels, kLength)
+  const int64_t matrix_size = static_cast<int64_t>(channels) * kLength;
+  Memory<T> matrices{2 * matrix_size, T(0)};  // (2, channels, kLength), the second of weight_t
 
-  void fill_matrix() {
+  void fill_matrix(const T* weight, T* matrix) {
     for (int c = 0; c < channels; ++c) {
       for (int k = 0; k < kOutputs; ++k) {
         for (int j = 0; j < 9; ++j) {
-          matrix[c * kLength + j * kOutputs + k] = call.weight[(c * kOutputs + k) * 9 + j];
+          matrix[c * kLength + j * kOutputs + k] = weight[(c * kOutputs + k) * 9 + j];
         }
       }
     }
@@ -167,29 +196,39 @@ struct Conv3x3FewInputGradient {
     Memory<T> rest{static_cast<int64_t>(kPixels) * channels, T(0)};
     Memory<T> given{static_cast<int64_t>(kPixels) * kLength};
     for (int64_t n = begin; n < end; ++n) {
-      const T* x = call.x + n * size * channels;
-      T* y = call.y + n * size * kOutputs;
-      for (int64_t i = 0; i < size * kOutputs; ++i) {
-        y[i] = call.bias == nullptr ? T(0) : call.bias[i % kOutputs];
+      if (call.y != nullptr) {
+        image(n, call.x, matrices, nullptr, call.bias, call.y, rest, given);
       }
-      for (int64_t first = 0; first < size; first += kPixels) {
-        const int64_t count = std::min<int64_t>(kPixels, size - first);
-        products(x + first * channels, count, rest, given);
-        add(given, first, count, y);
+      if (call.y_t != nullptr) {
+        image(n, call.x, matrices + matrix_size, call.x_t, call.bias_t, call.y_t, rest, given);
       }
     }
   }
 
-  void products(const T* x, int64_t count, T* rest, T* given) const {
-    const int64_t left = call.x + call.batch * size * channels - x;
-    prefetch(x + count * channels, std::min<int64_t>(kPixels * channels, left - count * channels));
-    if (count % kFewRows != 0) {
-      x = std::copy_n(x, count * channels, rest) - count * channels;
+  // What image n of x gives by `matrix`, and that of x_t, unless it is null, by the first matrix.
+  void image(int64_t n, const T* x, const T* matrix, const T* x_t, const T* bias, T* result, T* rest, T* given) const {
+    T* y = result + n * size * kOutputs;
+    for (int64_t i = 0; i < size * kOutputs; ++i) {
+      y[i] = bias == nullptr ? T(0) : bias[i % kOutputs];
     }
+    for (int64_t first = 0; first < size; first += kPixels) {
+      const int64_t count = std::min<int64_t>(kPixels, size - first), at = (n * size + first) * channels;
+      products(x, at, count, matrix, rest, given, false);
+      if (x_t != nullptr) {
+        products(x_t, at, count, matrices, rest, given, true);
+      }
+      add(given, first, count, y);
+    }
+  }
+
+  // Of `count` pixels, the first of which is at x[at].
+  void products(const T* x, int64_t at, int64_t count, const T* matrix, T* rest, T* given, bool add) const {
+    const int64_t left = call.batch * size * channels - at, used = count * channels;
+    prefetch(x + at + used, std::min<int64_t>(kPixels * channels, left - used));
+    const T* pixels = count % kFewRows == 0 ? x + at : std::copy_n(x + at, used, rest) - used;
     const int64_t rows = (count + kFewRows - 1) / kFewRows * kFewRows;
     for (int column = 0; column < kLength; column += kColumns) {
-      Products::template multiply<false>({x, channels, 1}, rows, matrix + column, kLength, channels, given + column,
-                                         kLength);
+      Products::multiply({pixels, channels, 1}, rows, matrix + column, kLength, channels, given + column, kLength, add);
     }
   }
 
@@ -215,7 +254,10 @@ struct Conv3x3FewInputGradient {
   }
 
   void run() {
-    fill_matrix();
+    fill_matrix(call.weight, matrices);
+    if (call.y_t != nullptr) {
+      fill_matrix(call.weight_t, matrices + matrix_size);
+    }
     Products::template over<&Conv3x3FewInputGradient::images>(*this, parallel, call.batch);
   }
 };

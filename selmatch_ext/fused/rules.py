@@ -26,7 +26,14 @@ from selmatch_ext.ops.block import (
     block_dual_forward,
     block_forward,
 )
-from selmatch_ext.ops.conv3x3 import FEW, conv3x3, conv3x3_input_gradient, conv3x3_suits, conv3x3_weight_gradient
+from selmatch_ext.ops.conv3x3 import (
+    FEW,
+    conv3x3,
+    conv3x3_dual,
+    conv3x3_input_gradient,
+    conv3x3_suits,
+    conv3x3_weight_gradient,
+)
 
 Parameters = dict[str, Tensor]
 Gradients = tuple[Tensor | None, ...]
@@ -99,6 +106,12 @@ class Conv:
         if x.tangent is None:
             x = Dual(channels_last(x.value), None)
         weight, bias = p[self.weight], self._bias(p, x.value)
+        if self.by_conv3x3(weight):
+            tangent = None if x.tangent is None else x.whole_tangent()
+            both = conv3x3_dual(
+                x.value, tangent, weight, t[self.weight], bias, self._bias(t, x.value), value=result is None
+            )
+            return (Dual.forward(both) if result is None else Dual(result, both)), (x, known)
         moved = self._convolve(x.value, t[self.weight], self._bias(t, x.value))
         if result is None and bias is None and x.has_both(value_first=True):
             value, tangent = self._convolve(x.both(value_first=True), weight, None).chunk(2)
@@ -113,20 +126,26 @@ class Conv:
     ) -> tuple[DualGradients, Parameters]:
         x, known = saved
         weight, of_images = p[self.weight], x.tangent is None  # of their gradient only the tangent is asked for
+        ours, unknown = self.by_conv3x3(weight), need_x and known is None
         back: Any = None
         gradients: Parameters = {}
-        unknown = need_x and known is None
-        if need_p or unknown:
+        if need_p or (unknown and not ours):
             pair = (g.whole_tangent(), x.value) if of_images else (g.both(value_first=False), x.both(value_first=True))
-            back, gradient = self._gradients(*pair, weight, unknown, need_p)
+            back, gradient = self._gradients(*pair, weight, unknown and not ours, need_p)
             gradients = {self.weight: gradient, **self._bias_gradient(p, g.whole_tangent())} if need_p else {}
         if not need_x:
             return (None,), gradients
-        more = self._gradients(g.value, x.value, t[self.weight], True, False)[0]
-        if known is not None:
-            back = self._gradients(g.whole_tangent(), x.value, weight, True, False)[0]
+        more = None
+        if ours:
+            value = unknown and not of_images
+            back = conv3x3_dual(g.value, g.whole_tangent(), weight, t[self.weight], transposed=True, value=value)
+        else:
+            more = self._gradients(g.value, x.value, t[self.weight], True, False)[0]
+            if known is not None:
+                back = self._gradients(g.whole_tangent(), x.value, weight, True, False)[0]
+        if of_images or known is not None:
             return (Dual(known, back, more),), gradients
-        return (Dual(None, back, more) if of_images else Dual.backward(back, more),), gradients
+        return (Dual.backward(back, more),), gradients
 
     def _bias(self, p: Parameters, like: Tensor) -> Tensor | None:
         return None if self.bias is None or self.canceled else p[self.bias].to(like.dtype)

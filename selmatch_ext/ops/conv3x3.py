@@ -1,5 +1,5 @@
-"""3 x 3 convolution with stride 1 and padding 1 on the CPU, by Winograd's minimal filtering (arXiv 1509.09308): 16
-products where the direct sum takes 36. For an input of 1 to 4 channels, as images have, by matrix products."""
+"""3 x 3 convolution with stride 1 and padding 1 on the CPU, by Winograd's minimal filtering (arXiv 1509.09308): 36
+products where the direct sum takes 144. For an input of 1 to 4 channels, as images have, by matrix products."""
 
 from typing import Any
 
@@ -30,6 +30,25 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def conv3x3_input_gradient(g: Tensor, weight: Tensor) -> Tensor:
     """The gradient (B, C, H, W) of x from that of the result, g (B, K, H, W)."""
     return torch.ops.selmatch_ext.conv3x3(g, weight, None, True)
+
+
+def conv3x3_dual(
+    x: Tensor,
+    x_t: Tensor | None,
+    weight: Tensor,
+    weight_t: Tensor,
+    bias: Tensor | None = None,
+    bias_t: Tensor | None = None,
+    *,
+    transposed: bool = False,
+    value: bool = True,
+) -> Tensor:
+    """The convolution y of `conv3x3` and its tangent along the direction (x_t, weight_t, bias_t), convolution(x_t,
+    weight) + convolution(x, weight_t) + bias_t, in one batch (2B, K, H, W), y first. x_t like x, None: 0.
+
+    transposed: of `conv3x3_input_gradient`; x is then the gradient of the result, and the tangent comes first. value:
+    whether y is asked for; the result is the tangent alone (B, K, H, W) where it is not. Not differentiable."""
+    return torch.ops.selmatch_ext.conv3x3_dual(x, x_t, weight, weight_t, bias, bias_t, transposed, value)
 
 
 def conv3x3_weight_gradient(x: Tensor, g: Tensor) -> Tensor:
