@@ -8,7 +8,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <new>
+
+#include "step_memory.h"
 
 namespace selmatch {
 
@@ -16,15 +17,14 @@ namespace selmatch {
 template <typename T>
 class Memory {
  public:
-  explicit Memory(int64_t count) : data_(static_cast<T*>(::operator new(count * sizeof(T), kAlign))) {}
+  explicit Memory(int64_t count) : data_(static_cast<T*>(StepMemory::get().take(count * sizeof(T)))) {}
   Memory(int64_t count, T value) : Memory(count) { std::fill_n(data_, count, value); }
-  ~Memory() { ::operator delete(data_, kAlign); }
+  ~Memory() { StepMemory::get().give(data_); }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
   operator T*() const { return data_; }
 
  private:
-  static constexpr std::align_val_t kAlign{64};
   T* data_;
 };
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu_levels.h"
+#include "step_memory.h"
 
 TORCH_LIBRARY(selmatch_ext, m) {
   // mode: 0 the affine map, 1 its linear part, 2 the transpose of the linear part
@@ -92,4 +93,8 @@ PYBIND11_MODULE(_C, m) {
       "build_info", &build_info,
       "What this extension was built with: version, torch, cuda (None without), archs; and cpu_capability, the vector\n"
       "instructions that the CPU loops use: baseline, avx2 or avx512.");
+  m.def(
+      "begin_steps", [] { selmatch::StepMemory::get().begin(); },
+      "From now on, until end_steps, large results on the CPU are written to memory that earlier ones have left.");
+  m.def("end_steps", [] { selmatch::StepMemory::get().end(); });
 }

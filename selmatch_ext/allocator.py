@@ -1,4 +1,4 @@
-"""Whether memory that is freed stays with the process (glibc).
+"""What becomes of CPU memory that is freed: whether the next step uses it, or the system gets it back.
 
 By default glibc returns each freed block of some megabytes to the system, and the next result of that size gets fresh
 pages, which the system first has to clear. On a CPU that is a considerable part of a training or matching step.
@@ -6,9 +6,13 @@ pages, which the system first has to clear. On a CPU that is a considerable part
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping
+
+from selmatch_ext import _C
 
 _MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # malloc.h
 _VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
@@ -25,6 +29,26 @@ def keep_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # no such function: not glibc
         return False
     return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+
+
+@contextlib.contextmanager
+def reused_memory() -> Iterator[None]:
+    """Within, the large results of this package's operations on the CPU, such as convolutions, are written to memory
+    that earlier results have left (csrc/step_memory.h). At the end what is left goes back to the system, so that a
+    program that calls us holds no more than before. Scopes may lie in one another and in several threads."""
+    _C.begin_steps()
+    try:
+        yield
+    finally:
+        _C.end_steps()
+
+
+class HeldMemory:
+    """A scope of `reused_memory` that lasts as long as the object."""
+
+    def __init__(self) -> None:
+        _C.begin_steps()
+        weakref.finalize(self, _C.end_steps)
 
 
 def is_chosen(environment: Mapping[str, str]) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selmatch_ext.allocator import reused_memory
 from selmatch_ext.context import Context
 from selmatch_ext.data.soft_labels import Regression
 from selmatch_ext.fused.training import fast
@@ -82,7 +83,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, epoch)
         model.train()
-        with global_stream(generator, device), using(threads):
+        with global_stream(generator, device), using(threads), reused_memory():
             order = torch.randperm(len(labels), generator=generator).split(settings.batch)[:batches]
             tables = [augmenter(indices, generator) for indices in order]
             for indices, p in zip(*steps_to_device(order, tables, device), strict=True):

@@ -12,6 +12,7 @@
 
 #include "block/block.h"
 #include "checks_torch.h"
+#include "step_memory_torch.h"
 
 namespace selmatch {
 
@@ -77,7 +78,7 @@ class BlockChecks {
 
   // One or two images' worth of memory for each image of z, pooled or not.
   at::Tensor empty_images(int64_t count, bool is_pooled) const {
-    return at::empty_symint(image_sizes(count, is_pooled), z_.options().memory_format(at::MemoryFormat::ChannelsLast));
+    return empty_result(image_sizes(count, is_pooled), z_.options().memory_format(at::MemoryFormat::ChannelsLast));
   }
   at::Tensor empty_stats(int64_t count) const { return at::empty_symint(stats_sizes(count), wide_options()); }
 

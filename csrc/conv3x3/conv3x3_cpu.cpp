@@ -7,6 +7,7 @@
 #include "checks_torch.h"
 #include "conv3x3/conv3x3.h"
 #include "cpu_torch.h"
+#include "step_memory_torch.h"
 
 namespace selmatch {
 namespace {
@@ -46,7 +47,7 @@ std::vector<c10::SymInt> check_convolution(const at::Tensor& x, const at::Tensor
 }
 
 at::Tensor images_like(const at::Tensor& x, const std::vector<c10::SymInt>& shape) {
-  return at::empty_symint(shape, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  return empty_result(shape, x.options().memory_format(at::MemoryFormat::ChannelsLast));
 }
 
 // Memory for the result, after all checks.
@@ -84,7 +85,7 @@ at::Tensor conv3x3_weight_gradient_result(const at::Tensor& x, const at::Tensor&
   check_images("conv3x3", "g", g);
   check_channels(x.sym_size(1), g.sym_size(1));
   check_sizes("conv3x3", "g", g, {x.sym_size(0), g.sym_size(1), x.sym_size(2), x.sym_size(3)});
-  return at::empty_symint({g.sym_size(1), x.sym_size(1), 3, 3}, x.options());
+  return empty_result({g.sym_size(1), x.sym_size(1), 3, 3}, x.options());
 }
 
 // A tensor's memory, in the order that the loops read; null without one.

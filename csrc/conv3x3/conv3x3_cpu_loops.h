@@ -25,8 +25,9 @@ struct Conv3x3Products {
 
   // out[r][0..kColumns) = (or +=, where `add`) sum over d of a[r, d] b[d b_stride + 0..kColumns) for r below `rows`, a
   // multiple of kFewRows. `chunk` products are added up before they are added to others: short sums round less.
+  // `ahead` numbers from b on is the right factor of the next product, which is fetched meanwhile.
   static SELMATCH_HD void multiply(Rows a, int64_t rows, const T* b, int64_t b_stride, int64_t depth, T* out,
-                                   int64_t out_stride, bool add, int64_t chunk = INT64_MAX) {
+                                   int64_t out_stride, bool add, int64_t chunk = INT64_MAX, int64_t ahead = 0) {
     int64_t many = rows;
     while (many % kRows != 0) {
       many -= kFewRows;
@@ -35,10 +36,12 @@ struct Conv3x3Products {
       const T* from = a.at + row * a.row_stride;
       T* to = out + row * out_stride;
       if (row < many) {
-        multiply_block<kRows>(from, a.row_stride, a.depth_stride, b, b_stride, depth, to, out_stride, add, chunk);
+        multiply_block<kRows>(from, a.row_stride, a.depth_stride, b, b_stride, depth, to, out_stride, add, chunk,
+                              ahead);
         row += kRows;
       } else {
-        multiply_block<kFewRows>(from, a.row_stride, a.depth_stride, b, b_stride, depth, to, out_stride, add, chunk);
+        multiply_block<kFewRows>(from, a.row_stride, a.depth_stride, b, b_stride, depth, to, out_stride, add, chunk,
+                                 ahead);
         row += kFewRows;
       }
     }
@@ -47,10 +50,11 @@ struct Conv3x3Products {
   template <int kBlock>
   static SELMATCH_HD void multiply_block(const T* a, int64_t row_stride, int64_t depth_stride, const T* b,
                                          int64_t b_stride, int64_t depth, T* out, int64_t out_stride, bool add,
-                                         int64_t chunk) {
+                                         int64_t chunk, int64_t ahead) {
     while (depth > 0) {
       Lanes left[kBlock] = {}, right[kBlock] = {};
       for (int64_t d = std::min(chunk, depth); d > 0; --d, a += depth_stride, b += b_stride) {
+        __builtin_prefetch(b + ahead);
         const Lanes b_left = load(b), b_right = load(b + kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < kBlock; ++r) {
@@ -396,7 +400,7 @@ struct Conv3x3Tiles : Conv3x3Products<T> {
     void products(int64_t count, const T* v, const T* u, T* m, bool add) {
       const int64_t rows = (count + kFewRows - 1) / kFewRows * kFewRows;
       for (int k = 0; k < kParts; ++k, v += v_part(channels), u += u_part(channels), m += kMPart) {
-        multiply({v, channels, 1}, rows, u, kColumns, channels, m, kColumns, add, kChunk);
+        multiply({v, channels, 1}, rows, u, kColumns, channels, m, kColumns, add, kChunk, u_part(channels));
       }
     }
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from selmatch_ext.allocator import reused_memory
 from selmatch_ext.ops.dsa import augment, augment_transposed
 from selmatch_ext.precision import precision_scope
 from selmatch_ext.unroll.tesla import Wanted, wanted_of_step
@@ -95,7 +96,7 @@ class _Unroll(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
         *tensors, job = inputs
-        with _arithmetic(job.plan.precision, tensors[0].device):
+        with _arithmetic(job.plan.precision, tensors[0].device), reused_memory():
             return _forward(job, Inputs(*tensors))
 
     @staticmethod
@@ -133,7 +134,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(adjoint: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         *tensors, job = inputs
-        with _arithmetic(job.plan.precision, adjoint.device):
+        with _arithmetic(job.plan.precision, adjoint.device), reused_memory():
             found = _backward(job, Inputs(*tensors), adjoint.contiguous())
         return tuple(t for t in found if t is not None)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from selmatch_ext._C import build_info
+from selmatch_ext.allocator import HeldMemory
 from selmatch_ext.compiling import never_compiled
 from selmatch_ext.fused.comparing import operations_of
 from selmatch_ext.fused.operations import Operation, Unsupported
@@ -139,7 +140,8 @@ class _Optimizer(TypedDict, total=False):
 
 class UnrolledSGD:
     """`unrolled_sgd` for many calls with one network and the same options: what was read of the network, the private
-    copy of it and CUDA graphs stay from one call to the next, until the object is deleted.
+    copy of it, CUDA graphs and, on the CPU, the memory of a step stay from one call to the next, until the object is
+    deleted.
 
         unrolled = UnrolledSGD(model, cuda_graphs=True)
         student = unrolled(start, images, labels, batches, lr, augmentations, momentum=0.9)
@@ -160,6 +162,7 @@ class UnrolledSGD:
         check_options(engine, keep, gradient, precision)
         self.model, self.engine, self.keep = unwrapped(model), engine, keep
         self.gradient, self.precision, self.cuda_graphs = gradient, precision, cuda_graphs
+        self._memory = HeldMemory()
         self._steppers: dict[tuple, tuple[FusedStepper | GraphedStepper, int]] = {}  # and the number of classes
 
     @never_compiled("unrolled_sgd reads the network in Python; it runs as it is in compiled code")
