@@ -106,11 +106,21 @@ def gradient_distance_backward(draw):
 
 def conv3x3(draw):
     dtype, transposed = draw.dtype(), draw.random.random() < 0.5
-    channels, outputs = draw.size(32, 64), draw.size(32, 64, *((1, 3) if transposed else ()))
+    channels, outputs = draw.size(32, 64, 128), draw.size(32, 64, *((1, 3) if transposed else ()))
     shape = (channels, outputs, 3, 3) if transposed else (outputs, channels, 3, 3)
     bias = draw.tensor((outputs,), dtype) if draw.random.random() < 0.5 else None
     x = draw.tensor((draw.size(0, 1, 2), channels, draw.size(), draw.size()), dtype)
     return [x, draw.tensor(shape, dtype), bias, transposed]
+
+
+def conv3x3_dual(draw):
+    x, weight, bias, transposed = conv3x3(draw)
+    x_t, bias_t = (
+        draw.tensor(size, x.dtype) if draw.random.random() < 0.5 else None
+        for size in (x.shape, weight.shape[1 if transposed else 0 :][:1])
+    )
+    value = draw.random.random() < 0.5
+    return [x, x_t, weight, draw.tensor(weight.shape, x.dtype), bias, bias_t, transposed, value]
 
 
 def conv3x3_weight_gradient(draw):
@@ -163,7 +173,8 @@ def block_dual_backward(draw):
 
 
 OPERATORS = (dsa, trajectory_distance, trajectory_distance_backward, gradient_distance, gradient_distance_backward)
-OPERATORS += (conv3x3, conv3x3_weight_gradient, block_forward, block_backward, block_dual_forward, block_dual_backward)
+OPERATORS += (conv3x3, conv3x3_dual, conv3x3_weight_gradient)
+OPERATORS += (block_forward, block_backward, block_dual_forward, block_dual_backward)
 
 
 # --- odd ones ---------------------------------------------------------------------------------------------------------

@@ -102,6 +102,16 @@ def expected_conv3x3(x, weight, bias, transposed):
     return [(F.conv_transpose2d if transposed else F.conv2d)(x, weight, bias, padding=1)]
 
 
+def expected_conv3x3_dual(x, x_t, weight, weight_t, bias, bias_t, transposed, value):
+    (y,) = expected_conv3x3(x, weight, bias, transposed)
+    (y_t,) = expected_conv3x3(x, weight_t, bias_t, transposed)
+    if x_t is not None:
+        y_t = y_t + expected_conv3x3(x_t, weight, None, transposed)[0]
+    if not value:
+        return [y_t]
+    return [torch.cat((y_t, y) if transposed else (y, y_t))]
+
+
 def expected_conv3x3_weight_gradient(x, g):
     shape = (g.shape[1], x.shape[1], 3, 3)
     return [torch.nn.grad.conv2d_weight(x, shape, g, padding=1) if x.numel() else x.new_zeros(shape)]

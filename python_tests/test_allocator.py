@@ -1,11 +1,14 @@
-"""Freed memory stays with a process that asked for it, and with the command line's, unless the user chose otherwise."""
+"""Freed memory stays with a process that asked for it, and with the command line's, unless the user chose otherwise;
+with a run of equal steps it stays until its end."""
 
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from selmatch_ext import allocator, cli
+from selmatch_ext.ops.conv3x3 import conv3x3
 
 CHILD = """
 import sys
@@ -59,3 +62,59 @@ def test_every_command_keeps_memory(monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(cli, "keep_memory_unless_chosen", lambda: calls.append(1))
     assert cli.main(["recipes"]) == 0 and calls == [1]
+
+
+REUSED = """
+import sys
+import torch
+from selmatch_ext.allocator import HeldMemory, reused_memory
+from selmatch_ext.ops.conv3x3 import conv3x3
+
+def resident():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) // 1024
+
+def take(megabytes):
+    conv3x3(torch.zeros(megabytes, 1, 64, 64), torch.zeros(64, 1, 3, 3))  # the result, freed at once
+
+torch.set_num_threads(1)
+take(1)
+before = resident()
+with reused_memory():
+    for megabytes in (40, 60, 90, 130, 200):  # none fits into the memory of the one before
+        take(megabytes)
+        print(resident() - before)
+print(resident() - before)
+held = HeldMemory()
+take(200)
+print(resident() - before)
+del held
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_of_steps_is_bounded_and_goes_back_at_the_end():
+    child = subprocess.run([sys.executable, "-c", REUSED], capture_output=True, text=True, check=True)
+    *growing, after, held, end = map(int, child.stdout.split())
+    for used, most in zip((40, 60, 90, 130, 200), growing, strict=True):
+        assert used <= most <= 1.25 * used + 16
+    assert after < 16 and held >= 200 and end < 16
+
+
+def test_results_within_a_run_of_steps():
+    x, weight = torch.randn(4, 32, 16, 16), torch.randn(64, 32, 3, 3)
+    expected = conv3x3(x, weight)
+    with allocator.reused_memory():
+        first = conv3x3(x, weight)
+        place, other = first.data_ptr(), conv3x3(x, weight)
+        assert other.data_ptr() != place
+        del first
+        with allocator.reused_memory():
+            again = conv3x3(x, weight)
+        assert again.data_ptr() == place
+        assert torch.equal(again, expected)
+        del again
+        assert conv3x3(x, weight).data_ptr() == place  # the outer run goes on
+    assert torch.equal(other, expected)  # and lives on
+    assert other.resize_(3).shape == (3,)

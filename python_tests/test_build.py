@@ -22,8 +22,8 @@ DIFFERENTIABLE = [
     *("gradient_distance", "gradient_distance_backward", "block_forward", "block_backward"),
     *("conv3x3", "conv3x3_weight_gradient"),
 ]
-CONSTANT = ["block_dual_forward", "block_dual_backward"]
-CPU_ONLY = ["conv3x3", "conv3x3_weight_gradient"]
+CONSTANT = ["block_dual_forward", "block_dual_backward", "conv3x3_dual"]
+CPU_ONLY = ["conv3x3", "conv3x3_dual", "conv3x3_weight_gradient"]
 OPERATORS = DIFFERENTIABLE + CONSTANT
 
 
