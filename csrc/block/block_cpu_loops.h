@@ -4,8 +4,10 @@
 //
 // Every loop walks pixel by pixel through all channels, which is the order of memory. Pixels are taken by the cell: the
 // 2 x 2 pixels that are pooled into one, or a single one. An image (of one convolution of width 128 at 32 x 32: 512 KB)
-// is read twice, once for its sums and once to be written, and stays in the second cache in between. What works on a
-// cell is inlined by force (SELMATCH_HD): its arrays then are registers, and everything takes half the time.
+// is read twice, once for its sums and once to be written, and stays in the second cache in between. With statistics of
+// the batch all images are read for their sums, from the last to the first, and then from the first to the last: each
+// time begins with what the cache still holds. What works on a cell is inlined by force (SELMATCH_HD): its arrays then
+// are registers, and everything takes half the time.
 
 template <typename T>
 struct BlockVectors {
@@ -656,7 +658,7 @@ struct BlockRun {
 
   void moments(int64_t begin, int64_t end) const {
     std::vector<T> run(4 * static_cast<size_t>(loops.channels));
-    for (int64_t n = begin; n < end; ++n) {
+    for (int64_t n = end; n-- > begin;) {
       loops.template moments<kDual>(n, run.data());
       if (!batch_norm()) {  // while the image is in the cache
         loops.make_stats(n, n + 1);
@@ -685,7 +687,7 @@ struct BlockRun {
 
   void cotangents(int64_t begin, int64_t end) const {
     std::vector<T> run(4 * static_cast<size_t>(loops.channels));
-    for (int64_t n = begin; n < end; ++n) {
+    for (int64_t n = end; n-- > begin;) {
       loops.template cotangents<kDual>(n, run.data());
       if (!batch_norm()) {
         loops.make_means(n, n + 1);

@@ -1,10 +1,11 @@
-// 3 x 3 convolution with stride 1 and padding 1 on the CPU by Winograd's minimal filtering F(4x4, 3x3) (Lavin and Gray,
-// arXiv 1509.09308): 4 x 4 results out of 6 x 6 pixels take 36 products instead of 144. Exact in exact arithmetic; in
-// floating point its error is of the order of the direct sum's, thanks to the points that the transforms are made of
-// and to the order in which products are added up.
-//   y = A^T [ (G w G^T) o (B^T d B) ] A       w: 3 x 3 weights, d: 6 x 6 pixels, o: product of each pair of channels
-// The products are 36 matrix products (tiles x channels) (channels x outputs). The gradient of w is the transpose of
-// the same map: G^T [ sum over tiles of (B^T d B) (A g A^T) ] G. No ATen here.
+// 3 x 3 convolution with stride 1 and padding 1 on the CPU by Winograd's minimal filtering (Lavin and Gray, arXiv
+// 1509.09308): F(4x4, 3x3) computes a tile of 4 x 4 results out of 6 x 6 pixels with 36 products instead of 144, F(2x2,
+// 3x3) one of 2 x 2 results with 16 instead of 36. Exact in exact arithmetic. In floating point the smaller tiles round
+// less than the direct sum; the larger ones round like a long direct sum, thanks to the points that the transforms are
+// made of and to the order in which products are added up.
+//   y = A^T [ (G w G^T) o (B^T d B) ] A       w: 3 x 3 weights, d: a tile's pixels, o: product of each pair of channels
+// The products are 36 or 16 matrix products (tiles x channels) (channels x outputs). The gradient of w is the transpose
+// of the same map: G^T [ sum over tiles of (B^T d B) (A g A^T) ] G. No ATen here.
 #pragma once
 
 #include "cpu_work.h"

@@ -24,8 +24,8 @@ struct Conv3x3Products {
   };
 
   // out[r][0..kColumns) = (or +=, where `add`) sum over d of a[r, d] b[d b_stride + 0..kColumns) for r below `rows`, a
-  // multiple of kFewRows. `chunk` products are added up before they are added to others: short sums round less.
-  // `ahead` numbers from b on is the right factor of the next product, which is fetched meanwhile.
+  // multiple of kFewRows. `chunk` products are added up before they are added to others: short sums round less. The
+  // right factor of the next product, `ahead` numbers from b on, is fetched meanwhile.
   static SELMATCH_HD void multiply(Rows a, int64_t rows, const T* b, int64_t b_stride, int64_t depth, T* out,
                                    int64_t out_stride, bool add, int64_t chunk = INT64_MAX, int64_t ahead = 0) {
     int64_t many = rows;
@@ -92,8 +92,7 @@ struct Conv3x3Tiles : Conv3x3Products<T> {
   static constexpr int kSide = kTile + 2, kParts = kSide * kSide;  // of a transform
   // Tiles whose transforms fit the second cache, in the convolution and in the gradient of the weights.
   static constexpr int kTogether = (kTile == 4 ? 2 : 4) * kRows, kGradientTiles = 32;
-
-  static constexpr int kChunk = kTile == 4 ? 16 : 64;  // of a sum over channels
+  static constexpr int kChunk = kTile == 4 ? 16 : 64;  // of a sum over channels; see multiply
 
   // --- transforms ----------------------------------------------------------------------------------------------------
 
@@ -249,6 +248,11 @@ struct Conv3x3Tiles : Conv3x3Products<T> {
             store(input_row<row>([&](int j) { return half[kSide * i + j]; }), to + (kSide * i + row) * step + c);
           });
         }
+      }
+    }
+    for (int64_t tile = end; (tile - begin) % kFewRows != 0; ++tile, to += channels) {  // a product takes whole blocks
+      for (int k = 0; k < kParts; ++k) {
+        std::fill_n(to + k * step, channels, T(0));
       }
     }
   }
@@ -556,8 +560,8 @@ struct Conv3x3Tiles : Conv3x3Products<T> {
 
 #include "conv3x3/conv3x3_few_cpu_loops.h"
 
-// Tiles of 4 x 4 take fewer products than those of 2 x 2, unless the map is so small that they reach beyond it. But
-// they round like the direct sum of `kLongSum` products or more, and more than a shorter one.
+// Whether tiles of 4 x 4 serve a sum of `sum` products: it has to be long (conv3x3.h), and they have to take fewer
+// products than tiles of 2 x 2, which they do not where they reach beyond a small map.
 inline bool use_large_tiles(int height, int width, int64_t sum) {
   const auto products = [&](int tile) {
     return (tile + 2) * (tile + 2) * ((height + tile - 1) / tile) * ((width + tile - 1) / tile);

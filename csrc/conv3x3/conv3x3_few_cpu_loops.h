@@ -134,16 +134,15 @@ struct Conv3x3FewGradient {
 
   void pieces(int64_t begin, int64_t end) {
     Memory<T> surroundings{static_cast<int64_t>(kPixels) * kLength, T(0)};
-    for (int64_t share = begin; share < end; ++share) {
+    for (int64_t share = end; share-- > begin;) {  // what was written last is still in the cache
       const int64_t last = pixels * (share + 1) / shares;
       T* sum = sums + share * kLength * outputs;
       for (int64_t first = pixels * share / shares; first < last; first += kPixels) {
         const int64_t count = std::min<int64_t>(kPixels, last - first);
         around.gather(first, count, kLength, surroundings);
-        prefetch(call.g + (first + count) * outputs, std::min<int64_t>(kPixels, last - first - count) * outputs);
         for (int column = 0; column < outputs; column += Products::kColumns) {
           Products::multiply({surroundings, 1, kLength}, kLength, call.g + first * outputs + column, outputs, count,
-                             sum + column * kLength, Products::kColumns, true);
+                             sum + column * kLength, Products::kColumns, true, INT64_MAX, kPixels * outputs);
         }
       }
     }
@@ -171,7 +170,7 @@ template <typename T, int kOutputs>
 struct Conv3x3FewInputGradient {
   using Products = Conv3x3Products<T>;
   static constexpr int kFewRows = Products::kFewRows, kColumns = Products::kColumns;
-  static constexpr int kPixels = 64;                                                   // done together
+  static constexpr int kPixels = 24;                                                   // done together
   static constexpr int kLength = (9 * kOutputs + kColumns - 1) / kColumns * kColumns;  // what a pixel gives
 
   const Conv3x3Call<T>& call;

@@ -1,5 +1,6 @@
 """3 x 3 convolution with stride 1 and padding 1 on the CPU, by Winograd's minimal filtering (arXiv 1509.09308): 36
-products where the direct sum takes 144. For an input of 1 to 4 channels, as images have, by matrix products."""
+products where the direct sum takes 144, for sums over 128 channels or more, and 64 for shorter ones. For an input of 1 to
+4 channels, as images have, by matrix products."""
 
 from typing import Any
 
