@@ -2,8 +2,11 @@
 
 The shapes are those of ConvNet (width 128, depth 3) at batch 50, images in channels-last memory, float32 in both. GFLOP
 per second are those of the direct sum, 2 x 9 multiplications and additions for every output, channel and input channel,
-whatever the algorithm: Winograd's filtering does fewer, so that its share of the peak (peaks.py) may pass 100 %.
+whatever the algorithm: Winograd's filtering does fewer, so that its share of the peak (peaks.py) may pass 100 %. Errors
+are the distance to torch's convolution in float64, relative to its norm.
 """
+
+from functools import partial
 
 import torch
 
@@ -14,6 +17,13 @@ from selmatch_ext.ops.conv3x3 import conv3x3, conv3x3_input_gradient, conv3x3_we
 DEVICES = ("cpu",)
 BACKWARD = torch.ops.aten.convolution_backward
 SETTINGS = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, transposed, output padding, groups
+
+
+def _by_torch(name, x, weight, g):
+    if name == "forward":
+        return torch.conv2d(x, weight, padding=1)
+    of_input = name == "input gradient"
+    return BACKWARD(g, x, weight, None, *SETTINGS, [of_input, not of_input, False])[0 if of_input else 1]
 
 
 def _case(setting, batch, channels, outputs, side):
@@ -30,17 +40,20 @@ def _case(setting, batch, channels, outputs, side):
         "input gradient": lambda: conv3x3_input_gradient(g, weight),
         "weight gradient": lambda: conv3x3_weight_gradient(x, g),
     }
-    plain = {
-        "forward": lambda: torch.conv2d(x, weight, padding=1),
-        "input gradient": lambda: BACKWARD(g, x, weight, None, *SETTINGS, [True, False, False])[0],
-        "weight gradient": lambda: BACKWARD(g, x, weight, None, *SETTINGS, [False, True, False])[1],
-    }
+    plain = {name: partial(_by_torch, name, x, weight, g) for name in ours}
+    wide = [t.double() for t in (x, weight, g)]
     flops = 2 * 9 * batch * side * side * channels * outputs
     cases = {}
     for name in sorted(ours):
-        torch.testing.assert_close(ours[name](), plain[name](), rtol=1e-3, atol=1e-2)
+        exact = _by_torch(name, *wide)
+        errors = {
+            f"{whose}_error": ((call().double() - exact).norm() / exact.norm()).item()
+            for whose, call in (("ours", ours[name]), ("torch", plain[name]))
+        }
+        if errors["ours_error"] > 1e-5:
+            raise RuntimeError(f"{name}: wrong by {errors['ours_error']}")
         seconds = alternate(setting, {"ours": ours[name], "torch": plain[name]}, repeats=9, in_a_row=2)
-        cases[name] = {**seconds, "speedup": seconds["torch"] / seconds["ours"]}
+        cases[name] = {**seconds, "speedup": seconds["torch"] / seconds["ours"], **errors}
         for whose, s in seconds.items():
             cases[name] |= {f"{whose}_flops": flops / s, f"{whose}_share": flops / s / product_rate(setting)}
     return cases
@@ -64,5 +77,6 @@ def summary(result: dict) -> list[tuple[str, str, str]]:
         for name, case in cases.items():
             figure = f"{1e3 * case['ours']:.2f} ms, {case['ours_flops'] / 1e9:.0f} GFLOP/s = {case['ours_share']:.0%}"
             figure += f" of the peak, {case['speedup']:.2f}x torch ({case['torch_share']:.0%})"
+            figure += f", error {case['ours_error']:.1e} (torch {case['torch_error']:.1e})"
             rows.append((f"{name}, {shape}", figure, ""))
     return rows

@@ -64,7 +64,9 @@ def test_everything_is_measured_in_one_run(tmp_path):
     directions = {(row["direction"], row["memory"]) for row in figures["convolutions"]["rows"]}
     assert len(directions) == 6
     for case in figures["conv3x3"]["cases"].values():
-        assert all({"ours_share", "torch_share", "ours_flops"} <= c.keys() for c in case.values())
+        assert all(
+            {"ours_share", "torch_share", "ours_flops", "ours_error", "torch_error"} <= c.keys() for c in case.values()
+        )
 
 
 @pytest.mark.parametrize(
