@@ -50,7 +50,10 @@ def product_rate(setting: Setting, precision: str = "float32") -> float:
     with scope, threads():
         for batch, n in sizes:
             a, b = (torch.randn(batch, n, n, device=setting.device).to(dtype) for _ in range(2))
-            function = functools.partial(torch.mm, a[0], b[0]) if batch == 1 else functools.partial(torch.bmm, a, b)
+            if batch == 1:
+                function = functools.partial(torch.mm, a[0], b[0], out=torch.empty_like(a[0]))
+            else:
+                function = functools.partial(torch.bmm, a, b, out=torch.empty_like(a))
             best = max(best, 2 * batch * n**3 / _least_seconds(setting, function))
     return best
 

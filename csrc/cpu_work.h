@@ -17,14 +17,15 @@ namespace selmatch {
 template <typename T>
 class Memory {
  public:
-  explicit Memory(int64_t count) : data_(static_cast<T*>(StepMemory::get().take(count * sizeof(T)))) {}
+  explicit Memory(int64_t count) : bytes_(count * sizeof(T)), data_(static_cast<T*>(StepMemory::get().take(bytes_))) {}
   Memory(int64_t count, T value) : Memory(count) { std::fill_n(data_, count, value); }
-  ~Memory() { StepMemory::get().give(data_); }
+  ~Memory() { StepMemory::get().give(data_, bytes_); }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
   operator T*() const { return data_; }
 
  private:
+  size_t bytes_;
   T* data_;
 };
 

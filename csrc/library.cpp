@@ -22,8 +22,8 @@ TORCH_LIBRARY(selmatch_ext, m) {
       "bool student_wanted, bool start_wanted, bool target_wanted) -> Tensor[]");
   // 3 x 3, stride 1, padding 1; transposed: of the gradient of the result, with the same weight
   m.def("conv3x3(Tensor x, Tensor weight, Tensor? bias, bool transposed) -> Tensor");
-  // the batch of y and its tangent, along the direction x_t (None: 0), weight_t and bias_t: y first, transposed the
-  // tangent first; of the tangent alone without `value`
+  // y and its tangent along the direction (x_t, weight_t, bias_t) in one batch, y first; transposed, the tangent first.
+  // Without `value` the tangent alone. x_t None means 0.
   m.def(
       "conv3x3_dual(Tensor x, Tensor? x_t, Tensor weight, Tensor weight_t, Tensor? bias, Tensor? bias_t, "
       "bool transposed, bool value) -> Tensor");
@@ -96,5 +96,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "begin_steps", [] { selmatch::StepMemory::get().begin(); },
       "From now on, until end_steps, large results on the CPU are written to memory that earlier ones have left.");
-  m.def("end_steps", [] { selmatch::StepMemory::get().end(); });
+  m.def(
+      "end_steps", [] { selmatch::StepMemory::get().end(); },
+      "Ends what begin_steps began; each call of that needs one of this.");
 }

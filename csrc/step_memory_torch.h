@@ -22,7 +22,7 @@ class StepAllocator : public c10::Allocator {
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 
  private:
-  static void give(void* block) { StepMemory::get().give(block); }
+  static void give(void* block) { StepMemory::get().give(block, SIZE_MAX); }
 };
 
 // Memory for a result. `options` are those of a tensor on the CPU, or of a fake one.

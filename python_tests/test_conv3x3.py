@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from selmatch_ext.allocator import reused_memory
 from selmatch_ext.ops.conv3x3 import (
     conv3x3,
     conv3x3_dual,
@@ -19,7 +20,8 @@ from selmatch_ext.ops.conv3x3 import (
 
 # (batch, channels, outputs, height, width): part of a tile at the edges, one row, more tiles than are done together
 SHAPES = [(1, 32, 32, 4, 4), (3, 32, 64, 5, 7), (5, 64, 32, 1, 3), (2, 32, 96, 8, 8), (9, 32, 32, 9, 16)]
-SHAPES += [(20, 32, 96, 16, 15), (20, 32, 64, 16, 15)]  # the gradient of the weights in shares
+# the gradient of the weights in shares, of tiles of 4 x 4 and, with less than 1152 pixels, of 2 x 2
+SHAPES += [(20, 32, 96, 16, 15), (20, 32, 64, 16, 15), (16, 32, 64, 8, 8)]
 # 128 channels: tiles of 4 x 4, few of them or more than outputs; maps that are too small for them; 128 outputs
 SHAPES += [(2, 128, 32, 5, 7), (9, 128, 64, 16, 15), (3, 160, 32, 2, 3), (4, 32, 128, 6, 10)]
 # few channels: 35 pixels are no multiple of what is done together, 144 are more than that; one pixel; one column
@@ -58,8 +60,9 @@ def test_equals_the_direct_convolution(shape, dtype):
 
 @pytest.mark.parametrize("channels, batch", [(32, 1), (64, 1), (128, 8), (256, 8)])
 def test_error_is_that_of_the_direct_sum(channels, batch):
-    """Of short sums, by tiles of 2 x 2, and of long ones, by tiles of 4 x 4. torch's gradient of the input adds up in
-    short chunks; ours is held to three times its error."""
+    """Of short sums, by tiles of 2 x 2, and of long ones, by tiles of 4 x 4: over channels, and over pixels, of which an
+    image has 256. torch's gradient of the input adds up in short chunks (not with channels-last memory); ours is held to
+    three times its error."""
     x, weight, _, g = tensors(batch, channels, channels, 16, 16, torch.float32)
     inputs = [t.double().requires_grad_() for t in (x, weight)]
     y = F.conv2d(*inputs, padding=1)
@@ -76,6 +79,10 @@ def test_error_is_that_of_the_direct_sum(channels, batch):
 @pytest.mark.parametrize("moved", [True, False], ids=["x_t", ""])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_dual_equals_the_derivative_of_the_direct_convolution(shape, moved, value):
+    check_dual(shape, moved, value)
+
+
+def check_dual(shape, moved, value):
     x, weight, bias, g = tensors(*shape, torch.float64)
     x_t, weight_t, bias_t, g_t = (t.flip(-1).sin() for t in (x, weight, bias, g))
     x_t, g_t = (t if moved else torch.zeros_like(t) for t in (x_t, g_t))
@@ -101,6 +108,9 @@ def test_other_vector_instructions(level):
     code = f"""
 import sys; sys.path.insert(0, {here!r})
 import torch, test_conv3x3
+test_conv3x3.check_dual((9, 128, 64, 16, 15), True, True)
+test_conv3x3.check_dual((3, 32, 64, 5, 7), True, True)
+test_conv3x3.check_dual((3, 3, 64, 5, 7), True, True)
 for dtype in test_conv3x3.TOLERANCE:
     test_conv3x3.check((3, 32, 64, 5, 7), dtype)
     test_conv3x3.check((20, 32, 64, 16, 15), dtype)
@@ -118,9 +128,9 @@ def test_the_same_bits_for_any_number_of_threads(channels):
     for count in (1, 2):
         torch.set_num_threads(count)
         dual = conv3x3_dual(x, x.flip(0), weight, weight.flip(1), bias)
-        results.append(
-            (conv3x3(x, weight, bias), dual, conv3x3_weight_gradient(x, g), conv3x3_input_gradient(g, weight))
-        )
+        back = conv3x3_dual(g, g.flip(0), weight, weight.flip(1), transposed=True)
+        of_weight, of_input = conv3x3_weight_gradient(x, g), conv3x3_input_gradient(g, weight)
+        results.append((conv3x3(x, weight, bias), dual, back, of_weight, of_input))
     torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -133,6 +143,8 @@ def test_operators_are_registered_completely(channels):
     torch.library.opcheck(torch.ops.selmatch_ext.conv3x3.default, (g.requires_grad_(), weight, None, True))
     torch.library.opcheck(torch.ops.selmatch_ext.conv3x3_weight_gradient.default, (x, g.requires_grad_()))
     x, weight, bias, g = (t.detach() for t in (x, weight, bias, g))
+    with reused_memory():
+        torch.library.opcheck(torch.ops.selmatch_ext.conv3x3.default, (x, weight, bias, False))
     for value in (True, False):
         torch.library.opcheck(
             torch.ops.selmatch_ext.conv3x3_dual.default, (x, x, weight, weight, bias, None, False, value)
@@ -167,6 +179,13 @@ def test_second_derivatives_equal_those_of_the_direct_convolution(channels):
         results.append(torch.autograd.grad(sum(d.sin().sum() for d in first), inputs))
     for a, b in zip(*results, strict=True):
         assert (a - b).norm() <= 1e-12 * b.norm()
+
+
+def test_a_tangent_does_not_see_the_bias():
+    for channels in (3, 32, 128):
+        x, weight, bias, _ = tensors(2, channels, 64, 5, 7, torch.float64)
+        bias.fill_(torch.inf)
+        assert conv3x3_dual(x, x, weight, weight, bias, value=False).isfinite().all()
 
 
 def test_what_suits():

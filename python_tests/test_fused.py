@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import selmatch_ext as sm
 from selmatch_ext import models
+from selmatch_ext.fused import rules
 from selmatch_ext.fused.dual import Dual
 from selmatch_ext.fused.reader import read
 from selmatch_ext.unroll import unrolled_sgd
@@ -65,6 +66,19 @@ def test_what_a_step_costs(keep, passes):
     with CountConvolutions() as counted:
         problem.gradients(unrolled_sgd, keep=keep)
     assert counted.images == passes * sum(map(len, problem.batches))
+
+
+@pytest.mark.parametrize("keep", ["nothing", "activations", "all"])
+@pytest.mark.parametrize("norm", ["IN", "BN", "NN"])
+def test_our_convolutions_equal_full_graph(norm, keep, monkeypatch):
+    """In float64, which runs on torch's convolutions otherwise. Without a norm biases are not canceled."""
+    monkeypatch.setattr(rules, "conv3x3_suits", lambda weight: weight.shape[2:] == (3, 3))
+    problem = Problem(network(f"ConvNetD2W32{norm}"), augmented=True)
+    found = problem.gradients(unrolled_sgd, engine="fused", keep=keep)  # reads the network
+    with CountConvolutions() as counted:
+        problem.gradients(unrolled_sgd, engine="fused", keep=keep)
+    assert counted.images == 0
+    assert_near(found, problem.gradients(unrolled_sgd_full_graph), 1e-10)
 
 
 @pytest.mark.parametrize("norm", ["IN", "BN", "GN", "LN", "NN"])

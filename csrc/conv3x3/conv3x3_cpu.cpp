@@ -1,4 +1,4 @@
-// selmatch_ext::conv3x3 and its weights' gradient on the CPU: torch's side.
+// selmatch_ext::conv3x3, its dual and its weights' gradient on the CPU: torch's side.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 

@@ -1,7 +1,7 @@
 // The loops of the 3 x 3 convolution. conv3x3_cpu_loops.cpp includes this once for each set of vector instructions, in
 // a namespace of its own, so there is no include guard; SELMATCH_LANES is the bytes of a vector.
 
-// Products of matrices, from registers on.
+// Products of matrices: a block of the result stays in registers.
 template <typename T>
 struct Conv3x3Products {
   typedef T Lanes __attribute__((vector_size(SELMATCH_LANES)));
@@ -54,7 +54,9 @@ struct Conv3x3Products {
     while (depth > 0) {
       Lanes left[kBlock] = {}, right[kBlock] = {};
       for (int64_t d = std::min(chunk, depth); d > 0; --d, a += depth_stride, b += b_stride) {
-        __builtin_prefetch(b + ahead);
+        if (ahead != 0) {
+          __builtin_prefetch(b + ahead);
+        }
         const Lanes b_left = load(b), b_right = load(b + kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < kBlock; ++r) {
@@ -430,7 +432,7 @@ struct Conv3x3Tiles : Conv3x3Products<T> {
     const int64_t blocks = (tiles(call) + kGradientTiles - 1) / kGradientTiles;
     // Shares are added in order: the same bits for any number of threads. Long sums are of several for their rounding.
     const int64_t shares =
-        std::clamp<int64_t>(blocks / 4, 1, std::clamp<int64_t>(blocks / 32, std::max(4 / across, 1), 16));
+        std::clamp<int64_t>(blocks / 4, 1, std::clamp<int64_t>(blocks / 32, std::max(4 / across, 1), 256 / kParts));
     const int64_t square = padded(static_cast<int64_t>(channels) * side);
     Memory<T> sums{shares * across * kParts * square};  // (shares, across, kParts, side / kColumns, channels, kColumns)
     Memory<T> zeros{std::max(channels, side), T(0)};

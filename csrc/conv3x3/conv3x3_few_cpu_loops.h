@@ -67,9 +67,8 @@ struct Conv3x3FewForward {
   }
 
   void blocks(int64_t begin, int64_t end) {
-    // Of which the last columns, the biases' factors, stay.
-    Memory<T> around{static_cast<int64_t>(kPixels) * kLength, T(1)},
-        around_t{static_cast<int64_t>(kPixels) * kLength, T(0)};
+    Memory<T> around{static_cast<int64_t>(kPixels) * kLength, T(1)};  // of which the last column, for the bias, stays
+    Memory<T> around_t{static_cast<int64_t>(kPixels) * kLength};
     Memory<T> rest{static_cast<int64_t>(kPixels) * outputs};
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kPixels, count = std::min<int64_t>(kPixels, pixels - first);
@@ -98,8 +97,7 @@ struct Conv3x3FewForward {
     for (int column = 0; column < outputs; column += Products::kColumns) {
       Products::multiply({around, kLength, 1}, kPixels, matrix + column, outputs, kLength, to + column, outputs, false);
       if (more != nullptr) {
-        Products::multiply({more, kLength, 1}, kPixels, matrices + column, outputs, kLength, to + column, outputs,
-                           true);
+        Products::multiply({more, kLength, 1}, kPixels, matrices + column, outputs, kBias, to + column, outputs, true);
       }
     }
     if (to != y) {

@@ -1,6 +1,7 @@
 """3 x 3 convolution with stride 1 and padding 1 on the CPU, by Winograd's minimal filtering (arXiv 1509.09308): 36
-products where the direct sum takes 144, for sums over 128 channels or more, and 64 for shorter ones. For an input of 1 to
-4 channels, as images have, by matrix products."""
+products where the direct sum takes 144, for sums of 1152 products (128 channels; in the gradient of the weight 1152
+pixels) or more on maps that are large enough, and else 64. For an input of 1 to 4 channels, as images have, by matrix
+products."""
 
 from typing import Any
 

@@ -140,8 +140,8 @@ class _Optimizer(TypedDict, total=False):
 
 class UnrolledSGD:
     """`unrolled_sgd` for many calls with one network and the same options: what was read of the network, the private
-    copy of it, CUDA graphs and, on the CPU, the memory of a step stay from one call to the next, until the object is
-    deleted.
+    copy of it, CUDA graphs and, on the CPU, the memory that steps have used stay from one call to the next, until the
+    object is deleted.
 
         unrolled = UnrolledSGD(model, cuda_graphs=True)
         student = unrolled(start, images, labels, batches, lr, augmentations, momentum=0.9)
