@@ -60,9 +60,9 @@ def test_equals_the_direct_convolution(shape, dtype):
 
 @pytest.mark.parametrize("channels, batch", [(32, 1), (64, 1), (128, 8), (256, 8)])
 def test_error_is_that_of_the_direct_sum(channels, batch):
-    """Of short sums, by tiles of 2 x 2, and of long ones, by tiles of 4 x 4: over channels, and over pixels, of which an
-    image has 256. torch's gradient of the input adds up in short chunks (not with channels-last memory); ours is held to
-    three times its error."""
+    """Of short sums, by tiles of 2 x 2, and of long ones, by tiles of 4 x 4: over channels, and over pixels, of which
+    an image has 256. torch's gradient of the input adds up in short chunks (not with channels-last memory); ours is
+    held to three times its error."""
     x, weight, _, g = tensors(batch, channels, channels, 16, 16, torch.float32)
     inputs = [t.double().requires_grad_() for t in (x, weight)]
     y = F.conv2d(*inputs, padding=1)
