@@ -94,7 +94,7 @@ def check_dual(shape, moved, value):
     b, b_t = torch.func.jvp(back, (g, weight), (g_t, weight_t))
     x_t, g_t = (t if moved else None for t in (x_t, g_t))
     results = [
-        (conv3x3_dual(x, x_t, weight, weight_t, bias, bias_t, value=value), (y, y_t) if value else (y_t,)),
+        (conv3x3_dual(x, x_t, weight, weight_t, (bias, bias_t), value=value), (y, y_t) if value else (y_t,)),
         (conv3x3_dual(g, g_t, weight, weight_t, transposed=True, value=value), (b_t, b) if value else (b_t,)),
     ]
     for found, expected in results:
@@ -127,7 +127,7 @@ def test_the_same_bits_for_any_number_of_threads(channels):
     threads, results = torch.get_num_threads(), []
     for count in (1, 2):
         torch.set_num_threads(count)
-        dual = conv3x3_dual(x, x.flip(0), weight, weight.flip(1), bias)
+        dual = conv3x3_dual(x, x.flip(0), weight, weight.flip(1), (bias, None))
         back = conv3x3_dual(g, g.flip(0), weight, weight.flip(1), transposed=True)
         of_weight, of_input = conv3x3_weight_gradient(x, g), conv3x3_input_gradient(g, weight)
         results.append((conv3x3(x, weight, bias), dual, back, of_weight, of_input))
@@ -185,7 +185,7 @@ def test_a_tangent_does_not_see_the_bias():
     for channels in (3, 32, 128):
         x, weight, bias, _ = tensors(2, channels, 64, 5, 7, torch.float64)
         bias.fill_(torch.inf)
-        assert conv3x3_dual(x, x, weight, weight, bias, value=False).isfinite().all()
+        assert conv3x3_dual(x, x, weight, weight, (bias, None), value=False).isfinite().all()
 
 
 def test_what_suits():
@@ -223,7 +223,7 @@ def test_bad_input_and_empty_batch():
         (ValueError, r"x_t must have shape \[2, 32, 4, 4\]", (x, x[:1], weight, weight)),
         (ValueError, r"weight_t must have shape \[64, 32, 3, 3\]", (x, x, weight, weight[:32])),
         (TypeError, "weight_t must be float32", (x, x, weight, weight.double())),
-        (ValueError, r"bias_t must have shape \[64\]", (x, x, weight, weight, None, bias[:3])),
+        (ValueError, r"bias_t must have shape \[64\]", (x, x, weight, weight, (None, bias[:3]))),
     ]:
         with pytest.raises(error, match=message):
             conv3x3_dual(*arguments)

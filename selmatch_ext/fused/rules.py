@@ -108,9 +108,8 @@ class Conv:
         weight, bias = p[self.weight], self._bias(p, x.value)
         if self.by_conv3x3(weight):
             tangent = None if x.tangent is None else x.whole_tangent()
-            both = conv3x3_dual(
-                x.value, tangent, weight, t[self.weight], bias, self._bias(t, x.value), value=result is None
-            )
+            biases = bias, self._bias(t, x.value)
+            both = conv3x3_dual(x.value, tangent, weight, t[self.weight], biases, value=result is None)
             return (Dual.forward(both) if result is None else Dual(result, both)), (x, known)
         moved = self._convolve(x.value, t[self.weight], self._bias(t, x.value))
         if result is None and bias is None and x.has_both(value_first=True):

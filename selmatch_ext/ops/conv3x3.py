@@ -39,18 +39,18 @@ def conv3x3_dual(
     x_t: Tensor | None,
     weight: Tensor,
     weight_t: Tensor,
-    bias: Tensor | None = None,
-    bias_t: Tensor | None = None,
+    biases: tuple[Tensor | None, Tensor | None] = (None, None),
     *,
     transposed: bool = False,
     value: bool = True,
 ) -> Tensor:
     """The convolution y of `conv3x3` and its tangent along the direction (x_t, weight_t, bias_t), convolution(x_t,
-    weight) + convolution(x, weight_t) + bias_t, in one batch (2B, K, H, W), y first. x_t like x, None: 0.
+    weight) + convolution(x, weight_t) + bias_t, in one batch (2B, K, H, W), y first. x_t like x, None: 0. biases: bias
+    and bias_t.
 
     transposed: of `conv3x3_input_gradient`; x is then the gradient of the result, and the tangent comes first. value:
     whether y is asked for; the result is the tangent alone (B, K, H, W) where it is not. Not differentiable."""
-    return torch.ops.selmatch_ext.conv3x3_dual(x, x_t, weight, weight_t, bias, bias_t, transposed, value)
+    return torch.ops.selmatch_ext.conv3x3_dual(x, x_t, weight, weight_t, *biases, transposed, value)
 
 
 def conv3x3_weight_gradient(x: Tensor, g: Tensor) -> Tensor:
