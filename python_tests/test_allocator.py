@@ -10,15 +10,19 @@ import torch
 from selmatch_ext import allocator, cli
 from selmatch_ext.ops.conv3x3 import conv3x3
 
-CHILD = """
-import sys
-import torch
-import selmatch_ext as sm
+reads_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has /proc/self/status")
 
+RESIDENT = """
 def resident():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) // 1024
+"""
 
+CHILD = f"""
+import sys
+import torch
+import selmatch_ext as sm
+{RESIDENT}
 if sys.argv[1] == "keep" and not sm.keep_memory():
     sys.exit("no mallopt")
 torch.ones(10)
@@ -28,7 +32,7 @@ print(resident() - before)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@reads_proc
 @pytest.mark.parametrize("what, kept", [("default", False), ("keep", True)])
 def test_freed_memory(what, kept, monkeypatch):
     for name in (*allocator._VARIABLES, "GLIBC_TUNABLES"):
@@ -64,16 +68,12 @@ def test_every_command_keeps_memory(monkeypatch, capsys):
     assert cli.main(["recipes"]) == 0 and calls == [1]
 
 
-REUSED = """
+REUSED = f"""
 import sys
 import torch
 from selmatch_ext.allocator import HeldMemory, reused_memory
 from selmatch_ext.ops.conv3x3 import conv3x3
-
-def resident():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) // 1024
-
+{RESIDENT}
 def take(megabytes):
     conv3x3(torch.zeros(megabytes, 1, 64, 64), torch.zeros(64, 1, 3, 3))  # the result, freed at once
 
@@ -105,7 +105,7 @@ print(resident() - before)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@reads_proc
 def test_memory_of_steps_is_bounded_and_goes_back_at_the_end():
     child = subprocess.run([sys.executable, "-c", REUSED], capture_output=True, text=True, check=True)
     *growing, after, later, held, end = map(int, child.stdout.split())

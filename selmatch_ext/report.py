@@ -200,8 +200,8 @@ def plot_curves(
     ylabel: str,
     level: tuple[str, float] | None = None,
 ) -> None:
-    """Writes a curve with error bars for each series; many names are beside the plot. level: a horizontal line.
-    results: {series: {x: (mean, standard deviation)}}."""
+    """Draws a curve with error bars for each series. results: {series: {x: (mean, standard deviation)}}; level: name
+    and height of a horizontal line. The names of many series are written beside the plot."""
     figure, axes = _plot(xlabel, ylabel)
     for (name, values), (color, style) in zip(results.items(), _looks(len(results)), strict=True):
         means, stds = zip(*values.values(), strict=True)

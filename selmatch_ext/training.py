@@ -30,7 +30,8 @@ Augmenter = Callable[[Tensor, torch.Generator], Augmentation]  # indices (b,), g
 
 
 def batch_augmenter(strategy: str, image_size: tuple[int, int]) -> Augmenter:
-    """One operation of `strategy` a batch (DSA's mode single), each image with its own parameters."""
+    """An augmenter that draws one operation of `strategy` for each batch, as DSA does in its mode "single"; each image
+    of the batch gets parameters of its own."""
     return lambda indices, generator: sample_augmentation(
         len(indices), *image_size, strategy=strategy, generator=generator
     )

@@ -319,9 +319,9 @@ class Flatten:
 
 
 class LinearPooling:
-    """Base of pooling that is a linear function of the map. A subclass gives `_pool`, the function, and `_back`, which
-    takes the gradient of its result to that of x. The tangent of a linear function is the function of the tangent, so
-    both also serve the dual passes."""
+    """Base class of pooling that is a linear function of the map x, such as average pooling. A subclass defines
+    `_pool`, which computes the result, and `_back`, which computes the gradient of x from that of the result. The
+    tangent of a linear function's result is the function of the tangent, so both also serve the dual passes."""
 
     def _pool(self, x: Tensor) -> Tensor:
         raise NotImplementedError

@@ -12,8 +12,8 @@ MULTIPLE, FEW = 32, 4  # numbers of channels are multiples of the first; the inp
 
 
 def conv3x3_suits(weight: Tensor) -> bool:
-    """Whether a convolution with weight (K, C, 3, 3), stride 1 and padding 1 is one for `conv3x3` and its gradients,
-    and faster by it: float32 on the CPU, K a multiple of 32, C as well or at most 4."""
+    """Whether `conv3x3` can compute the convolution with this weight (K, C, 3, 3), with stride 1 and padding 1, and is
+    faster than torch. That is so in float32 on the CPU, if K is a multiple of 32 and C is one too, or at most 4."""
     outputs, channels, *size = weight.shape
     fits = size == [3, 3] and outputs % MULTIPLE == 0 and (channels % MULTIPLE == 0 or channels <= FEW)
     return fits and weight.dtype == torch.float32 and weight.device.type == "cpu"
@@ -30,7 +30,8 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def conv3x3_input_gradient(g: Tensor, weight: Tensor) -> Tensor:
-    """The gradient (B, C, H, W) of x from that of the result, g (B, K, H, W)."""
+    """The gradient of the input of `conv3x3`, (B, C, H, W). g: the gradient of its result, (B, K, H, W); weight: (K,
+    C, 3, 3), as in the convolution."""
     return torch.ops.selmatch_ext.conv3x3(g, weight, None, True)
 
 

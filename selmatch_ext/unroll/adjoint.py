@@ -192,7 +192,8 @@ def _update(job: _Job, inputs: Inputs, totals: Sequence[Tensor | None]) -> Updat
 
 
 def _forward(job: _Job, inputs: Inputs) -> Tensor:
-    """theta_N; puts on the tape what the backward pass needs: theta_i, and what the engine wants kept."""
+    """Runs the N steps and returns the parameters after them, theta_N. It puts on the tape what the backward pass
+    needs: the parameters theta_i before each step, and what the engine keeps of the step."""
     stepper, plan, tape = job.stepper, job.plan, job.tape
     update, needed = _update(job, inputs, [None] * 3), any(tape.needs)
     theta = inputs.start.detach()
