@@ -5,3 +5,5 @@
 #include "distance/distance_cpu.cpp"
 #include "dsa/dsa_cpu.cpp"
 #include "gradient_distance/gradient_distance_cpu.cpp"
+
+#include "block/conv_block_cpu.cpp"

@@ -29,6 +29,10 @@ enum BlockStat : int { kBlockMean, kBlockScale, kBlockTangentMean, kBlockTangent
 // Means of the backward pass, m(q), m(q zh), m(qt), m(qt zh + q zht).
 enum BlockMean : int { kBlockQ, kBlockQz, kBlockQt, kBlockQzt, kBlockMeans };
 
+// Takes the gradient of z, and in the dual pass its tangent, of `count` pixels of an image from `first` on, (count,
+// channels). The pieces of an image come in order, from one thread; images may come from several.
+using BlockTake = void (*)(void* taker, int64_t image, int64_t first, int64_t count, const void* gz, const void* gzt);
+
 // One call. Images are stored pixel by pixel, the channels of a pixel side by side (torch's channels-last); S is their
 // type, T = double for double, else float. What a pass does not use is null.
 struct BlockCall {
@@ -50,7 +54,9 @@ struct BlockCall {
   const void *gt, *gt_more;                     // S like g: its tangent is their sum; gt_more may be null
 
   void *y, *yt;                  // S like g
-  void *gz, *gzt;                // S like z
+  void *gz, *gzt;                // S like z, where there is no `take`
+  BlockTake take;                // or null; on the CPU alone. What it takes is still in the cache, and is not stored
+  void* taker;
   void* stats;                   // T (rows, stats_count, channels), in the order of BlockStat; written by forward
   int stats_count;               // 2, or 4 in the dual passes
   void* sums;                    // T (batch, 4, channels), workspace

@@ -180,11 +180,14 @@ struct BlockLoops {
 
   template <typename Kernel>
   void visit_all(Kernel& kernel) const {
-    const int rows = call.pool == kBlockNoPool ? height : (height + 1) / 2;
-    for (int i = 0; i < rows; ++i) {
+    for (int i = 0; i < rows(); ++i) {
       visit_row(kernel, i, true);
     }
   }
+
+  // Of the rows that `visit_row` visits, with what pooling leaves out: how many, and the pixels of each.
+  int rows() const { return call.pool == kBlockNoPool ? height : (height + 1) / 2; }
+  int64_t row_pixels() const { return (call.pool == kBlockNoPool ? 1 : 2) * static_cast<int64_t>(width); }
 
   // --- what every kernel loads ---------------------------------------------------------------------------------------
 
@@ -554,6 +557,7 @@ struct BlockLoops {
     Reader<kDual> reader;
     const T* means;
     S *gz, *gzt;
+    int64_t first = 0;  // the pixel that gz and gzt begin with
 
     template <typename V, int kPixels>
     SELMATCH_HD void at(const BlockCell& cell, int c) {
@@ -572,19 +576,43 @@ struct BlockLoops {
       for (int k = 0; k < kPixels; ++k) {
         const V q = p[k].gamma * slopes[k].a;
         const V grad = block_gz(channel, mean, point[k].zh, q);
-        store(grad, gz + cell.pixel[k] * stride + c);
+        const int64_t to = (cell.pixel[k] - first) * stride + c;
+        store(grad, gz + to);
         if (kDual) {
           const V qt = p[k].gamma_t * slopes[k].a + p[k].gamma * slopes[k].at;
-          store(block_gzt(channel, mean, point[k], qt, grad), gzt + cell.pixel[k] * stride + c);
+          store(block_gzt(channel, mean, point[k], qt, grad), gzt + to);
         }
       }
     }
   };
 
+  // piece: memory of `piece_size`
   template <bool kDual>
-  void backward(int64_t n) const {
-    Backward<kDual> kernel = {Reader<kDual>(*this, n), means(n), out(call.gz, n), kDual ? out(call.gzt, n) : nullptr};
-    visit_all(kernel);
+  void backward(int64_t n, S* piece) const {
+    if (call.take == nullptr) {
+      Backward<kDual> kernel = {Reader<kDual>(*this, n), means(n), out(call.gz, n), kDual ? out(call.gzt, n) : nullptr};
+      return visit_all(kernel);
+    }
+    S* piece_t = kDual ? piece + piece_size(false) : nullptr;
+    Backward<kDual> kernel = {Reader<kDual>(*this, n), means(n), piece, piece_t};
+    for (int row = 0; row < rows(); row += piece_rows()) {
+      const int end = std::min(row + piece_rows(), rows());
+      for (int i = row; i < end; ++i) {
+        visit_row(kernel, i, true);
+      }
+      const int64_t next = std::min(end * row_pixels(), pixels);
+      call.take(call.taker, n, kernel.first, next - kernel.first, piece, piece_t);
+      kernel.first = next;
+    }
+  }
+
+  // What is taken at once fits the second cache several times: rows that `visit_row` visits, and the numbers of them.
+  int piece_rows() const {
+    constexpr int64_t kBytes = 64 * 1024;
+    return static_cast<int>(std::clamp<int64_t>(kBytes / (row_pixels() * channels * sizeof(S)), 1, rows()));
+  }
+  int64_t piece_size(bool dual) const {
+    return call.take == nullptr ? 0 : (dual ? 2 : 1) * piece_rows() * row_pixels() * channels;
   }
 
   // --- gradients of gamma and beta -----------------------------------------------------------------------------------
@@ -687,18 +715,20 @@ struct BlockRun {
 
   void cotangents(int64_t begin, int64_t end) const {
     std::vector<T> run(4 * static_cast<size_t>(loops.channels));
+    Memory<S> piece(loops.piece_size(kDual));
     for (int64_t n = end; n-- > begin;) {
       loops.template cotangents<kDual>(n, run.data());
       if (!batch_norm()) {
         loops.make_means(n, n + 1);
-        loops.template backward<kDual>(n);
+        loops.template backward<kDual>(n, piece);
       }
     }
   }
 
   void apply_backward(int64_t begin, int64_t end) const {
+    Memory<S> piece(loops.piece_size(kDual));
     for (int64_t n = begin; n < end; ++n) {
-      loops.template backward<kDual>(n);
+      loops.template backward<kDual>(n, piece);
     }
   }
 

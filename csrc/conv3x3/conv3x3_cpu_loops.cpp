@@ -1,6 +1,7 @@
 // Compiles the loops of conv3x3_cpu_loops.h for several sets of vector instructions and picks one when it runs.
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <type_traits>
 #include <utility>
@@ -25,5 +26,12 @@ void conv3x3(const Conv3x3Call<float>& call, CpuParallel parallel) { dispatch(ca
 void conv3x3(const Conv3x3Call<double>& call, CpuParallel parallel) { dispatch(call, parallel); }
 void conv3x3_gradient(const Conv3x3GradientCall<float>& call, CpuParallel parallel) { dispatch(call, parallel); }
 void conv3x3_gradient(const Conv3x3GradientCall<double>& call, CpuParallel parallel) { dispatch(call, parallel); }
+
+std::unique_ptr<Conv3x3FewPieces<float>> conv3x3_few_pieces(const Conv3x3FewPiecesCall<float>& call) {
+  return SELMATCH_AT_LEVEL(make_few_pieces(call));
+}
+std::unique_ptr<Conv3x3FewPieces<double>> conv3x3_few_pieces(const Conv3x3FewPiecesCall<double>& call) {
+  return SELMATCH_AT_LEVEL(make_few_pieces(call));
+}
 
 }  // namespace selmatch

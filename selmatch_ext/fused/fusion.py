@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
+from selmatch_ext.fused.first_layer import FirstLayer
 from selmatch_ext.fused.operations import Operation
 from selmatch_ext.fused.rules import Block, Conv, Rule
 from selmatch_ext.ops.block import NO_NORM, NO_POOL, PIECEWISE
@@ -26,20 +28,7 @@ def without_unused(steps: list[Operation], result: int) -> list[Operation]:
 
 def fuse(steps: list[Operation]) -> list[Operation]:
     """Joins consecutive norm, activation and pooling into one block, and marks the biases that a norm cancels."""
-    place: dict[int, int] = {-1: -1}
-    fused: list[Operation] = []
-    for i, step in enumerate(steps):
-        before = step.inputs[0]
-        joined = None
-        if isinstance(step.rule, Block) and before >= 0 and steps[before].users == 1:
-            joined = _join(fused[place[before]].rule, step.rule)
-        if joined is not None:
-            place[i] = place[before]
-            fused[place[i]].rule = joined
-            continue
-        place[i] = len(fused)
-        fused.append(Operation(step.rule, tuple(place[j] for j in step.inputs)))
-    fused = without_unused(fused, len(fused) - 1)
+    fused = _with_blocks_joined(steps, lambda first, second: _one_block(first.rule, second))
     for step in fused:
         source = fused[step.inputs[0]] if step.inputs[0] >= 0 else None
         centered = isinstance(step.rule, Block) and step.rule.centers
@@ -48,7 +37,38 @@ def fuse(steps: list[Operation]) -> list[Operation]:
     return fused
 
 
-def _join(first: Rule, second: Block) -> Block | None:
+def with_first_layer(steps: list[Operation]) -> list[Operation]:
+    """Joins a convolution of the images, the bias of which gets no gradient, and the block that alone takes its
+    result."""
+
+    def join(first: Operation, second: Block) -> FirstLayer | None:
+        conv = first.rule
+        fits = isinstance(conv, Conv) and first.inputs == (-1,) and (conv.bias is None or conv.canceled)
+        return FirstLayer(conv, second) if fits else None
+
+    return _with_blocks_joined(steps, join)
+
+
+def _with_blocks_joined(steps: list[Operation], join: Callable[[Operation, Block], Rule | None]) -> list[Operation]:
+    """The steps with each block joined with the step before it, where it alone takes that one's result and `join` gives
+    a rule for both."""
+    place: dict[int, int] = {-1: -1}
+    found: list[Operation] = []
+    for i, step in enumerate(steps):
+        before = step.inputs[0]
+        joined = None
+        if isinstance(step.rule, Block) and before >= 0 and steps[before].users == 1:
+            joined = join(found[place[before]], step.rule)
+        if joined is not None:
+            place[i] = place[before]
+            found[place[i]].rule = joined
+            continue
+        place[i] = len(found)
+        found.append(Operation(step.rule, tuple(place[j] for j in step.inputs)))
+    return without_unused(found, len(found) - 1)
+
+
+def _one_block(first: Rule, second: Block) -> Block | None:
     """Both blocks as one, where the second continues what the first does."""
     if not isinstance(first, Block) or second.kind.norm != NO_NORM or first.kind.pool != NO_POOL:
         return None

@@ -207,33 +207,33 @@ class Block:
         z = _four(x)
         if self.kind.norm == BATCH_NORM and z.numel() == z.shape[1]:  # torch's error, in its words
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {z.shape}")
-        y, stats = block_forward(z, *self._pick(p), self.kind)
+        y, stats = block_forward(z, *self.pick(p), self.kind)
         return y.flatten(1) if x.dim() == 2 else y, (z, stats)
 
     def backward(
         self, p: Parameters, saved: tuple[Tensor, Tensor], g: Tensor, need_x: bool
     ) -> tuple[Gradients, Parameters]:
         z, stats = saved
-        gz, *gradients = block_backward(_four(g), z, stats, *self._pick(p), self.kind)
-        return (gz.flatten(1) if g.dim() == 2 else gz,), self._named(gradients)
+        gz, *gradients = block_backward(_four(g), z, stats, *self.pick(p), self.kind)
+        return (gz.flatten(1) if g.dim() == 2 else gz,), self.named(gradients)
 
     def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Known | None) -> tuple[Dual, tuple]:
         (x,) = inputs
         z = _four_each(x.parts())
-        both, stats = block_dual_forward(z, self._pick(p), self._pick(t), self.kind)
+        both, stats = block_dual_forward(z, self.pick(p), self.pick(t), self.kind)
         return Dual.forward(both.flatten(1) if x.value.dim() == 2 else both), (z, stats)
 
     def dual_backward(
         self, p: Parameters, t: Parameters, saved: tuple, g: Dual, need_x: bool, need_p: bool
     ) -> tuple[DualGradients, Parameters]:
         z, stats = saved
-        both, *gradients = block_dual_backward(_four_each(g.parts()), z, stats, self._pick(p), self._pick(t), self.kind)
-        return (Dual.backward(both.flatten(1) if g.value.dim() == 2 else both),), self._named(gradients)
+        both, *gradients = block_dual_backward(_four_each(g.parts()), z, stats, self.pick(p), self.pick(t), self.kind)
+        return (Dual.backward(both.flatten(1) if g.value.dim() == 2 else both),), self.named(gradients)
 
-    def _pick(self, p: Parameters) -> Affine:
+    def pick(self, p: Parameters) -> Affine:
         return (None if self.weight is None else p[self.weight]), (None if self.bias is None else p[self.bias])
 
-    def _named(self, gradients: list[Tensor]) -> Parameters:
+    def named(self, gradients: list[Tensor]) -> Parameters:
         named = zip((self.weight, self.bias), gradients, strict=True)
         return {name: gradient for name, gradient in named if name is not None}
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from selmatch_ext.fused.dual import Dual
+from selmatch_ext.fused.fusion import with_first_layer
 from selmatch_ext.fused.operations import Operation
 from selmatch_ext.fused.rules import Conv, Known, Linear, Parameters
 from selmatch_ext.modules.private import PrivateModel
@@ -24,7 +25,8 @@ class FusedStepper:
     step are the results of its convolutions and, where all is kept, the gradients of their inputs."""
 
     def __init__(self, model: PrivateModel, operations: list[Operation], precision: str):
-        self.model, self.operations, self.precision = model, operations, precision
+        self.model, self.precision = model, precision
+        self.operations = with_first_layer(operations)
         self.shapes = dict(zip(model.names, model.shapes, strict=True))
         self.parameters = sum(model.sizes)
         self.numbers: Tensor | None = None  # (K,), of the classes

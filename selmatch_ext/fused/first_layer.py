@@ -1,0 +1,69 @@
+"""`FirstLayer`, the convolution of the images and the block that takes its result, as one operation of rules.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from selmatch_ext.fused.dual import Dual
+from selmatch_ext.fused.rules import Block, Conv, DualGradients, Duals, Gradients, Known, Parameters
+from selmatch_ext.ops.block import DualTensor
+from selmatch_ext.ops.conv3x3 import FEW
+from selmatch_ext.ops.conv_block import conv_block_backward, conv_block_dual_backward
+
+
+@dataclass(frozen=True)
+class FirstLayer:
+    """One after the other, but for the passes back of a convolution by `conv3x3`: there the gradient of the
+    convolution's result, the largest tensor of a step, is not stored (ops/conv_block.py).
+
+    conv: of images of any number of channels, with no bias that would get a gradient."""
+
+    conv: Conv
+    block: Block
+
+    def forward(self, p: Parameters, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
+        z, x = self.conv.forward(p, inputs)
+        y, saved = self.block.forward(p, (z,))
+        return y, (x, saved)
+
+    def backward(self, p: Parameters, saved: Any, g: Tensor, need_x: bool) -> tuple[Gradients, Parameters]:
+        x, (z, stats) = saved
+        if need_x or not self._in_pieces(p):
+            (gz,), gradients = self.block.backward(p, (z, stats), g, True)
+            assert gz is not None
+            back, of_weight = self.conv.backward(p, x, gz, need_x)
+            return back, gradients | of_weight
+        found, *affine = conv_block_backward(g, (x, z, stats), self.block.pick(p), self.block.kind)
+        return (None,), {self.conv.weight: found, **self.block.named(affine)}
+
+    def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Known | None) -> tuple[Dual, Any]:
+        z, of_conv = self.conv.dual_forward(p, t, inputs, None)
+        y, of_block = self.block.dual_forward(p, t, (z,), None)
+        return y, (of_conv, of_block)
+
+    def dual_backward(
+        self, p: Parameters, t: Parameters, saved: Any, g: Dual, need_x: bool, need_p: bool
+    ) -> tuple[DualGradients, Parameters]:
+        of_conv, of_block = saved
+        if not need_x or not self._in_pieces(p):
+            (gz,), gradients = self.block.dual_backward(p, t, of_block, g, True, need_p)
+            assert gz is not None
+            back, of_weight = self.conv.dual_backward(p, t, of_conv, gz, need_x, need_p)
+            return back, gradients | of_weight
+        (x, _), (z, stats), name = of_conv, of_block, self.conv.weight
+        of_x, of_weight, *affine = conv_block_dual_backward(
+            DualTensor(g.value, g.whole_tangent()),
+            (x.value, z, stats),
+            (p[name], t[name]),
+            (self.block.pick(p), self.block.pick(t)),
+            self.block.kind,
+            weight_wanted=need_p,
+        )
+        return (Dual(None, of_x),), self.block.named(affine) | ({name: of_weight} if need_p else {})
+
+    def _in_pieces(self, p: Parameters) -> bool:
+        weight = p[self.conv.weight]
+        return weight.shape[1] <= FEW and self.conv.by_conv3x3(weight)
