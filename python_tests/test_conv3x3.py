@@ -1,5 +1,6 @@
 """3 x 3 convolutions by Winograd's filtering against torch's direct ones."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -58,21 +59,40 @@ def test_equals_the_direct_convolution(shape, dtype):
     check(shape, dtype)
 
 
+def direct_sum(terms):
+    """One product after the other, rounded each time. terms: pairs of tensors, the products of which have one shape."""
+    total = torch.zeros(())
+    for a, b in terms:
+        total = total + a * b
+    return total
+
+
+def direct_convolution(x, weight):
+    height, width = x.shape[2:]
+    padded, place = F.pad(x, (1, 1, 1, 1)), itertools.product(range(x.shape[1]), range(3), range(3))
+    return direct_sum(
+        (padded[:, c, None, i : i + height, j : j + width], weight[:, c, i, j, None, None]) for c, i, j in place
+    )
+
+
+def direct_weight_gradient(x, g):
+    columns, rows = F.unfold(x, 3, padding=1).transpose(1, 2).flatten(0, 1), g.flatten(2).transpose(1, 2).flatten(0, 1)
+    return direct_sum((row[:, None], column) for row, column in zip(rows, columns, strict=True))
+
+
 @pytest.mark.parametrize("channels, batch", [(32, 1), (64, 1), (128, 8), (256, 8)])
 def test_error_is_that_of_the_direct_sum(channels, batch):
     """Of short sums, by tiles of 2 x 2, and of long ones, by tiles of 4 x 4: over channels, and over pixels, of which
-    an image has 256. torch's gradient of the input adds up in short chunks (not with channels-last memory); ours is
-    held to three times its error."""
+    an image has 256. (How much torch's convolutions round depends on the processor.)"""
     x, weight, _, g = tensors(batch, channels, channels, 16, 16, torch.float32)
     inputs = [t.double().requires_grad_() for t in (x, weight)]
     y = F.conv2d(*inputs, padding=1)
-    exact = [y, *torch.autograd.grad(y, inputs, g.double())]
-    rounded = [t.clone().requires_grad_() for t in (x, weight)]
-    y = F.conv2d(*rounded, padding=1)
-    direct = [y, *torch.autograd.grad(y, rounded, g)]
+    exact = [y.detach(), *torch.autograd.grad(y, inputs, g.double())]
+    back = weight.transpose(0, 1).flip(2, 3)
+    direct = direct_convolution(x, weight), direct_convolution(g, back), direct_weight_gradient(x, g).view_as(weight)
     ours = conv3x3(x, weight), conv3x3_input_gradient(g, weight), conv3x3_weight_gradient(x, g)
-    for a, b, c, times in zip(ours, direct, exact, (1.25, 3, 1.25), strict=True):
-        assert (a - c).norm() <= times * (b - c).norm()
+    for a, b, c in zip(ours, direct, exact, strict=True):
+        assert (a - c).norm() <= 1.1 * (b - c).norm()
 
 
 @pytest.mark.parametrize("value", [True, False])
