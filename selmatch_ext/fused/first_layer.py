@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from selmatch_ext.fused.dual import Dual
-from selmatch_ext.fused.rules import Block, Conv, DualGradients, Duals, Gradients, Known, Parameters
+from selmatch_ext.fused.rules import Block, Conv, DualGradients, Duals, Gradients, Known, Parameters, channels_last
 from selmatch_ext.ops.block import DualTensor
 from selmatch_ext.ops.conv3x3 import FEW
-from selmatch_ext.ops.conv_block import conv_block_backward, conv_block_dual_backward
+from selmatch_ext.ops.conv_block import conv_block, conv_block_backward, conv_block_dual_backward
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,16 @@ class FirstLayer:
     """One after the other, but for the passes back of a convolution by `conv3x3`: there the gradient of the
     convolution's result, the largest tensor of a step, is not stored (ops/conv_block.py).
 
-    conv: of images of any number of channels, with no bias that would get a gradient."""
+    conv: of images of any number of channels, without a bias, or with one that the block's norm cancels."""
 
     conv: Conv
     block: Block
 
     def forward(self, p: Parameters, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Any]:
+        if self._in_pieces(p) and not inputs[0].requires_grad:
+            x, name = channels_last(inputs[0]), self.conv.weight
+            y, z, stats = conv_block(x, p[name], self.conv.bias_of(p, x), self.block.pick(p), self.block.kind)
+            return y, (x, (z, stats))
         z, x = self.conv.forward(p, inputs)
         y, saved = self.block.forward(p, (z,))
         return y, (x, saved)
@@ -34,8 +38,8 @@ class FirstLayer:
         if need_x or not self._in_pieces(p):
             (gz,), gradients = self.block.backward(p, (z, stats), g, True)
             assert gz is not None
-            back, of_weight = self.conv.backward(p, x, gz, need_x)
-            return back, gradients | of_weight
+            back, of_filter = self.conv.backward(p, x, gz, need_x)
+            return back, gradients | of_filter
         found, *affine = conv_block_backward(g, (x, z, stats), self.block.pick(p), self.block.kind)
         return (None,), {self.conv.weight: found, **self.block.named(affine)}
 
@@ -51,8 +55,8 @@ class FirstLayer:
         if not need_x or not self._in_pieces(p):
             (gz,), gradients = self.block.dual_backward(p, t, of_block, g, True, need_p)
             assert gz is not None
-            back, of_weight = self.conv.dual_backward(p, t, of_conv, gz, need_x, need_p)
-            return back, gradients | of_weight
+            back, of_filter = self.conv.dual_backward(p, t, of_conv, gz, need_x, need_p)
+            return back, gradients | of_filter
         (x, _), (z, stats), name = of_conv, of_block, self.conv.weight
         of_x, of_weight, *affine = conv_block_dual_backward(
             DualTensor(g.value, g.whole_tangent()),

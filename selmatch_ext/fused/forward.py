@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from selmatch_ext.fused.first_layer import FirstLayer
 from selmatch_ext.fused.operations import Operation
 from selmatch_ext.fused.rules import Block, Conv
 from selmatch_ext.ops.block import BATCH_NORM
@@ -28,14 +29,15 @@ class Forward:
 
     def values(self, x: Tensor) -> list[Tensor]:
         """The result of every step."""
-        filters = {step.rule.weight for step in self.steps if isinstance(step.rule, Conv)}
+        filters = {rule.weight for rule in map(_convolution, self.steps) if rule is not None}
         p = {name: t.to(self.dtype) if name in filters else t for name, t in self.parameters.items()}
         values: list[Tensor] = []
         for step in self.steps:
             inputs = [x.to(self.dtype) if j < 0 else values[j] for j in step.inputs]
             value, saved = step.rule.forward(p, tuple(inputs))
-            if isinstance(step.rule, Block) and step.rule.kind.norm == BATCH_NORM and step.rule.norm is not None:
-                norm = self.model.get_submodule(step.rule.norm)
+            block, saved = (step.rule.block, saved[1]) if isinstance(step.rule, FirstLayer) else (step.rule, saved)
+            if isinstance(block, Block) and block.kind.norm == BATCH_NORM and block.norm is not None:
+                norm = self.model.get_submodule(block.norm)
                 assert isinstance(norm, nn.BatchNorm2d)
                 _update(norm, saved[0], saved[1].detach())
             values.append(value)
@@ -45,7 +47,17 @@ class Forward:
 def _with_bias(step: Operation) -> Operation:
     """The step with its bias, although the next norm cancels it: BatchNorm's running mean contains it, and weight decay
     changes it."""
-    return replace(step, rule=replace(step.rule, canceled=False)) if isinstance(step.rule, Conv) else step
+    conv = _convolution(step)
+    if conv is None:
+        return step
+    conv = replace(conv, canceled=False)
+    return replace(step, rule=replace(step.rule, conv=conv) if isinstance(step.rule, FirstLayer) else conv)
+
+
+def _convolution(step: Operation) -> Conv | None:
+    if isinstance(step.rule, FirstLayer):
+        return step.rule.conv
+    return step.rule if isinstance(step.rule, Conv) else None
 
 
 @torch.no_grad()

@@ -43,8 +43,9 @@ def with_first_layer(steps: list[Operation]) -> list[Operation]:
 
     def join(first: Operation, second: Block) -> FirstLayer | None:
         conv = first.rule
-        fits = isinstance(conv, Conv) and first.inputs == (-1,) and (conv.bias is None or conv.canceled)
-        return FirstLayer(conv, second) if fits else None
+        if not isinstance(conv, Conv) or first.inputs != (-1,) or not (conv.bias is None or conv.canceled):
+            return None
+        return FirstLayer(conv, second)
 
     return _with_blocks_joined(steps, join)
 

@@ -94,7 +94,7 @@ class Conv:
     def forward(self, p: Parameters, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         (x,) = inputs
         x = channels_last(x)
-        return self._convolve(x, p[self.weight], self._bias(p, x)), x
+        return self._convolve(x, p[self.weight], self.bias_of(p, x)), x
 
     def backward(self, p: Parameters, x: Tensor, g: Tensor, need_x: bool) -> tuple[Gradients, Parameters]:
         back, gradient = self._gradients(g, x, p[self.weight], need_x)
@@ -105,13 +105,13 @@ class Conv:
         result, known = kept or (None, None)
         if x.tangent is None:
             x = Dual(channels_last(x.value), None)
-        weight, bias = p[self.weight], self._bias(p, x.value)
+        weight, bias = p[self.weight], self.bias_of(p, x.value)
         if self.by_conv3x3(weight):
             tangent = None if x.tangent is None else x.whole_tangent()
-            biases = bias, self._bias(t, x.value)
+            biases = bias, self.bias_of(t, x.value)
             both = conv3x3_dual(x.value, tangent, weight, t[self.weight], biases, value=result is None)
             return (Dual.forward(both) if result is None else Dual(result, both)), (x, known)
-        moved = self._convolve(x.value, t[self.weight], self._bias(t, x.value))
+        moved = self._convolve(x.value, t[self.weight], self.bias_of(t, x.value))
         if result is None and bias is None and x.has_both(value_first=True):
             value, tangent = self._convolve(x.both(value_first=True), weight, None).chunk(2)
             return Dual(value, tangent, moved), (x, known)
@@ -146,7 +146,7 @@ class Conv:
             return (Dual(known, back, more),), gradients
         return (Dual.backward(back, more),), gradients
 
-    def _bias(self, p: Parameters, like: Tensor) -> Tensor | None:
+    def bias_of(self, p: Parameters, like: Tensor) -> Tensor | None:
         return None if self.bias is None or self.canceled else p[self.bias].to(like.dtype)
 
     def _settings(self) -> tuple:

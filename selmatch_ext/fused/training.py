@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from selmatch_ext._C import build_info
 from selmatch_ext.fused.comparing import operations_of
 from selmatch_ext.fused.forward import Forward
+from selmatch_ext.fused.fusion import with_first_layer
 from selmatch_ext.fused.operations import Unsupported
 
 
@@ -36,7 +37,7 @@ def fast(model: nn.Module, x: Tensor, precision: str = "float32") -> Callable[[T
     except Unsupported:
         return model
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    return Forward(model, dict(model.named_parameters()), steps, dtype)
+    return Forward(model, dict(model.named_parameters()), with_first_layer(steps), dtype)
 
 
 def _has_kernels(device: torch.device) -> bool:

@@ -1,10 +1,49 @@
-"""The passes back of a network's first layer on the CPU: `conv3x3` of an input of 1 to 4 channels, and the block that
-takes its result z. The gradient of z, the largest tensor of a step, is used as it is computed and never stored."""
+"""A network's first layer on the CPU: `conv3x3` of an input of 1 to 4 channels, and the block that takes its result z.
+In the passes back the gradient of z, the largest tensor of a step, is used as it is computed and never stored."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from selmatch_ext.ops.block import Affine, BlockKind, DualTensor
+from selmatch_ext.ops.block import Affine, BlockKind, DualTensor, block_forward
+from selmatch_ext.ops.conv3x3 import conv3x3
+
+
+def conv_block(
+    x: Tensor, weight: Tensor, bias: Tensor | None, affine: Affine, kind: BlockKind
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The block's result y, z, and the statistics that the passes back take; y is differentiable once, in the
+    parameters. x needs no gradient, and where there is a bias the block's norm has to subtract every channel's mean:
+    then the gradient of the bias is 0.
+
+    x: (B, C, H, W) float32 or float64, C 1 to 4; weight: (K, C, 3, 3), K a multiple of 32; bias: (K,); affine, kind: of
+    `block_forward`. Raises ValueError or TypeError for shapes and dtypes that do not fit."""
+    y, z, stats = _ConvBlock.apply(x, weight, bias, *affine, kind)
+    return y, z, stats
+
+
+class _ConvBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor, kind: BlockKind
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        z = conv3x3(x, weight, bias)
+        y, stats = block_forward(z, gamma, beta, kind)
+        ctx.kind = kind
+        ctx.save_for_backward(x, z, stats, bias, gamma, beta)
+        ctx.mark_non_differentiable(z, stats)
+        ctx.set_materialize_grads(False)  # or z would get one of zeros
+        return y, z, stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, z, stats, bias, gamma, beta = ctx.saved_tensors
+        of_weight, *found = conv_block_backward(g, (x, z, stats), (gamma, beta), ctx.kind)
+        of_bias = None if bias is None else torch.zeros_like(bias)
+        return None, of_weight, of_bias, *(None if p is None else d for p, d in zip((gamma, beta), found, strict=True)), None
 
 
 def conv_block_backward(
@@ -12,9 +51,8 @@ def conv_block_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the convolution's weight (K, C, 3, 3), of gamma and of beta, from that of the block's result, g.
 
-    saved: the image x (B, C, H, W) in float32 or float64, C 1 to 4, its convolution z (B, K, H, W), K a multiple of 32,
-    and the statistics of `block_forward`, which has the rest. Not differentiable. Raises ValueError or TypeError for
-    shapes and dtypes that do not fit."""
+    saved: x, z and the statistics of `conv_block`. Not differentiable. Raises ValueError or TypeError for shapes and
+    dtypes that do not fit."""
     return torch.ops.selmatch_ext.conv_block_backward(g, *saved, *affine, *kind)
 
 
@@ -28,8 +66,8 @@ def conv_block_dual_backward(
     weight_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The tangents of the gradients of x, of the weight (empty where it is not `weight_wanted`), of gamma and of beta,
-    where x has no tangent. g and z have no `more`. saved: as in `conv_block_backward`, with the statistics of
-    `block_dual_forward`; weights, affines: each a value and its tangent."""
+    where x has no tangent. g and z: without `more`. saved: x, z and the statistics of `block_dual_forward`; weights,
+    affines: each a value and its tangent."""
     x, z, stats = saved
     args = (*g[:2], x, *weights, *z[:2], stats, *affines[0], *affines[1], weight_wanted, *kind)
     return torch.ops.selmatch_ext.conv_block_dual_backward(*args)
