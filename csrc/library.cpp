@@ -46,9 +46,15 @@ TORCH_LIBRARY(selmatch_ext, m) {
       "block_dual_backward(Tensor g, Tensor gt, Tensor? gt_more, Tensor z, Tensor zt, Tensor? zt_more, Tensor stats, "
       "Tensor? gamma, Tensor? beta, Tensor? gamma_t, Tensor? beta_t, ",
       " -> (Tensor gz_both, Tensor gamma_grad_t, Tensor beta_grad_t)");
-  // of conv3x3 of 1 to 4 channels, whose result is z, and the block that follows; dual: tangents, x has none
+  // conv3x3 of 1 to 4 channels, whose result is z, and the block that follows; dual: x has no tangent
+  define("conv_block_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, ",
+         " -> (Tensor y, Tensor z, Tensor stats)");
   define("conv_block_backward(Tensor g, Tensor x, Tensor z, Tensor stats, Tensor? gamma, Tensor? beta, ",
          " -> (Tensor weight_grad, Tensor gamma_grad, Tensor beta_grad)");
+  define(
+      "conv_block_dual_forward(Tensor x, Tensor weight, Tensor weight_t, Tensor? gamma, Tensor? beta, "
+      "Tensor? gamma_t, Tensor? beta_t, ",
+      " -> (Tensor y_both, Tensor z_both, Tensor stats)");
   define(
       "conv_block_dual_backward(Tensor g, Tensor gt, Tensor x, Tensor weight, Tensor weight_t, Tensor z, Tensor zt, "
       "Tensor stats, Tensor? gamma, Tensor? beta, Tensor? gamma_t, Tensor? beta_t, bool weight_wanted, ",

@@ -29,9 +29,12 @@ enum BlockStat : int { kBlockMean, kBlockScale, kBlockTangentMean, kBlockTangent
 // Means of the backward pass, m(q), m(q zh), m(qt), m(qt zh + q zht).
 enum BlockMean : int { kBlockQ, kBlockQz, kBlockQt, kBlockQzt, kBlockMeans };
 
-// Takes the gradient of z, and in the dual pass its tangent, of `count` pixels of an image from `first` on, (count,
-// channels). The pieces of an image come in order, from one thread; images may come from several.
-using BlockTake = void (*)(void* taker, int64_t image, int64_t first, int64_t count, const void* gz, const void* gzt);
+// The neighbor that makes z, and uses its gradient, on the CPU: while a piece, `count` pixels of an image from `first` on,
+// is in the cache. The pieces of an image come in order, from one thread; images may come from several. `make` writes z,
+// and in the dual pass zt, to where the call has them; `take` gets their gradients, (count, channels).
+using BlockMake = void (*)(void* neighbor, int64_t image, int64_t first, int64_t count);
+using BlockTake = void (*)(void* neighbor, int64_t image, int64_t first, int64_t count, const void* gz,
+                           const void* gzt);
 
 // One call. Images are stored pixel by pixel, the channels of a pixel side by side (torch's channels-last); S is their
 // type, T = double for double, else float. What a pass does not use is null.
@@ -55,8 +58,9 @@ struct BlockCall {
 
   void *y, *yt;                  // S like g
   void *gz, *gzt;                // S like z, where there is no `take`
-  BlockTake take;                // or null; on the CPU alone. What it takes is still in the cache, and is not stored
-  void* taker;
+  void* neighbor;
+  BlockMake make;  // null: z and zt are there before the forward pass
+  BlockTake take;  // null: gz and gzt are written
   void* stats;                   // T (rows, stats_count, channels), in the order of BlockStat; written by forward
   int stats_count;               // 2, or 4 in the dual passes
   void* sums;                    // T (batch, 4, channels), workspace

@@ -330,13 +330,14 @@ struct BlockLoops {
   // up in runs, and the runs then: fewer additions to one number, smaller rounding errors.
   template <bool kDual>
   void moments(int64_t n, T* run) const {
-    constexpr int kRun = 64;
+    constexpr int kRun = 72;
     const int count = kDual ? 4 : 2;
     T* total = sums(n);
     std::fill_n(total, 4 * channels, T(0));
     Moments<kDual> kernel = {*this, in(call.z, n), in(call.zt, n), in(call.zt_more, n), run};
     for (int64_t begin = 0; begin < pixels; begin += kRun) {
       const int64_t end = std::min(begin + kRun, pixels);
+      make(n, begin, end);
       std::fill_n(run, count * channels, T(0));
       int64_t p = begin;
       for (; p + 4 <= end; p += 4) {
@@ -357,6 +358,13 @@ struct BlockLoops {
       fourth -= static_cast<T>(d * third);
       first = static_cast<T>(static_cast<double>(load<T>(kernel.z + c)) + d);
       third = static_cast<T>(t);
+    }
+  }
+
+  // Pixels begin to end - 1 of an image's z and zt.
+  void make(int64_t n, int64_t begin, int64_t end) const {
+    if (call.make != nullptr) {
+      call.make(call.neighbor, n, begin, end - begin);
     }
   }
 
@@ -601,7 +609,7 @@ struct BlockLoops {
         visit_row(kernel, i, true);
       }
       const int64_t next = std::min(end * row_pixels(), pixels);
-      call.take(call.taker, n, kernel.first, next - kernel.first, piece, piece_t);
+      call.take(call.neighbor, n, kernel.first, next - kernel.first, piece, piece_t);
       kernel.first = next;
     }
   }
@@ -697,6 +705,9 @@ struct BlockRun {
 
   void apply(int64_t begin, int64_t end) const {
     for (int64_t n = begin; n < end; ++n) {
+      if (call.norm == kBlockNoNorm) {
+        loops.make(n, 0, loops.pixels);
+      }
       loops.template forward<kDual>(n);
     }
   }

@@ -1,6 +1,7 @@
-// The first layer of a network on the CPU, conv3x3 of an input of few channels and a block: its passes back. The
-// gradient of the convolution's result, the largest tensor of a step, goes from the block's loops to the convolution's
-// piece by piece and is never stored. torch_cpu.cpp includes this after both operators' own files.
+// The first layer of a network on the CPU: conv3x3 of an input of few channels, and the block that takes its result z.
+// A piece of z is computed when the block first needs it. The gradient of z, the largest tensor of a step, goes back to
+// the convolution piece by piece and is never stored. torch_cpu.cpp includes this after both operators' own files, of
+// which it uses the parts.
 #include <torch/library.h>
 
 #include "block/block_torch.h"
@@ -10,10 +11,10 @@
 namespace selmatch {
 namespace {
 
-// x: (batch, 1 to 4, height, width), z: (batch, outputs, height, width); each weight, where given, (outputs, channels, 3,
-// 3). Returns a weight's sizes.
-c10::SymDimVector check_conv_block(const at::Tensor& x, const at::Tensor& z,
-                                   std::initializer_list<std::pair<const char*, const at::Tensor*>> weights) {
+using DualResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// x: (batch, 1 to 4, height, width), z: (batch, outputs, height, width). Returns the weight's sizes.
+c10::SymDimVector check_conv_block(const Tensor& x, const Tensor& z) {
   const char* op = "conv_block";
   check_tensor(op, "x", x, "z", z);
   check_images(op, "x", x);
@@ -25,46 +26,115 @@ c10::SymDimVector check_conv_block(const at::Tensor& x, const at::Tensor& z,
                     ", got ", channels, " and ", outputs);
   check_dtype(op, "x", x, z.scalar_type());
   check_sizes(op, "x", x, {z.sym_size(0), channels, z.sym_size(2), z.sym_size(3)});
-  for (const auto& [name, weight] : weights) {
-    check_tensor(op, name, *weight, "z", z);
-    check_dtype(op, name, *weight, z.scalar_type());
-    check_sizes(op, name, *weight, {outputs, channels, 3, 3});
-  }
   return {outputs, channels, 3, 3};
 }
 
-// Runs a pass back of `block`. What is not asked for, weight_grad or x_grad_t, is undefined; without x_grad_t the
-// weights are not used.
-void run_pieces(Block& block, int pass, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_t,
-                const at::Tensor& weight_grad, const at::Tensor& x_grad_t) {
-  const at::Tensor images = x.contiguous(at::MemoryFormat::ChannelsLast);
-  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "conv_block", [&] {
-    const auto from = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<scalar_t>() : nullptr; };
-    const auto to = [](const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr<scalar_t>() : nullptr; };
-    const auto pieces = conv3x3_few_pieces(Conv3x3FewPiecesCall<scalar_t>{
-        x.size(0), static_cast<int>(x.size(2)), static_cast<int>(x.size(3)), static_cast<int>(x.size(1)),
-        block.call.channels, from(images), to(weight_grad), from(weight), from(weight_t), to(x_grad_t)});
-    block.call.taker = pieces.get();
-    block.call.take = [](void* taker, int64_t image, int64_t first, int64_t count, const void* gz, const void* gzt) {
-      static_cast<Conv3x3FewPieces<scalar_t>*>(taker)->add(image, first, count, static_cast<const scalar_t*>(gz),
-                                                           static_cast<const scalar_t*>(gzt));
+void check_weight(const char* name, const Tensor& weight, const Tensor& z, const c10::SymDimVector& sizes) {
+  check_tensor("conv_block", name, weight, "z", z);
+  check_dtype("conv_block", name, weight, z.scalar_type());
+  check_sizes("conv_block", name, weight, sizes);
+}
+
+// z, or both z and its tangent, not computed yet; after all checks of the convolution.
+Tensor empty_z(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  const Tensor z = conv3x3_result(x, weight, bias, false);
+  check_conv_block(x, z);
+  return z;
+}
+Tensor empty_z_both(const Tensor& x, const Tensor& weight, const Tensor& weight_t) {
+  const Tensor both = conv3x3_dual_result(x, {}, weight, weight_t, {}, {}, false, true);
+  check_conv_block(x, both.narrow_symint(0, 0, x.sym_size(0)));
+  return both;
+}
+
+template <typename T>
+const T* numbers(const Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
+}
+template <typename T>
+T* result_numbers(const Tensor& tensor) {
+  return tensor.defined() ? tensor.mutable_data_ptr<T>() : nullptr;
+}
+
+// What the convolution is given; what a pass does not use is undefined.
+struct Convolution {
+  Convolution(const Tensor& x_, const Tensor& weight_, const Tensor& weight_t_, const OptionalTensor& bias_)
+      : x(x_.contiguous(at::MemoryFormat::ChannelsLast)) {
+    weight = weight_.defined() ? weight_.contiguous() : weight_;
+    weight_t = weight_t_.defined() ? weight_t_.contiguous() : weight_t_;
+    bias = bias_ ? bias_->contiguous() : Tensor();
+  }
+  int size(int dim) const { return static_cast<int>(x.size(dim)); }
+
+  Tensor x, weight, weight_t, bias;
+};
+
+// Runs a forward pass of `block`, whose z, and zt in a dual pass, the convolution writes.
+void run_forward(Block& block, int pass, const Convolution& conv, const Tensor& z, const Tensor& zt) {
+  AT_DISPATCH_FLOATING_TYPES(z.scalar_type(), "conv_block", [&] {
+    Conv3x3Call<scalar_t> call = {};
+    call.batch = conv.x.size(0), call.height = conv.size(2), call.width = conv.size(3);
+    call.channels = conv.size(1), call.outputs = block.call.channels;
+    call.x = numbers<scalar_t>(conv.x), call.bias = numbers<scalar_t>(conv.bias);
+    call.weight = numbers<scalar_t>(conv.weight), call.weight_t = numbers<scalar_t>(conv.weight_t);
+    call.y = result_numbers<scalar_t>(z), call.y_t = result_numbers<scalar_t>(zt);
+    const auto result = conv3x3_few_result(call);
+    block.call.neighbor = result.get();
+    block.call.make = [](void* neighbor, int64_t image, int64_t first, int64_t count) {
+      static_cast<Conv3x3FewResult<scalar_t>*>(neighbor)->compute(image, first, count);
     };
     block.run(&run, pass);
-    pieces->finish();
   });
+}
+
+// Runs a pass back of `block`. What is not asked for, weight_grad or x_grad_t, is undefined.
+void run_backward(Block& block, int pass, const Convolution& conv, const Tensor& weight_grad, const Tensor& x_grad_t) {
+  AT_DISPATCH_FLOATING_TYPES(conv.x.scalar_type(), "conv_block", [&] {
+    const auto gradients = conv3x3_few_gradients(Conv3x3FewGradientsCall<scalar_t>{
+        conv.x.size(0), conv.size(2), conv.size(3), conv.size(1), block.call.channels, numbers<scalar_t>(conv.x),
+        result_numbers<scalar_t>(weight_grad), numbers<scalar_t>(conv.weight), numbers<scalar_t>(conv.weight_t),
+        result_numbers<scalar_t>(x_grad_t)});
+    block.call.neighbor = gradients.get();
+    block.call.take = [](void* neighbor, int64_t image, int64_t first, int64_t count, const void* gz, const void* gzt) {
+      static_cast<Conv3x3FewGradients<scalar_t>*>(neighbor)->add(
+          image, first, count, static_cast<const scalar_t*>(gz), static_cast<const scalar_t*>(gzt));
+    };
+    block.run(&run, pass);
+    gradients->finish();
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_block_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                      const OptionalTensor& gamma, const OptionalTensor& beta,
+                                                      int64_t norm, int64_t groups, double eps, int64_t activation,
+                                                      double slope, int64_t pool) {
+  Tensor z = empty_z(x, weight, bias);
+  Block block(z, gamma, beta, {norm, groups, eps, activation, slope, pool});
+  Tensor stats = block.make_stats(), y = block.empty_images(1, true);
+  block.call.y = y.mutable_data_ptr();
+  run_forward(block, kBlockForward, {x, weight, {}, bias}, z, {});
+  return {y, z, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_block_forward_meta(const Tensor& x, const Tensor& weight,
+                                                           const OptionalTensor& bias, const OptionalTensor& gamma,
+                                                           const OptionalTensor& beta, int64_t norm, int64_t groups,
+                                                           double eps, int64_t activation, double slope, int64_t pool) {
+  Tensor z = empty_z(x, weight, bias);
+  const BlockChecks checks(z, gamma, beta, {norm, groups, eps, activation, slope, pool});
+  return {checks.empty_images(1, true), z, checks.empty_stats(2)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_block_backward(const Tensor& g, const Tensor& x, const Tensor& z,
                                                        const Tensor& stats, const OptionalTensor& gamma,
                                                        const OptionalTensor& beta, int64_t norm, int64_t groups,
                                                        double eps, int64_t activation, double slope, int64_t pool) {
-  const c10::SymDimVector sizes = check_conv_block(x, z, {});
+  const Tensor weight_grad = at::empty_symint(check_conv_block(x, z), z.options());
   Block block(z, gamma, beta, {norm, groups, eps, activation, slope, pool});
   block.set_stats(stats);
   block.set_cotangent(g);
   block.make_gradients();
-  const Tensor weight_grad = at::empty_symint(sizes, z.options());
-  run_pieces(block, kBlockBackward, x, {}, {}, weight_grad, {});
+  run_backward(block, kBlockBackward, {x, {}, {}, {}}, weight_grad, {});
   return std::tuple_cat(std::make_tuple(weight_grad), block.gradients());
 }
 
@@ -73,45 +143,80 @@ std::tuple<Tensor, Tensor, Tensor> conv_block_backward_meta(const Tensor& g, con
                                                             const OptionalTensor& beta, int64_t norm, int64_t groups,
                                                             double eps, int64_t activation, double slope,
                                                             int64_t pool) {
-  const c10::SymDimVector sizes = check_conv_block(x, z, {});
+  const c10::SymDimVector sizes = check_conv_block(x, z);
   const BlockChecks checks(z, gamma, beta, {norm, groups, eps, activation, slope, pool});
   checks.statistics(stats, 2);
   checks.cotangent("g", g);
   return {at::empty_symint(sizes, z.options()), checks.empty_gradient(), checks.empty_gradient()};
 }
 
+// y and its tangent in one batch, then z and its tangent.
+std::tuple<Tensor, Tensor, Tensor> conv_block_dual_forward(const Tensor& x, const Tensor& weight,
+                                                           const Tensor& weight_t, const OptionalTensor& gamma,
+                                                           const OptionalTensor& beta, const OptionalTensor& gamma_t,
+                                                           const OptionalTensor& beta_t, int64_t norm, int64_t groups,
+                                                           double eps, int64_t activation, double slope, int64_t pool) {
+  const int64_t batch = x.size(0);
+  Tensor z_both = empty_z_both(x, weight, weight_t);
+  const Tensor z = z_both.narrow(0, 0, batch), zt = z_both.narrow(0, batch, batch);
+  Block block(z, gamma, beta, {norm, groups, eps, activation, slope, pool});
+  block.set_tangents(zt, {}, gamma_t, beta_t);
+  Tensor stats = block.make_stats(), y_both = block.empty_images(2, true);
+  block.call.y = block.half(y_both, 0);
+  block.call.yt = block.half(y_both, 1);
+  run_forward(block, kBlockDualForward, {x, weight, weight_t, {}}, z, zt);
+  return {y_both, z_both, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_block_dual_forward_meta(
+    const Tensor& x, const Tensor& weight, const Tensor& weight_t, const OptionalTensor& gamma,
+    const OptionalTensor& beta, const OptionalTensor& gamma_t, const OptionalTensor& beta_t, int64_t norm,
+    int64_t groups, double eps, int64_t activation, double slope, int64_t pool) {
+  Tensor z_both = empty_z_both(x, weight, weight_t);
+  const Tensor z = z_both.narrow_symint(0, 0, x.sym_size(0));
+  const BlockChecks checks(z, gamma, beta, {norm, groups, eps, activation, slope, pool});
+  checks.tangents(z, {}, gamma_t, beta_t);
+  return {checks.empty_images(2, true), z_both, checks.empty_stats(kBlockStats)};
+}
+
 // Without `weight_wanted` the second result is empty.
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv_block_dual_backward(
-    const Tensor& g, const Tensor& gt, const Tensor& x, const Tensor& weight, const Tensor& weight_t, const Tensor& z,
-    const Tensor& zt, const Tensor& stats, const OptionalTensor& gamma, const OptionalTensor& beta,
-    const OptionalTensor& gamma_t, const OptionalTensor& beta_t, bool weight_wanted, int64_t norm, int64_t groups,
-    double eps, int64_t activation, double slope, int64_t pool) {
-  const c10::SymDimVector sizes = check_conv_block(x, z, {{"weight", &weight}, {"weight_t", &weight_t}});
+DualResult conv_block_dual_backward(const Tensor& g, const Tensor& gt, const Tensor& x, const Tensor& weight,
+                                    const Tensor& weight_t, const Tensor& z, const Tensor& zt, const Tensor& stats,
+                                    const OptionalTensor& gamma, const OptionalTensor& beta,
+                                    const OptionalTensor& gamma_t, const OptionalTensor& beta_t, bool weight_wanted,
+                                    int64_t norm, int64_t groups, double eps, int64_t activation, double slope,
+                                    int64_t pool) {
+  const c10::SymDimVector sizes = check_conv_block(x, z);
+  check_weight("weight", weight, z, sizes);
+  check_weight("weight_t", weight_t, z, sizes);
   Block block(z, gamma, beta, {norm, groups, eps, activation, slope, pool});
   block.set_tangents(zt, {}, gamma_t, beta_t);
   block.set_stats(stats);
   block.set_cotangent(g);
   block.set_cotangent_tangents(gt, {});
   block.make_gradients();
-  const Tensor x_grad_t = at::empty_symint(x.sym_sizes(), z.options().memory_format(at::MemoryFormat::ChannelsLast));
+  const Tensor x_grad_t = images_like(x, x.sym_sizes().vec());
   const Tensor weight_grad_t = weight_wanted ? at::empty_symint(sizes, z.options()) : Tensor();
-  run_pieces(block, kBlockDualBackward, x, weight.contiguous(), weight_t.contiguous(), weight_grad_t, x_grad_t);
+  run_backward(block, kBlockDualBackward, {x, weight, weight_t, {}}, weight_grad_t, x_grad_t);
   return std::tuple_cat(std::make_tuple(x_grad_t, weight_wanted ? weight_grad_t : at::empty({0}, z.options())),
                         block.gradients());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv_block_dual_backward_meta(
-    const Tensor& g, const Tensor& gt, const Tensor& x, const Tensor& weight, const Tensor& weight_t, const Tensor& z,
-    const Tensor& zt, const Tensor& stats, const OptionalTensor& gamma, const OptionalTensor& beta,
-    const OptionalTensor& gamma_t, const OptionalTensor& beta_t, bool weight_wanted, int64_t norm, int64_t groups,
-    double eps, int64_t activation, double slope, int64_t pool) {
-  const c10::SymDimVector sizes = check_conv_block(x, z, {{"weight", &weight}, {"weight_t", &weight_t}});
+DualResult conv_block_dual_backward_meta(const Tensor& g, const Tensor& gt, const Tensor& x, const Tensor& weight,
+                                         const Tensor& weight_t, const Tensor& z, const Tensor& zt, const Tensor& stats,
+                                         const OptionalTensor& gamma, const OptionalTensor& beta,
+                                         const OptionalTensor& gamma_t, const OptionalTensor& beta_t,
+                                         bool weight_wanted, int64_t norm, int64_t groups, double eps,
+                                         int64_t activation, double slope, int64_t pool) {
+  const c10::SymDimVector sizes = check_conv_block(x, z);
+  check_weight("weight", weight, z, sizes);
+  check_weight("weight_t", weight_t, z, sizes);
   const BlockChecks checks(z, gamma, beta, {norm, groups, eps, activation, slope, pool});
   checks.tangents(zt, {}, gamma_t, beta_t);
   checks.statistics(stats, kBlockStats);
   checks.cotangent("g", g);
   checks.cotangent("gt", gt);
-  return {at::empty_symint(x.sym_sizes(), z.options().memory_format(at::MemoryFormat::ChannelsLast)),
+  return {images_like(x, x.sym_sizes().vec()),
           weight_wanted ? at::empty_symint(sizes, z.options()) : at::empty({0}, z.options()), checks.empty_gradient(),
           checks.empty_gradient()};
 }
@@ -119,12 +224,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_block_dual_backward_meta(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(selmatch_ext, Meta, m) {
+  m.impl("conv_block_forward", &conv_block_forward_meta);
   m.impl("conv_block_backward", &conv_block_backward_meta);
+  m.impl("conv_block_dual_forward", &conv_block_dual_forward_meta);
   m.impl("conv_block_dual_backward", &conv_block_dual_backward_meta);
 }
 
 TORCH_LIBRARY_IMPL(selmatch_ext, CPU, m) {
+  m.impl("conv_block_forward", &conv_block_forward);
   m.impl("conv_block_backward", &conv_block_backward);
+  m.impl("conv_block_dual_forward", &conv_block_dual_forward);
   m.impl("conv_block_dual_backward", &conv_block_dual_backward);
 }
 

@@ -42,40 +42,50 @@ struct Conv3x3GradientCall {
   T* weight;   // (outputs, channels, 3, 3)
 };
 
-// The two gradients of the convolution of an input of few channels that has no tangent, as images have, from the gradient
-// g of its result. With a tangent g_t of g, what is asked for are the tangents of both gradients.
-template <typename T>
-struct Conv3x3FewPiecesCall {
-  int64_t batch;
-  int height, width;
-  int channels, outputs;
-  const T* x;                   // (batch, height, width, channels)
-  T* weight_grad;               // (outputs, channels, 3, 3) or null: not asked for
-  const T *weight, *weight_t;   // like it; without x_grad_t unused
-  T* x_grad_t;                  // like x or null: not asked for; with it there has to be a g_t
-};
-
-// Takes g piece by piece while its numbers are in the cache, so that nobody has to store them.
-template <typename T>
-class Conv3x3FewPieces {
- public:
-  virtual ~Conv3x3FewPieces() = default;
-  // `count` pixels of an image from `first` on. g, g_t: (count, outputs); g_t may be null. The pieces of an image come in
-  // order, from one thread; images may come from several.
-  virtual void add(int64_t image, int64_t first, int64_t count, const T* g, const T* g_t) = 0;
-  virtual void finish() = 0;
-};
-
 // Numbers of channels must be multiples of the first; an input, which the transpose makes, may have 1 to kConv3x3Few.
 constexpr int kConv3x3Multiple = 32, kConv3x3Few = 4;
 // Direct sums of so many products round as much as the larger tiles do.
 constexpr int kConv3x3LongSum = 9 * 128;
 
+// For a neighbor that works on a convolution of few channels while a piece of it is in the cache: the convolution of
+// such pieces, `count` pixels of an image from `first` on. Pieces may be computed by several threads.
+template <typename T>
+class Conv3x3FewResult {
+ public:
+  virtual ~Conv3x3FewResult() = default;
+  virtual void compute(int64_t image, int64_t first, int64_t count) = 0;
+};
+
+// And both gradients, from the gradient g of the result, of which the neighbor gives a piece before it computes the
+// next one: so that nobody has to store it. x has no tangent, as images have none; with a tangent g_t of g, what is asked
+// for are the tangents of both gradients.
+template <typename T>
+struct Conv3x3FewGradientsCall {
+  int64_t batch;
+  int height, width;
+  int channels, outputs;
+  const T* x;                  // (batch, height, width, channels)
+  T* weight_grad;              // (outputs, channels, 3, 3) or null: not asked for
+  const T *weight, *weight_t;  // like it; without x_grad_t unused
+  T* x_grad_t;                 // like x or null: not asked for; with it there has to be a g_t
+};
+
+template <typename T>
+class Conv3x3FewGradients {
+ public:
+  virtual ~Conv3x3FewGradients() = default;
+  // g, g_t: (count, outputs); g_t may be null. The pieces of an image come in order, from one thread.
+  virtual void add(int64_t image, int64_t first, int64_t count, const T* g, const T* g_t) = 0;
+  virtual void finish() = 0;
+};
+
 void conv3x3(const Conv3x3Call<float>& call, CpuParallel parallel);
 void conv3x3(const Conv3x3Call<double>& call, CpuParallel parallel);
 void conv3x3_gradient(const Conv3x3GradientCall<float>& call, CpuParallel parallel);
 void conv3x3_gradient(const Conv3x3GradientCall<double>& call, CpuParallel parallel);
-std::unique_ptr<Conv3x3FewPieces<float>> conv3x3_few_pieces(const Conv3x3FewPiecesCall<float>& call);
-std::unique_ptr<Conv3x3FewPieces<double>> conv3x3_few_pieces(const Conv3x3FewPiecesCall<double>& call);
+std::unique_ptr<Conv3x3FewResult<float>> conv3x3_few_result(const Conv3x3Call<float>& call);
+std::unique_ptr<Conv3x3FewResult<double>> conv3x3_few_result(const Conv3x3Call<double>& call);
+std::unique_ptr<Conv3x3FewGradients<float>> conv3x3_few_gradients(const Conv3x3FewGradientsCall<float>& call);
+std::unique_ptr<Conv3x3FewGradients<double>> conv3x3_few_gradients(const Conv3x3FewGradientsCall<double>& call);
 
 }  // namespace selmatch

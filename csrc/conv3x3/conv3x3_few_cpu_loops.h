@@ -66,25 +66,30 @@ struct Conv3x3FewForward {
     }
   }
 
-  void blocks(int64_t begin, int64_t end) {
+  // `count` pixels of all images from `first` on.
+  void add(int64_t first, int64_t count) const {
     Memory<T> around{static_cast<int64_t>(kPixels) * kLength, T(1)};  // of which the last column, for the bias, stays
     Memory<T> around_t{static_cast<int64_t>(kPixels) * kLength};
     Memory<T> rest{static_cast<int64_t>(kPixels) * outputs};
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kPixels, count = std::min<int64_t>(kPixels, pixels - first);
-      gather(call.x, first, count, around);
+    for (int64_t end = first + count; first < end; first += kPixels) {
+      const int64_t now = std::min<int64_t>(kPixels, end - first);
+      gather(call.x, first, now, around);
       if (call.y != nullptr) {
-        products(around, matrices, nullptr, count, rest, call.y + first * outputs);
+        products(around, matrices, nullptr, now, rest, call.y + first * outputs);
       }
       if (call.y_t != nullptr) {
         const T* more = nullptr;
         if (call.x_t != nullptr) {
-          gather(call.x_t, first, count, around_t);
+          gather(call.x_t, first, now, around_t);
           more = around_t;
         }
-        products(around, matrices + size, more, count, rest, call.y_t + first * outputs);
+        products(around, matrices + size, more, now, rest, call.y_t + first * outputs);
       }
     }
+  }
+
+  void blocks(int64_t begin, int64_t end) {
+    add(begin * kPixels, std::min(end * kPixels, pixels) - begin * kPixels);
   }
 
   void gather(const T* x, int64_t first, int64_t count, T* to) const {
@@ -105,11 +110,15 @@ struct Conv3x3FewForward {
     }
   }
 
-  void run() {
+  void set_matrices() {
     fill_matrix(call.weight, call.bias, matrices);
     if (call.y_t != nullptr) {
       fill_matrix(call.weight_t, call.bias_t, matrices + size);
     }
+  }
+
+  void run() {
+    set_matrices();
     Products::template over<&Conv3x3FewForward::blocks>(*this, parallel, (pixels + kPixels - 1) / kPixels);
   }
 };
@@ -288,11 +297,24 @@ struct Conv3x3FewInputGradient {
   }
 };
 
-// Both, of pieces of the result's gradient as they are computed. Each image is a share of the weight's gradient.
 template <typename T, int kChannels>
-class Conv3x3FewPiecesOf : public Conv3x3FewPieces<T> {
+class Conv3x3FewResultOf : public Conv3x3FewResult<T> {
  public:
-  explicit Conv3x3FewPiecesOf(const Conv3x3FewPiecesCall<T>& call) : call_(call) {
+  explicit Conv3x3FewResultOf(const Conv3x3Call<T>& call) : call_(call) { forward_.set_matrices(); }
+  void compute(int64_t image, int64_t first, int64_t count) override {
+    forward_.add(image * call_.height * call_.width + first, count);
+  }
+
+ private:
+  const Conv3x3Call<T> call_;
+  Conv3x3FewForward<T, kChannels> forward_{call_, nullptr};
+};
+
+// Both gradients, of pieces of the result's gradient as they are computed. Each image is a share of the weight's gradient.
+template <typename T, int kChannels>
+class Conv3x3FewGradientsOf : public Conv3x3FewGradients<T> {
+ public:
+  explicit Conv3x3FewGradientsOf(const Conv3x3FewGradientsCall<T>& call) : call_(call) {
     if (call.x_grad_t != nullptr) {
       spread_.set_matrix(0, call.weight);
       spread_.set_matrix(1, call.weight_t);
@@ -323,7 +345,7 @@ class Conv3x3FewPiecesOf : public Conv3x3FewPieces<T> {
   }
 
  private:
-  const Conv3x3FewPiecesCall<T> call_;
+  const Conv3x3FewGradientsCall<T> call_;
   const int64_t size_ = static_cast<int64_t>(call_.height) * call_.width;
   const Conv3x3FewSums<T, kChannels> sums_{{call_.x, call_.height, call_.width}, call_.outputs};
   Memory<T> shares_{call_.weight_grad == nullptr ? 0 : call_.batch * sums_.size};
@@ -366,8 +388,15 @@ void run_few(const Call<T>& call, int channels, CpuParallel parallel) {
 }
 
 template <typename T>
-std::unique_ptr<Conv3x3FewPieces<T>> make_few_pieces(const Conv3x3FewPiecesCall<T>& call) {
-  return with_few(call.channels, [&](auto few) -> std::unique_ptr<Conv3x3FewPieces<T>> {
-    return std::make_unique<Conv3x3FewPiecesOf<T, few>>(call);
+std::unique_ptr<Conv3x3FewResult<T>> make_few_result(const Conv3x3Call<T>& call) {
+  return with_few(call.channels, [&](auto few) -> std::unique_ptr<Conv3x3FewResult<T>> {
+    return std::make_unique<Conv3x3FewResultOf<T, few>>(call);
+  });
+}
+
+template <typename T>
+std::unique_ptr<Conv3x3FewGradients<T>> make_few_gradients(const Conv3x3FewGradientsCall<T>& call) {
+  return with_few(call.channels, [&](auto few) -> std::unique_ptr<Conv3x3FewGradients<T>> {
+    return std::make_unique<Conv3x3FewGradientsOf<T, few>>(call);
   });
 }

@@ -11,7 +11,12 @@ from selmatch_ext.fused.dual import Dual
 from selmatch_ext.fused.rules import Block, Conv, DualGradients, Duals, Gradients, Known, Parameters, channels_last
 from selmatch_ext.ops.block import DualTensor
 from selmatch_ext.ops.conv3x3 import FEW
-from selmatch_ext.ops.conv_block import conv_block, conv_block_backward, conv_block_dual_backward
+from selmatch_ext.ops.conv_block import (
+    conv_block,
+    conv_block_backward,
+    conv_block_dual_backward,
+    conv_block_dual_forward,
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,11 @@ class FirstLayer:
         return (None,), {self.conv.weight: found, **self.block.named(affine)}
 
     def dual_forward(self, p: Parameters, t: Parameters, inputs: Duals, kept: Known | None) -> tuple[Dual, Any]:
+        if self._in_pieces(p):
+            x, name = channels_last(inputs[0].value), self.conv.weight
+            affines = self.block.pick(p), self.block.pick(t)
+            y_both, z_both, stats = conv_block_dual_forward(x, (p[name], t[name]), affines, self.block.kind)
+            return Dual.forward(y_both), ((Dual(x, None), None), (DualTensor(*z_both.chunk(2)), stats))
         z, of_conv = self.conv.dual_forward(p, t, inputs, None)
         y, of_block = self.block.dual_forward(p, t, (z,), None)
         return y, (of_conv, of_block)

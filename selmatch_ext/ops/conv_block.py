@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from selmatch_ext.ops.block import Affine, BlockKind, DualTensor, block_forward
-from selmatch_ext.ops.conv3x3 import conv3x3
+from selmatch_ext.ops.block import Affine, BlockKind, DualTensor
 
 
 def conv_block(
@@ -29,8 +28,7 @@ class _ConvBlock(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor, kind: BlockKind
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z = conv3x3(x, weight, bias)
-        y, stats = block_forward(z, gamma, beta, kind)
+        y, z, stats = torch.ops.selmatch_ext.conv_block_forward(x, weight, bias, gamma, beta, *kind)
         ctx.kind = kind
         ctx.save_for_backward(x, z, stats, bias, gamma, beta)
         ctx.mark_non_differentiable(z, stats)
@@ -56,6 +54,14 @@ def conv_block_backward(
     return torch.ops.selmatch_ext.conv_block_backward(g, *saved, *affine, *kind)
 
 
+def conv_block_dual_forward(
+    x: Tensor, weights: tuple[Tensor, Tensor], affines: tuple[Affine, Affine], kind: BlockKind
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y and its tangent in one batch (2B, ...), z and its tangent in one, and statistics (B or 1, 4, K), where x has no
+    tangent. weights, affines: each a value and its tangent."""
+    return torch.ops.selmatch_ext.conv_block_dual_forward(x, *weights, *affines[0], *affines[1], *kind)
+
+
 def conv_block_dual_backward(
     g: DualTensor,
     saved: tuple[Tensor, DualTensor, Tensor],
@@ -66,8 +72,8 @@ def conv_block_dual_backward(
     weight_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The tangents of the gradients of x, of the weight (empty where it is not `weight_wanted`), of gamma and of beta,
-    where x has no tangent. g and z: without `more`. saved: x, z and the statistics of `block_dual_forward`; weights,
-    affines: each a value and its tangent."""
+    where x has no tangent. g and z: without `more`. saved: x, z and the statistics of `conv_block_dual_forward`;
+    weights and affines as there."""
     x, z, stats = saved
     args = (*g[:2], x, *weights, *z[:2], stats, *affines[0], *affines[1], weight_wanted, *kind)
     return torch.ops.selmatch_ext.conv_block_dual_backward(*args)
