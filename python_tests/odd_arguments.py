@@ -128,11 +128,11 @@ def conv3x3_weight_gradient(draw):
     return [draw.tensor((batch, channels, *sides), dtype) for channels in (draw.size(32, 64), draw.size(32, 64))]
 
 
-def blocks(draw):
-    """Tensors of all four passes, by name."""
-    dtype = draw.dtype(torch.bfloat16)
+def blocks(draw, dtypes=(torch.bfloat16,), divisions=((1, 1), (4, 1), (4, 2), (4, 4), (9, 3), (33, 1))):
+    """Tensors of all four passes, by name. divisions: (channels, groups)."""
+    dtype = draw.dtype(*dtypes)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    channels, groups = draw.random.choice(((1, 1), (4, 1), (4, 2), (4, 4), (9, 3), (33, 1)))
+    channels, groups = draw.random.choice(divisions)
     shape = (draw.size(1, 2, 3), channels, draw.size(2, 3, 4, 5), draw.size(2, 3, 4, 5))
     norm = draw.random.randrange(3)
     kind = BlockKind(
@@ -172,9 +172,44 @@ def block_dual_backward(draw):
     return [t["g"], t["gt"], t["gt_more"], *inside, draw.laid_out(stats), *affine, *kind]
 
 
+def conv_blocks(draw):
+    """The same behind a convolution, of which z need not be the result."""
+    t, kind = blocks(draw, (), ((32, 1), (32, 4), (64, 64)))
+    dtype, channels, outputs = t["z"].dtype, draw.size(1, 3, 4), t["z"].shape[1]
+    t["x"] = draw.tensor((t["z"].shape[0], channels, *t["z"].shape[2:]), dtype)
+    t |= {name: draw.tensor((outputs, channels, 3, 3), dtype) for name in ("weight", "weight_t")}
+    t["bias"] = draw.tensor((outputs,), dtype) if draw.random.random() < 0.5 else None
+    return t, kind
+
+
+def conv_block_forward(draw):
+    t, kind = conv_blocks(draw)
+    return [*(t[name] for name in ("x", "weight", "bias", "gamma", "beta")), *kind]
+
+
+def conv_block_backward(draw):
+    t, kind = conv_blocks(draw)
+    stats = OPS.block_forward(t["z"], t["gamma"], t["beta"], *kind)[1]
+    return [t["g"], t["x"], t["z"], draw.laid_out(stats), t["gamma"], t["beta"], *kind]
+
+
+def conv_block_dual_forward(draw):
+    t, kind = conv_blocks(draw)
+    return [*(t[name] for name in ("x", "weight", "weight_t", "gamma", "beta", "gamma_t", "beta_t")), *kind]
+
+
+def conv_block_dual_backward(draw):
+    t, kind = conv_blocks(draw)
+    affine = [t[name] for name in ("gamma", "beta", "gamma_t", "beta_t")]
+    stats = draw.laid_out(OPS.block_dual_forward(t["z"], t["zt"], None, *affine, *kind)[1])
+    inside = (t[name] for name in ("g", "gt", "x", "weight", "weight_t", "z", "zt"))
+    return [*inside, stats, *affine, draw.random.random() < 0.5, *kind]
+
+
 OPERATORS = (dsa, trajectory_distance, trajectory_distance_backward, gradient_distance, gradient_distance_backward)
 OPERATORS += (conv3x3, conv3x3_dual, conv3x3_weight_gradient)
 OPERATORS += (block_forward, block_backward, block_dual_forward, block_dual_backward)
+OPERATORS += (conv_block_forward, conv_block_backward, conv_block_dual_forward, conv_block_dual_backward)
 
 
 # --- odd ones ---------------------------------------------------------------------------------------------------------

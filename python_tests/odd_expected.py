@@ -38,6 +38,10 @@ def saved_by(name, args):
         return OPS.block_forward(args[1], *args[3:])[1], args[2]
     if name == "block_dual_backward":
         return OPS.block_dual_forward(*args[3:6], *args[7:])[1], args[6]
+    if name == "conv_block_backward":
+        return OPS.block_forward(args[2], *args[4:])[1], args[3]
+    if name == "conv_block_dual_backward":
+        return OPS.block_dual_forward(*args[5:7], None, *args[8:12], *args[13:])[1], args[7]
     return None
 
 
@@ -144,3 +148,26 @@ def expected_block_dual_backward(g, gt, gt_more, z, zt, zt_more, stats, gamma, b
     tangents = (zt if zt_more is None else zt + zt_more, gamma_t, beta_t, gt if gt_more is None else gt + gt_more)
     found, moved = jvp(lambda *i: reference.block_gradients(*i, BlockKind(*kind)), (z, gamma, beta, g), tangents)
     return [torch.cat([moved[0], found[0]]), *(moved[1:] if kind[0] else (None, None))]
+
+
+def expected_conv_block_forward(x, weight, bias, gamma, beta, *kind):
+    (z,) = expected_conv3x3(x, weight, bias, False)
+    return [expected_block_forward(z, gamma, beta, *kind)[0], z, None]
+
+
+def expected_conv_block_backward(g, x, z, stats, gamma, beta, *kind):
+    gz, *gradients = expected_block_backward(g, z, stats, gamma, beta, *kind)
+    return [*expected_conv3x3_weight_gradient(x, gz), *gradients]
+
+
+def expected_conv_block_dual_forward(x, weight, weight_t, gamma, beta, gamma_t, beta_t, *kind):
+    (both,) = expected_conv3x3_dual(x, None, weight, weight_t, None, None, False, True)
+    return [expected_block_dual_forward(*both.chunk(2), None, gamma, beta, gamma_t, beta_t, *kind)[0], both, None]
+
+
+def expected_conv_block_dual_backward(g, gt, x, weight, weight_t, z, zt, stats, *rest):
+    *affine, weight_wanted = rest[:5]
+    both, *gradients = expected_block_dual_backward(g, gt, None, z, zt, None, stats, *affine, *rest[5:])
+    gzt, gz = both.chunk(2)
+    of_weight = expected_conv3x3_weight_gradient(x, gzt)[0] if weight_wanted else x.new_empty(0)
+    return [*expected_conv3x3_dual(gz, gzt, weight, weight_t, None, None, True, False), of_weight, *gradients]

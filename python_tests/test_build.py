@@ -20,11 +20,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 DIFFERENTIABLE = [
     *("dsa", "trajectory_distance", "trajectory_distance_backward"),
     *("gradient_distance", "gradient_distance_backward", "block_forward", "block_backward"),
-    *("conv3x3", "conv3x3_weight_gradient"),
+    *("conv3x3", "conv3x3_weight_gradient", "conv_block_forward", "conv_block_backward"),
 ]
-CONSTANT = ["block_dual_forward", "block_dual_backward", "conv3x3_dual"]
-CPU_ONLY = ["conv3x3", "conv3x3_dual", "conv3x3_weight_gradient"]
+CONSTANT = [
+    *("block_dual_forward", "block_dual_backward", "conv3x3_dual"),
+    *("conv_block_dual_forward", "conv_block_dual_backward"),
+]
 OPERATORS = DIFFERENTIABLE + CONSTANT
+CPU_ONLY = [name for name in OPERATORS if name.startswith("conv")]
 
 
 def test_build_info():

@@ -13,7 +13,14 @@ from torch.autograd import forward_ad
 
 def test_odd_arguments_are_refused_or_right():
     """In a process of its own, so that a crash is seen."""
-    program = [sys.executable, "-W", "ignore", Path(odd_arguments.__file__), "--calls", "4800"]
+    program = [
+        sys.executable,
+        "-W",
+        "ignore",
+        Path(odd_arguments.__file__),
+        "--calls",
+        str(400 * len(odd_arguments.OPERATORS)),
+    ]
     run = subprocess.run(program, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     report = json.loads(run.stdout)

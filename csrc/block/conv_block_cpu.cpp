@@ -156,8 +156,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_block_dual_forward(const Tensor& x, cons
                                                            const OptionalTensor& beta, const OptionalTensor& gamma_t,
                                                            const OptionalTensor& beta_t, int64_t norm, int64_t groups,
                                                            double eps, int64_t activation, double slope, int64_t pool) {
-  const int64_t batch = x.size(0);
   Tensor z_both = empty_z_both(x, weight, weight_t);
+  const int64_t batch = x.size(0);
   const Tensor z = z_both.narrow(0, 0, batch), zt = z_both.narrow(0, batch, batch);
   Block block(z, gamma, beta, {norm, groups, eps, activation, slope, pool});
   block.set_tangents(zt, {}, gamma_t, beta_t);

@@ -33,6 +33,7 @@ class FirstLayer:
         if self._in_pieces(p) and not inputs[0].requires_grad:
             x, name = channels_last(inputs[0]), self.conv.weight
             y, z, stats = conv_block(x, p[name], self.conv.bias_of(p, x), self.block.pick(p), self.block.kind)
+            self.block.check(z)
             return y, (x, (z, stats))
         z, x = self.conv.forward(p, inputs)
         y, saved = self.block.forward(p, (z,))

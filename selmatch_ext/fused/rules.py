@@ -205,8 +205,7 @@ class Block:
     def forward(self, p: Parameters, inputs: tuple[Tensor, ...]) -> tuple[Tensor, tuple]:
         (x,) = inputs
         z = _four(x)
-        if self.kind.norm == BATCH_NORM and z.numel() == z.shape[1]:  # torch's error, in its words
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {z.shape}")
+        self.check(z)
         y, stats = block_forward(z, *self.pick(p), self.kind)
         return y.flatten(1) if x.dim() == 2 else y, (z, stats)
 
@@ -229,6 +228,10 @@ class Block:
         z, stats = saved
         both, *gradients = block_dual_backward(_four_each(g.parts()), z, stats, self.pick(p), self.pick(t), self.kind)
         return (Dual.backward(both.flatten(1) if g.value.dim() == 2 else both),), self.named(gradients)
+
+    def check(self, z: Tensor) -> None:
+        if self.kind.norm == BATCH_NORM and z.numel() == z.shape[1]:  # torch's error, in its words
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {z.shape}")
 
     def pick(self, p: Parameters) -> Affine:
         return (None if self.weight is None else p[self.weight]), (None if self.bias is None else p[self.bias])

@@ -92,8 +92,8 @@ def _backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("selmatch_ext::block_forward", _backward, setup_context=_save)
 
 
-def _no_double_backward(ctx: Any, *_: Any) -> None:
+def no_double_backward(ctx: Any, *_: Any) -> None:
     raise RuntimeError("the gradient of block cannot be differentiated again: it is differentiable once")
 
 
-torch.library.register_autograd("selmatch_ext::block_backward", _no_double_backward)
+torch.library.register_autograd("selmatch_ext::block_backward", no_double_backward)

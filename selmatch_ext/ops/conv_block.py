@@ -5,43 +5,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from selmatch_ext.ops.block import Affine, BlockKind, DualTensor
+from selmatch_ext.ops.block import Affine, BlockKind, DualTensor, no_double_backward
 
 
 def conv_block(
     x: Tensor, weight: Tensor, bias: Tensor | None, affine: Affine, kind: BlockKind
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The block's result y, z, and the statistics that the passes back take; y is differentiable once, in the
-    parameters. x needs no gradient, and where there is a bias the block's norm has to subtract every channel's mean:
+    parameters. x gets no gradient, and where there is a bias the block's norm has to subtract every channel's mean:
     then the gradient of the bias is 0.
 
     x: (B, C, H, W) float32 or float64, C 1 to 4; weight: (K, C, 3, 3), K a multiple of 32; bias: (K,); affine, kind: of
     `block_forward`. Raises ValueError or TypeError for shapes and dtypes that do not fit."""
-    y, z, stats = _ConvBlock.apply(x, weight, bias, *affine, kind)
-    return y, z, stats
-
-
-class _ConvBlock(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor, kind: BlockKind
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        y, z, stats = torch.ops.selmatch_ext.conv_block_forward(x, weight, bias, gamma, beta, *kind)
-        ctx.kind = kind
-        ctx.save_for_backward(x, z, stats, bias, gamma, beta)
-        ctx.mark_non_differentiable(z, stats)
-        ctx.set_materialize_grads(False)  # or z would get one of zeros
-        return y, z, stats
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, z, stats, bias, gamma, beta = ctx.saved_tensors
-        of_weight, *found = conv_block_backward(g, (x, z, stats), (gamma, beta), ctx.kind)
-        of_bias = None if bias is None else torch.zeros_like(bias)
-        return None, of_weight, of_bias, *(None if p is None else d for p, d in zip((gamma, beta), found, strict=True)), None
+    return torch.ops.selmatch_ext.conv_block_forward(x, weight, bias, *affine, *kind)
 
 
 def conv_block_backward(
@@ -77,3 +54,29 @@ def conv_block_dual_backward(
     x, z, stats = saved
     args = (*g[:2], x, *weights, *z[:2], stats, *affines[0], *affines[1], weight_wanted, *kind)
     return torch.ops.selmatch_ext.conv_block_dual_backward(*args)
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    x, _, bias, gamma, beta, *kind = inputs
+    _, z, stats = output
+    ctx.kind = BlockKind(*kind)
+    ctx.save_for_backward(x, z, stats, bias, gamma, beta)
+    ctx.mark_non_differentiable(z, stats)
+    ctx.set_materialize_grads(False)  # or z would get one of zeros
+
+
+def _backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    x, z, stats, bias, gamma, beta = ctx.saved_tensors
+    if ctx.needs_input_grad[0]:
+        raise RuntimeError("conv_block: x, the images, gets no gradient")
+    if g is None:
+        return (None,) * 11
+    z = z.detach().requires_grad_(torch.is_grad_enabled())  # so that a second derivative meets `no_double_backward`
+    of_weight, *found = conv_block_backward(g, (x, z, stats), (gamma, beta), ctx.kind)
+    of_bias = None if bias is None else torch.zeros_like(bias)
+    affine = (None if p is None else d for p, d in zip((gamma, beta), found, strict=True))
+    return None, of_weight, of_bias, *affine, *[None] * 6
+
+
+torch.library.register_autograd("selmatch_ext::conv_block_forward", _backward, setup_context=_save)
+torch.library.register_autograd("selmatch_ext::conv_block_backward", no_double_backward)
