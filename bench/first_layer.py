@@ -68,21 +68,21 @@ def run(setting: Setting) -> dict:
     batch, width, side = setting.size((50, 128, 32), (50, 128, 32), (2, 32, 8))
     norms = {"instance norm": (block.SAMPLE_NORM, width), "batch norm": (block.BATCH_NORM, 1)}
     convolutions = {"forward": 1, "backward": 1, "dual forward": 2, "dual backward": 3}
-    full = 4 * batch * width * side * side
-    images = {"forward": 1.25, "backward": 1.25, "dual forward": 2.5, "dual backward": 2.5}  # of z's size
+    z_bytes = 4 * batch * width * side * side
     cases: dict[str, dict] = {}
     with threads(), reused_memory():
         for norm, (code, groups) in norms.items():
             kind = BlockKind(code, groups, activation=block.PIECEWISE, slope=0.0, pool=block.AVERAGE_POOL)
             for name, calls in _calls(setting, kind, batch, width, side).items():
                 seconds = alternate(setting, calls, repeats=15, in_a_row=2)
-                flops = convolutions[name] * forward_flops(batch, (3, width, side)) / seconds["one"]
-                moved = (images[name] + (images[name] // 1) * (norm == "batch norm")) * full / seconds["one"]
+                flops = convolutions[name] * forward_flops(batch, (3, width, side))
+                tensors = 2 if "dual" in name else 1  # of z's size, and as many a quarter of it
+                moved = tensors * (1.25 + (norm == "batch norm")) * z_bytes
                 cases[f"{name}, {norm}"] = {
                     **seconds,
                     "speedup": seconds["two"] / seconds["one"],
-                    "share_of_peak": flops / product_rate(setting),
-                    "share_of_copy": moved / copy_rate(setting),
+                    "share_of_peak": flops / seconds["one"] / product_rate(setting),
+                    "share_of_copy": moved / seconds["one"] / copy_rate(setting),
                 }
     return {"device": setting.device, "batch": batch, "width": width, "side": side, "cases": cases}
 
