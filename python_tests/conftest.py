@@ -6,12 +6,24 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from selmatch_ext.context import CPU, Context
 
 # Other modules are imported where they are used: tests of the operations run without the packages of the pipeline.
 
-__all__ = ["CPU", "DEVICES", "MEASURED", "MODEL", "digits", "experts", "random_set", "run_for", "tiny_run"]
+__all__ = [
+    "CPU",
+    "CountFirstLayers",
+    "DEVICES",
+    "MEASURED",
+    "MODEL",
+    "digits",
+    "experts",
+    "random_set",
+    "run_for",
+    "tiny_run",
+]
 MODEL = "ConvNetD2W8"
 MEASURED = ("times.json", "report.html")
 """Files of a run that hold times, which no two runs have in common."""
@@ -128,3 +140,17 @@ def public(learned, tmp_path):
     torch.save(learned.images, tmp_path / "mtt" / "images_100.pt")
     torch.save(learned.labels, tmp_path / "mtt" / "labels_100.pt")
     return tmp_path / "mtt" / "images_100.pt"
+
+
+class CountFirstLayers(TorchDispatchMode):
+    """calls: how often each operator of ops/conv_block.py is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.name().removeprefix("selmatch_ext::")
+        if name.startswith("conv_block"):
+            self.calls[name] = self.calls.get(name, 0) + 1
+        return function(*arguments, **(options or {}))

@@ -114,6 +114,34 @@ def test_memory_of_steps_is_bounded_and_goes_back_at_the_end():
     assert after < 16 and later <= 1.25 * 88 + 16 and held >= 200 and end < 16
 
 
+ALIKE = """
+import resource
+import torch
+import selmatch_ext as sm
+
+def faults():  # pages that the system has cleared for this process
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+torch.set_num_threads(1)
+model = sm.models.build("ConvNetW64BN", channels=3, classes=10, image_size=32)
+start = sm.models.flat.flatten(model.parameters()).detach()
+images, lr = torch.randn(40, 3, 32, 32, requires_grad=True), torch.tensor(0.01, requires_grad=True)
+unrolled = sm.UnrolledSGD(model, engine="fused")
+for _ in range(3):
+    before = faults()
+    theta = unrolled(start, images, torch.arange(40) % 10, [torch.arange(20), torch.arange(20, 40)] * 2, lr)
+    theta.square().sum().backward()
+    print(faults() - before)
+"""
+
+
+@reads_proc
+def test_steps_that_are_alike_find_their_memory():
+    child = subprocess.run([sys.executable, "-c", ALIKE], capture_output=True, text=True, check=True)
+    first, _, last = map(int, child.stdout.split())
+    assert last < 600 < first  # torch's own small results take some
+
+
 def test_results_within_a_run_of_steps():
     x, weight = torch.randn(4, 32, 16, 16), torch.randn(64, 32, 3, 3)
     expected = conv3x3(x, weight)

@@ -26,7 +26,8 @@ from selmatch_ext.settings import Data, Start
 
 ROOT = Path(__file__).parents[1]
 ALWAYS = {"build", "machine", "device", "quick", "notes", "peaks"}
-NAMES = "augment block conv3x3 convolutions distance gradient_distance kept_memory shared training unroll".split()
+NAMES = {"augment", "block", "conv3x3", "convolutions", "distance", "first_layer", "gradient_distance", "kept_memory"}
+NAMES |= {"shared", "training", "unroll"}
 
 
 def bench(*arguments):

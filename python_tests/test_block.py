@@ -227,7 +227,7 @@ def test_the_gradient_cannot_be_differentiated_again():
     inputs = [t.requires_grad_() for t in (case.z, *case.parameters)]
     gradients = torch.autograd.grad(ops.block(*inputs, case.kind).square().sum(), inputs, create_graph=True)
     for gradient in gradients:
-        with pytest.raises(RuntimeError, match="gradient of block cannot be differentiated again"):
+        with pytest.raises(RuntimeError, match="gradient of block .* cannot be differentiated again"):
             gradient.sum().backward(retain_graph=True)
 
 

@@ -102,12 +102,14 @@ for dtype in test_conv_block.TOLERANCE:
 
 @pytest.mark.parametrize("norm", ["batch", "instance"])
 def test_the_same_bits_for_any_number_of_threads(norm):
-    case = Case(norm, "relu", "average", (9, 3, 32, 12, 12), torch.float32)
+    case = Case(norm, "relu", "average", (9, 3, 64, 26, 20), torch.float32)
     threads, results = torch.get_num_threads(), []
-    for count in (1, 4):
-        torch.set_num_threads(count)
-        results.append([t for found in case.passes() for t in found])
-    torch.set_num_threads(threads)
+    try:
+        for count in (1, 4):
+            torch.set_num_threads(count)
+            results.append([t for found in case.passes() for t in found])
+    finally:
+        torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -128,7 +130,12 @@ def test_differentiable_once(norm):
         function(*inputs).sum().backward()
 
 
-def test_the_bias_that_a_norm_cancels_gets_zeros():
+def test_only_a_bias_that_the_norm_cancels_gets_a_gradient():
+    for norm in ("none", "group", "layer"):
+        case = Case(norm, "relu", "average", (2, 3, 32, 4, 4), torch.float64)
+        y = ops.conv_block(case.x, case.weight, case.bias.requires_grad_(), case.affines[0], case.kind)[0]
+        with pytest.raises(RuntimeError, match="bias gets a gradient only before batch norm or instance norm"):
+            y.sum().backward()
     case = Case("batch", "relu", "average", (2, 3, 32, 4, 4), torch.float64)
     bias = case.bias.requires_grad_()
     ops.conv_block(case.x, case.weight.requires_grad_(), bias, case.affines[0], case.kind)[0].square().sum().backward()
@@ -157,11 +164,22 @@ def test_empty_batch_and_bad_input():
     found = ops.conv_block_backward(g[:0], (x[:0], z, stats), affine, case.kind)
     assert found[0].shape == (32, 3, 3, 3) and all((t == 0).all() for t in found)
 
+    for sides in ((0, 5), (5, 0)):
+        kind = case.kind._replace(pool=blocks.NO_POOL)
+        flat, none = torch.zeros(2, 3, *sides), torch.zeros(2, 32, *sides)
+        _, z, stats = ops.conv_block(flat, case.weight, None, affine, kind)
+        assert all((t == 0).all() for t in ops.conv_block_backward(none, (flat, z, stats), affine, kind))
+        _, z_both, stats = ops.conv_block_dual_forward(flat, case.weights, case.affines, kind)
+        saved = flat, DualTensor(*z_both.chunk(2)), stats
+        rest = case.weights, case.affines, kind
+        dual = ops.conv_block_dual_backward(DualTensor(none, none), saved, *rest, weight_wanted=True)
+        assert dual[0].shape == flat.shape and all((t == 0).all() for t in dual[1:])
+
     _, z, stats = ops.conv_block(x, case.weight, None, affine, case.kind)
     wide = torch.zeros(2, 32, 4, 4)
     for error, message, image, result in [
-        (ValueError, "x must have 1 to 4 channels and z a multiple of 32, got 32 and 32", wide, z),
-        (ValueError, "1 to 4 channels and z a multiple of 32, got 3 and 31", x, z[:, :31]),
+        (ValueError, "x must have 1 to 4 channels, got 32", wide, z),
+        (ValueError, "multiples of 32 up to 2.20 .of the input also 1 to 4., got 3 and 31", x, z[:, :31]),
         (ValueError, r"x must have shape \[2, 3, 4, 4\]", x[:1], z),
         (TypeError, "x must be float32, got float64", x.double(), z),
     ]:

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from conftest import CountFirstLayers
 from reference import unrolled_sgd_full_graph
 from test_unroll import CLASSES, Problem, assert_near, network
 from torch import nn
@@ -70,14 +71,76 @@ def test_what_a_step_costs(keep, passes):
 
 @pytest.mark.parametrize("keep", ["nothing", "activations", "all"])
 @pytest.mark.parametrize("norm", ["IN", "BN", "NN"])
-def test_our_convolutions_equal_full_graph(norm, keep, monkeypatch):
-    """In float64, which runs on torch's convolutions otherwise. Without a norm biases are not canceled."""
-    monkeypatch.setattr(rules, "conv3x3_suits", lambda weight: weight.shape[2:] == (3, 3))
+def test_our_convolutions_equal_full_graph(norm, keep, our_convolutions):
+    """Without a norm biases are not canceled."""
     problem = Problem(network(f"ConvNetD2W32{norm}"), augmented=True)
     found = problem.gradients(unrolled_sgd, engine="fused", keep=keep)  # reads the network
     with CountConvolutions() as counted:
         problem.gradients(unrolled_sgd, engine="fused", keep=keep)
     assert counted.images == 0
+    assert_near(found, problem.gradients(unrolled_sgd_full_graph), 1e-10)
+
+
+@pytest.fixture
+def our_convolutions(monkeypatch):
+    """In float64, which runs on torch's convolutions otherwise."""
+    monkeypatch.setattr(rules, "conv3x3_suits", lambda weight: weight.shape[2:] == (3, 3))
+
+
+def first_layers(passes, *names):
+    return {f"conv_block_{name}": passes for name in names}
+
+
+@pytest.mark.parametrize("keep", ["nothing", "all"])
+@pytest.mark.parametrize("norm", ["IN", "BN", "NN"])
+def test_first_layer_equals_full_graph(norm, keep, our_convolutions):
+    """Of images of 256 pixels or more; without a norm the convolution's bias gets a gradient, and both run apart."""
+    problem = Problem(network(f"ConvNetD2W32{norm}", 16), size=16, augmented=True)
+    with CountFirstLayers() as counted:
+        found = problem.gradients(unrolled_sgd, engine="fused", keep=keep)
+    names = ("forward", "backward", "dual_forward", "dual_backward")
+    assert counted.calls == ({} if norm == "NN" else first_layers(len(problem.batches), *names))
+    assert_near(found, problem.gradients(unrolled_sgd_full_graph), 1e-10)
+
+
+def test_first_layer_without_gradients_of_the_images(our_convolutions):
+    problem = Problem(network("ConvNetD2W32BN", 16), size=16)
+    problem.images.requires_grad_(False)
+    with CountFirstLayers() as counted:
+        found = problem.gradients(unrolled_sgd, engine="fused")
+    assert counted.calls == first_layers(len(problem.batches), "forward", "backward", "dual_forward")
+    assert_near(found, problem.gradients(unrolled_sgd_full_graph), 1e-10)
+
+
+class TwoFirstLayers(nn.Module):
+    """One convolution's weight used by two layers, and the images by three."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.other = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(3, 32, 1)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(32), nn.InstanceNorm2d(32, affine=True)])
+        self.out = nn.Linear(32, CLASSES)
+
+    def forward(self, x):
+        maps = [F.relu(norm(self.convolution(x))) for norm in self.norms]
+        return self.out(F.adaptive_avg_pool2d(maps[0] + maps[1] + self.other(x), 1).flatten(1))
+
+
+def test_several_first_layers_equal_full_graph(our_convolutions):
+    torch.manual_seed(0)
+    problem = Problem(TwoFirstLayers(), size=16)
+    with CountFirstLayers() as counted:
+        found = problem.gradients(unrolled_sgd, engine="fused")
+    assert set(counted.calls.values()) == {2 * len(problem.batches)}
+    assert_near(found, problem.gradients(unrolled_sgd_full_graph), 1e-10)
+
+
+def test_a_first_convolution_of_many_channels_is_kept(our_convolutions):
+    problem = Problem(network("ConvNetD2W32", 16, 32), size=16, channels=32)
+    found = problem.gradients(unrolled_sgd, engine="fused", keep="activations")
+    with CountFirstLayers() as counted:
+        problem.gradients(unrolled_sgd, engine="fused", keep="activations")
+    assert counted.calls == {}
     assert_near(found, problem.gradients(unrolled_sgd_full_graph), 1e-10)
 
 

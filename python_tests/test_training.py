@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, MODEL, random_set, tiny_run
+from conftest import CPU, MODEL, CountFirstLayers, random_set, tiny_run
 from torch.nn import functional as F
 
 from selmatch_ext import models
@@ -296,12 +296,21 @@ def test_fused_kernels_train_the_same(name):
     assert network is not copied
     losses = [F.cross_entropy(f(x), y) for f in (plain, network)]
     losses[0].backward()
-    losses[1].backward()
+    with CountFirstLayers() as counted:
+        losses[1].backward()
+    assert counted.calls == ({"conv_block_backward": 1} if "D2W32" in str(name) else {})
     assert abs(losses[0] - losses[1]) < 1e-5
     gradients = [flat.flatten([p.grad for p in m.parameters()]) for m in (plain, copied)]
     assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
     for a, b in zip(plain.buffers(), copied.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_the_images_in_training():
+    model = models.build("ConvNetD2W32BN", 3, 5, 16, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    plain, fused = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (model, fast(model, x)))
+    assert (plain - fused).norm() < 1e-4 * plain.norm()
 
 
 def test_the_fast_path_leaves_what_it_cannot_do_to_the_module():

@@ -29,11 +29,12 @@ enum BlockStat : int { kBlockMean, kBlockScale, kBlockTangentMean, kBlockTangent
 // Means of the backward pass, m(q), m(q zh), m(qt), m(qt zh + q zht).
 enum BlockMean : int { kBlockQ, kBlockQz, kBlockQt, kBlockQzt, kBlockMeans };
 
-// The neighbor that makes z, and uses its gradient, on the CPU: while a piece, `count` pixels of an image from `first` on,
-// is in the cache. The pieces of an image come in order, from one thread; images may come from several. `make` writes z,
-// and in the dual pass zt, to where the call has them; `take` gets their gradients, (count, channels).
-using BlockMake = void (*)(void* neighbor, int64_t image, int64_t first, int64_t count);
-using BlockTake = void (*)(void* neighbor, int64_t image, int64_t first, int64_t count, const void* gz,
+// Callbacks of the convolution before the block, on the CPU alone. `make` computes `count` pixels of an image's z, from
+// pixel `first` on, shortly before the block reads them, and those of zt in the dual pass; `take` gets the gradient of
+// such pixels, and its tangent in the dual pass, (count, channels). All pieces of an image come in order, from one
+// thread; different images may come from different threads.
+using BlockMake = void (*)(void* convolution, int64_t image, int64_t first, int64_t count);
+using BlockTake = void (*)(void* convolution, int64_t image, int64_t first, int64_t count, const void* gz,
                            const void* gzt);
 
 // One call. Images are stored pixel by pixel, the channels of a pixel side by side (torch's channels-last); S is their
@@ -58,9 +59,9 @@ struct BlockCall {
 
   void *y, *yt;                  // S like g
   void *gz, *gzt;                // S like z, where there is no `take`
-  void* neighbor;
-  BlockMake make;  // null: z and zt are there before the forward pass
-  BlockTake take;  // null: gz and gzt are written
+  void* convolution;             // the first argument of the callbacks
+  BlockMake make;                // null: z and zt are there before the forward pass
+  BlockTake take;                // null: gz and gzt are written
   void* stats;                   // T (rows, stats_count, channels), in the order of BlockStat; written by forward
   int stats_count;               // 2, or 4 in the dual passes
   void* sums;                    // T (batch, 4, channels), workspace

@@ -330,7 +330,7 @@ struct BlockLoops {
   // up in runs, and the runs then: fewer additions to one number, smaller rounding errors.
   template <bool kDual>
   void moments(int64_t n, T* run) const {
-    constexpr int kRun = 72;
+    constexpr int kRun = 72;  // of whole products of the convolution that makes them, 24 pixels each
     const int count = kDual ? 4 : 2;
     T* total = sums(n);
     std::fill_n(total, 4 * channels, T(0));
@@ -364,7 +364,7 @@ struct BlockLoops {
   // Pixels begin to end - 1 of an image's z and zt.
   void make(int64_t n, int64_t begin, int64_t end) const {
     if (call.make != nullptr) {
-      call.make(call.neighbor, n, begin, end - begin);
+      call.make(call.convolution, n, begin, end - begin);
     }
   }
 
@@ -609,7 +609,7 @@ struct BlockLoops {
         visit_row(kernel, i, true);
       }
       const int64_t next = std::min(end * row_pixels(), pixels);
-      call.take(call.neighbor, n, kernel.first, next - kernel.first, piece, piece_t);
+      call.take(call.convolution, n, kernel.first, next - kernel.first, piece, piece_t);
       kernel.first = next;
     }
   }

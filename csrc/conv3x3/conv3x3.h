@@ -47,20 +47,20 @@ constexpr int kConv3x3Multiple = 32, kConv3x3Few = 4;
 // Direct sums of so many products round as much as the larger tiles do.
 constexpr int kConv3x3LongSum = 9 * 128;
 
-// For a neighbor that works on a convolution of few channels while a piece of it is in the cache: the convolution of
-// such pieces, `count` pixels of an image from `first` on. Pieces may be computed by several threads.
+// Computes the convolution of an input of few channels piece by piece, when its caller asks for a piece: `count` pixels
+// of an image from `first` on. Several threads may ask.
 template <typename T>
-class Conv3x3FewResult {
+class Conv3x3PieceForward {
  public:
-  virtual ~Conv3x3FewResult() = default;
+  virtual ~Conv3x3PieceForward() = default;
   virtual void compute(int64_t image, int64_t first, int64_t count) = 0;
 };
 
-// And both gradients, from the gradient g of the result, of which the neighbor gives a piece before it computes the
-// next one: so that nobody has to store it. x has no tangent, as images have none; with a tangent g_t of g, what is asked
-// for are the tangents of both gradients.
+// The gradients of such a convolution from the gradient g of its result, which comes piece by piece, so that nobody has
+// to store it. The input x has no tangent, as images have none; where g has a tangent g_t, the tangents of both
+// gradients are computed.
 template <typename T>
-struct Conv3x3FewGradientsCall {
+struct Conv3x3PieceBackwardCall {
   int64_t batch;
   int height, width;
   int channels, outputs;
@@ -71,21 +71,22 @@ struct Conv3x3FewGradientsCall {
 };
 
 template <typename T>
-class Conv3x3FewGradients {
+class Conv3x3PieceBackward {
  public:
-  virtual ~Conv3x3FewGradients() = default;
-  // g, g_t: (count, outputs); g_t may be null. The pieces of an image come in order, from one thread.
+  virtual ~Conv3x3PieceBackward() = default;
+  // g, g_t: (count, outputs); g_t may be null. All pieces of an image come in order, from one thread; different images
+  // may come from different threads.
   virtual void add(int64_t image, int64_t first, int64_t count, const T* g, const T* g_t) = 0;
-  virtual void finish() = 0;
+  virtual void finish() = 0;  // after all pieces of all images
 };
 
 void conv3x3(const Conv3x3Call<float>& call, CpuParallel parallel);
 void conv3x3(const Conv3x3Call<double>& call, CpuParallel parallel);
 void conv3x3_gradient(const Conv3x3GradientCall<float>& call, CpuParallel parallel);
 void conv3x3_gradient(const Conv3x3GradientCall<double>& call, CpuParallel parallel);
-std::unique_ptr<Conv3x3FewResult<float>> conv3x3_few_result(const Conv3x3Call<float>& call);
-std::unique_ptr<Conv3x3FewResult<double>> conv3x3_few_result(const Conv3x3Call<double>& call);
-std::unique_ptr<Conv3x3FewGradients<float>> conv3x3_few_gradients(const Conv3x3FewGradientsCall<float>& call);
-std::unique_ptr<Conv3x3FewGradients<double>> conv3x3_few_gradients(const Conv3x3FewGradientsCall<double>& call);
+std::unique_ptr<Conv3x3PieceForward<float>> conv3x3_piece_forward(const Conv3x3Call<float>& call);
+std::unique_ptr<Conv3x3PieceForward<double>> conv3x3_piece_forward(const Conv3x3Call<double>& call);
+std::unique_ptr<Conv3x3PieceBackward<float>> conv3x3_piece_backward(const Conv3x3PieceBackwardCall<float>& call);
+std::unique_ptr<Conv3x3PieceBackward<double>> conv3x3_piece_backward(const Conv3x3PieceBackwardCall<double>& call);
 
 }  // namespace selmatch

@@ -27,18 +27,17 @@ void conv3x3(const Conv3x3Call<double>& call, CpuParallel parallel) { dispatch(c
 void conv3x3_gradient(const Conv3x3GradientCall<float>& call, CpuParallel parallel) { dispatch(call, parallel); }
 void conv3x3_gradient(const Conv3x3GradientCall<double>& call, CpuParallel parallel) { dispatch(call, parallel); }
 
-
-std::unique_ptr<Conv3x3FewResult<float>> conv3x3_few_result(const Conv3x3Call<float>& call) {
-  return SELMATCH_AT_LEVEL(make_few_result(call));
+std::unique_ptr<Conv3x3PieceForward<float>> conv3x3_piece_forward(const Conv3x3Call<float>& call) {
+  return SELMATCH_AT_LEVEL(make_piece_forward(call));
 }
-std::unique_ptr<Conv3x3FewResult<double>> conv3x3_few_result(const Conv3x3Call<double>& call) {
-  return SELMATCH_AT_LEVEL(make_few_result(call));
+std::unique_ptr<Conv3x3PieceForward<double>> conv3x3_piece_forward(const Conv3x3Call<double>& call) {
+  return SELMATCH_AT_LEVEL(make_piece_forward(call));
 }
-std::unique_ptr<Conv3x3FewGradients<float>> conv3x3_few_gradients(const Conv3x3FewGradientsCall<float>& call) {
-  return SELMATCH_AT_LEVEL(make_few_gradients(call));
+std::unique_ptr<Conv3x3PieceBackward<float>> conv3x3_piece_backward(const Conv3x3PieceBackwardCall<float>& call) {
+  return SELMATCH_AT_LEVEL(make_piece_backward(call));
 }
-std::unique_ptr<Conv3x3FewGradients<double>> conv3x3_few_gradients(const Conv3x3FewGradientsCall<double>& call) {
-  return SELMATCH_AT_LEVEL(make_few_gradients(call));
+std::unique_ptr<Conv3x3PieceBackward<double>> conv3x3_piece_backward(const Conv3x3PieceBackwardCall<double>& call) {
+  return SELMATCH_AT_LEVEL(make_piece_backward(call));
 }
 
 }  // namespace selmatch

@@ -88,9 +88,7 @@ struct Conv3x3FewForward {
     }
   }
 
-  void blocks(int64_t begin, int64_t end) {
-    add(begin * kPixels, std::min(end * kPixels, pixels) - begin * kPixels);
-  }
+  void blocks(int64_t begin, int64_t end) { add(begin * kPixels, std::min(end * kPixels, pixels) - begin * kPixels); }
 
   void gather(const T* x, int64_t first, int64_t count, T* to) const {
     Conv3x3Surroundings<T, kChannels>{x, call.height, call.width}.gather(first, count, kLength, to);
@@ -149,16 +147,19 @@ struct Conv3x3FewSums {
     }
   }
 
-  void total(const T* sums, int64_t shares, T* weight) const {
+  // Adds up the shares, in the first of them.
+  void total(T* sums, int64_t shares, T* weight) const {
+    for (int64_t share = 1; share < shares; ++share) {
+      const T* more = sums + share * size;
+      for (int64_t k = 0; k < size; ++k) {
+        sums[k] += more[k];
+      }
+    }
     for (int k = 0; k < outputs; ++k) {
+      const T* panel = sums + k / Products::kColumns * kLength * Products::kColumns + k % Products::kColumns;
       for (int c = 0; c < kChannels; ++c) {
         for (int j = 0; j < 9; ++j) {
-          T sum = 0;
-          for (int64_t share = 0; share < shares; ++share) {
-            const int64_t panel = share * outputs / Products::kColumns + k / Products::kColumns;
-            sum += sums[(panel * kLength + j * kChannels + c) * Products::kColumns + k % Products::kColumns];
-          }
-          weight[(k * kChannels + c) * 9 + j] = sum;
+          weight[(k * kChannels + c) * 9 + j] = panel[(j * kChannels + c) * Products::kColumns];
         }
       }
     }
@@ -186,8 +187,8 @@ struct Conv3x3FewGradient {
   }
 };
 
-// The gradient of the input, the transposed convolution, which has kOutputs results a pixel: what each pixel gives to the
-// 3 x 3 around it, added up there.
+// The gradient of the input, the transposed convolution, which has kOutputs results a pixel: what each pixel gives to
+// the 3 x 3 around it, added up there.
 template <typename T, int kOutputs>
 struct Conv3x3FewSpread {
   using Products = Conv3x3Products<T>;
@@ -298,9 +299,9 @@ struct Conv3x3FewInputGradient {
 };
 
 template <typename T, int kChannels>
-class Conv3x3FewResultOf : public Conv3x3FewResult<T> {
+class Conv3x3PieceForwardOf : public Conv3x3PieceForward<T> {
  public:
-  explicit Conv3x3FewResultOf(const Conv3x3Call<T>& call) : call_(call) { forward_.set_matrices(); }
+  explicit Conv3x3PieceForwardOf(const Conv3x3Call<T>& call) : call_(call) { forward_.set_matrices(); }
   void compute(int64_t image, int64_t first, int64_t count) override {
     forward_.add(image * call_.height * call_.width + first, count);
   }
@@ -310,11 +311,12 @@ class Conv3x3FewResultOf : public Conv3x3FewResult<T> {
   Conv3x3FewForward<T, kChannels> forward_{call_, nullptr};
 };
 
-// Both gradients, of pieces of the result's gradient as they are computed. Each image is a share of the weight's gradient.
+// Both gradients, of pieces of the result's gradient as they are computed. Each image is a share of the weight's
+// gradient.
 template <typename T, int kChannels>
-class Conv3x3FewGradientsOf : public Conv3x3FewGradients<T> {
+class Conv3x3PieceBackwardOf : public Conv3x3PieceBackward<T> {
  public:
-  explicit Conv3x3FewGradientsOf(const Conv3x3FewGradientsCall<T>& call) : call_(call) {
+  explicit Conv3x3PieceBackwardOf(const Conv3x3PieceBackwardCall<T>& call) : call_(call) {
     if (call.x_grad_t != nullptr) {
       spread_.set_matrix(0, call.weight);
       spread_.set_matrix(1, call.weight_t);
@@ -345,7 +347,7 @@ class Conv3x3FewGradientsOf : public Conv3x3FewGradients<T> {
   }
 
  private:
-  const Conv3x3FewGradientsCall<T> call_;
+  const Conv3x3PieceBackwardCall<T> call_;
   const int64_t size_ = static_cast<int64_t>(call_.height) * call_.width;
   const Conv3x3FewSums<T, kChannels> sums_{{call_.x, call_.height, call_.width}, call_.outputs};
   Memory<T> shares_{call_.weight_grad == nullptr ? 0 : call_.batch * sums_.size};
@@ -388,15 +390,15 @@ void run_few(const Call<T>& call, int channels, CpuParallel parallel) {
 }
 
 template <typename T>
-std::unique_ptr<Conv3x3FewResult<T>> make_few_result(const Conv3x3Call<T>& call) {
-  return with_few(call.channels, [&](auto few) -> std::unique_ptr<Conv3x3FewResult<T>> {
-    return std::make_unique<Conv3x3FewResultOf<T, few>>(call);
+std::unique_ptr<Conv3x3PieceForward<T>> make_piece_forward(const Conv3x3Call<T>& call) {
+  return with_few(call.channels, [&](auto few) -> std::unique_ptr<Conv3x3PieceForward<T>> {
+    return std::make_unique<Conv3x3PieceForwardOf<T, few>>(call);
   });
 }
 
 template <typename T>
-std::unique_ptr<Conv3x3FewGradients<T>> make_few_gradients(const Conv3x3FewGradientsCall<T>& call) {
-  return with_few(call.channels, [&](auto few) -> std::unique_ptr<Conv3x3FewGradients<T>> {
-    return std::make_unique<Conv3x3FewGradientsOf<T, few>>(call);
+std::unique_ptr<Conv3x3PieceBackward<T>> make_piece_backward(const Conv3x3PieceBackwardCall<T>& call) {
+  return with_few(call.channels, [&](auto few) -> std::unique_ptr<Conv3x3PieceBackward<T>> {
+    return std::make_unique<Conv3x3PieceBackwardOf<T, few>>(call);
   });
 }

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+
+import torch
 
 from selmatch_ext.fused.first_layer import FirstLayer
 from selmatch_ext.fused.operations import Operation
 from selmatch_ext.fused.rules import Block, Conv, Rule
 from selmatch_ext.ops.block import NO_NORM, NO_POOL, PIECEWISE
+from selmatch_ext.ops.conv3x3 import FEW
 
 
 def without_unused(steps: list[Operation], result: int) -> list[Operation]:
@@ -37,15 +40,15 @@ def fuse(steps: list[Operation]) -> list[Operation]:
     return fused
 
 
-def with_first_layer(steps: list[Operation]) -> list[Operation]:
-    """Joins a convolution of the images, the bias of which gets no gradient, and the block that alone takes its
-    result."""
+def with_first_layer(steps: list[Operation], shapes: Mapping[str, torch.Size]) -> list[Operation]:
+    """Joins a convolution of images of 1 to 4 channels with the block that alone takes its result, where the
+    convolution has no bias, or one that the block's norm cancels. shapes: of the parameters by name."""
 
     def join(first: Operation, second: Block) -> FirstLayer | None:
         conv = first.rule
         if not isinstance(conv, Conv) or first.inputs != (-1,) or not (conv.bias is None or conv.canceled):
             return None
-        return FirstLayer(conv, second)
+        return FirstLayer(conv, second) if conv.groups == 1 and shapes[conv.weight][1] <= FEW else None
 
     return _with_blocks_joined(steps, join)
 

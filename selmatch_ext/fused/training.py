@@ -37,7 +37,9 @@ def fast(model: nn.Module, x: Tensor, precision: str = "float32") -> Callable[[T
     except Unsupported:
         return model
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    return Forward(model, dict(model.named_parameters()), with_first_layer(steps), dtype)
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    steps = with_first_layer(steps, {name: p.shape for name, p in parameters.items()})
+    return Forward(model, parameters, steps, dtype)
 
 
 def _has_kernels(device: torch.device) -> bool:

@@ -93,7 +93,9 @@ torch.library.register_autograd("selmatch_ext::block_forward", _backward, setup_
 
 
 def no_double_backward(ctx: Any, *_: Any) -> None:
-    raise RuntimeError("the gradient of block cannot be differentiated again: it is differentiable once")
+    raise RuntimeError(
+        "the gradient of block (and of conv_block) cannot be differentiated again: it is differentiable once"
+    )
 
 
 torch.library.register_autograd("selmatch_ext::block_backward", no_double_backward)

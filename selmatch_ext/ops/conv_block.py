@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selmatch_ext.ops.block import Affine, BlockKind, DualTensor, no_double_backward
+from selmatch_ext.ops.block import BATCH_NORM, SAMPLE_NORM, Affine, BlockKind, DualTensor, no_double_backward
 
 
 def conv_block(
     x: Tensor, weight: Tensor, bias: Tensor | None, affine: Affine, kind: BlockKind
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The block's result y, z, and the statistics that the passes back take; y is differentiable once, in the
-    parameters. x gets no gradient, and where there is a bias the block's norm has to subtract every channel's mean:
-    then the gradient of the bias is 0.
+    parameters. x gets no gradient. The bias gets one of zeros, which is right for a norm that subtracts every channel's
+    mean: batch norm, instance norm; behind another one a bias that needs a gradient is an error in the pass back.
 
     x: (B, C, H, W) float32 or float64, C 1 to 4; weight: (K, C, 3, 3), K a multiple of 32; bias: (K,); affine, kind: of
     `block_forward`. Raises ValueError or TypeError for shapes and dtypes that do not fit."""
@@ -62,17 +62,20 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.kind = BlockKind(*kind)
     ctx.save_for_backward(x, z, stats, bias, gamma, beta)
     ctx.mark_non_differentiable(z, stats)
-    ctx.set_materialize_grads(False)  # or z would get one of zeros
+    ctx.set_materialize_grads(False)  # else torch would make a gradient of zeros for z, as large as z
 
 
 def _backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     x, z, stats, bias, gamma, beta = ctx.saved_tensors
     if ctx.needs_input_grad[0]:
         raise RuntimeError("conv_block: x, the images, gets no gradient")
+    kind, channels = ctx.kind, z.shape[1]
+    if ctx.needs_input_grad[2] and (kind.norm, kind.groups) not in ((BATCH_NORM, kind.groups), (SAMPLE_NORM, channels)):
+        raise RuntimeError("conv_block: bias gets a gradient only before batch norm or instance norm, which cancel it")
     if g is None:
         return (None,) * 11
     z = z.detach().requires_grad_(torch.is_grad_enabled())  # so that a second derivative meets `no_double_backward`
-    of_weight, *found = conv_block_backward(g, (x, z, stats), (gamma, beta), ctx.kind)
+    of_weight, *found = conv_block_backward(g, (x, z, stats), (gamma, beta), kind)
     of_bias = None if bias is None else torch.zeros_like(bias)
     affine = (None if p is None else d for p, d in zip((gamma, beta), found, strict=True))
     return None, of_weight, of_bias, *affine, *[None] * 6

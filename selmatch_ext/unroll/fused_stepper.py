@@ -26,8 +26,8 @@ class FusedStepper:
 
     def __init__(self, model: PrivateModel, operations: list[Operation], precision: str):
         self.model, self.precision = model, precision
-        self.operations = with_first_layer(operations)
         self.shapes = dict(zip(model.names, model.shapes, strict=True))
+        self.operations = with_first_layer(operations, self.shapes)
         self.parameters = sum(model.sizes)
         self.numbers: Tensor | None = None  # (K,), of the classes
         self.convolutions = [operation.rule for operation in operations if isinstance(operation.rule, Conv)]

@@ -1,7 +1,7 @@
 // The first layer of a network on the CPU: conv3x3 of an input of few channels, and the block that takes its result z.
 // A piece of z is computed when the block first needs it. The gradient of z, the largest tensor of a step, goes back to
-// the convolution piece by piece and is never stored. torch_cpu.cpp includes this after both operators' own files, of
-// which it uses the parts.
+// the convolution piece by piece and is never stored. torch_cpu.cpp includes this after the files of both operators,
+// whose checks it uses.
 #include <torch/library.h>
 
 #include "block/block_torch.h"
@@ -11,8 +11,6 @@
 namespace selmatch {
 namespace {
 
-using DualResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
 // x: (batch, 1 to 4, height, width), z: (batch, outputs, height, width). Returns the weight's sizes.
 c10::SymDimVector check_conv_block(const Tensor& x, const Tensor& z) {
   const char* op = "conv_block";
@@ -21,9 +19,8 @@ c10::SymDimVector check_conv_block(const Tensor& x, const Tensor& z) {
   check_images(op, "z", z);
   check_floating(op, "z", z);
   const c10::SymInt channels = x.sym_size(1), outputs = z.sym_size(1);
-  TORCH_CHECK_VALUE(channels > 0 && channels <= kConv3x3Few && outputs > 0 && outputs % kConv3x3Multiple == 0,
-                    "conv_block: x must have 1 to ", kConv3x3Few, " channels and z a multiple of ", kConv3x3Multiple,
-                    ", got ", channels, " and ", outputs);
+  TORCH_CHECK_VALUE(channels <= kConv3x3Few, "conv_block: x must have 1 to ", kConv3x3Few, " channels, got ", channels);
+  check_channels(channels, outputs);
   check_dtype(op, "x", x, z.scalar_type());
   check_sizes(op, "x", x, {z.sym_size(0), channels, z.sym_size(2), z.sym_size(3)});
   return {outputs, channels, 3, 3};
@@ -47,60 +44,64 @@ Tensor empty_z_both(const Tensor& x, const Tensor& weight, const Tensor& weight_
   return both;
 }
 
-template <typename T>
-const T* numbers(const Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
-}
+// What the convolution is given; what a pass does not use is null.
+struct ConvolutionInputs {
+  ConvolutionInputs(const Tensor& x_, const OptionalTensor& weight_, const OptionalTensor& weight_t_,
+                    const OptionalTensor& bias_)
+      : x(x_.contiguous(at::MemoryFormat::ChannelsLast)),
+        weight(weight_, at::MemoryFormat::Contiguous),
+        weight_t(weight_t_, at::MemoryFormat::Contiguous),
+        bias(bias_, at::MemoryFormat::Contiguous) {}
+  int size(int dim) const { return static_cast<int>(x.size(dim)); }
+
+  Tensor x;
+  Read weight, weight_t, bias;
+};
+
 template <typename T>
 T* result_numbers(const Tensor& tensor) {
   return tensor.defined() ? tensor.mutable_data_ptr<T>() : nullptr;
 }
 
-// What the convolution is given; what a pass does not use is undefined.
-struct Convolution {
-  Convolution(const Tensor& x_, const Tensor& weight_, const Tensor& weight_t_, const OptionalTensor& bias_)
-      : x(x_.contiguous(at::MemoryFormat::ChannelsLast)) {
-    weight = weight_.defined() ? weight_.contiguous() : weight_;
-    weight_t = weight_t_.defined() ? weight_t_.contiguous() : weight_t_;
-    bias = bias_ ? bias_->contiguous() : Tensor();
-  }
-  int size(int dim) const { return static_cast<int>(x.size(dim)); }
-
-  Tensor x, weight, weight_t, bias;
-};
-
 // Runs a forward pass of `block`, whose z, and zt in a dual pass, the convolution writes.
-void run_forward(Block& block, int pass, const Convolution& conv, const Tensor& z, const Tensor& zt) {
+void run_forward(Block& block, int pass, const ConvolutionInputs& conv, const Tensor& z, const Tensor& zt) {
   AT_DISPATCH_FLOATING_TYPES(z.scalar_type(), "conv_block", [&] {
     Conv3x3Call<scalar_t> call = {};
     call.batch = conv.x.size(0), call.height = conv.size(2), call.width = conv.size(3);
     call.channels = conv.size(1), call.outputs = block.call.channels;
-    call.x = numbers<scalar_t>(conv.x), call.bias = numbers<scalar_t>(conv.bias);
-    call.weight = numbers<scalar_t>(conv.weight), call.weight_t = numbers<scalar_t>(conv.weight_t);
+    call.x = conv.x.const_data_ptr<scalar_t>(), call.bias = conv.bias.template at<scalar_t>();
+    call.weight = conv.weight.template at<scalar_t>(), call.weight_t = conv.weight_t.template at<scalar_t>();
     call.y = result_numbers<scalar_t>(z), call.y_t = result_numbers<scalar_t>(zt);
-    const auto result = conv3x3_few_result(call);
-    block.call.neighbor = result.get();
-    block.call.make = [](void* neighbor, int64_t image, int64_t first, int64_t count) {
-      static_cast<Conv3x3FewResult<scalar_t>*>(neighbor)->compute(image, first, count);
+    const auto result = conv3x3_piece_forward(call);
+    block.call.convolution = result.get();
+    block.call.make = [](void* convolution, int64_t image, int64_t first, int64_t count) {
+      static_cast<Conv3x3PieceForward<scalar_t>*>(convolution)->compute(image, first, count);
     };
     block.run(&run, pass);
   });
 }
 
 // Runs a pass back of `block`. What is not asked for, weight_grad or x_grad_t, is undefined.
-void run_backward(Block& block, int pass, const Convolution& conv, const Tensor& weight_grad, const Tensor& x_grad_t) {
+void run_backward(Block& block, int pass, const ConvolutionInputs& conv, const Tensor& weight_grad,
+                  const Tensor& x_grad_t) {
+  if (conv.x.numel() == 0 && weight_grad.defined()) {
+    weight_grad.zero_();  // no piece will come
+  }
   AT_DISPATCH_FLOATING_TYPES(conv.x.scalar_type(), "conv_block", [&] {
-    const auto gradients = conv3x3_few_gradients(Conv3x3FewGradientsCall<scalar_t>{
-        conv.x.size(0), conv.size(2), conv.size(3), conv.size(1), block.call.channels, numbers<scalar_t>(conv.x),
-        result_numbers<scalar_t>(weight_grad), numbers<scalar_t>(conv.weight), numbers<scalar_t>(conv.weight_t),
-        result_numbers<scalar_t>(x_grad_t)});
-    block.call.neighbor = gradients.get();
-    block.call.take = [](void* neighbor, int64_t image, int64_t first, int64_t count, const void* gz, const void* gzt) {
-      static_cast<Conv3x3FewGradients<scalar_t>*>(neighbor)->add(
-          image, first, count, static_cast<const scalar_t*>(gz), static_cast<const scalar_t*>(gzt));
+    const auto gradients = conv3x3_piece_backward(Conv3x3PieceBackwardCall<scalar_t>{
+        conv.x.size(0), conv.size(2), conv.size(3), conv.size(1), block.call.channels,
+        conv.x.const_data_ptr<scalar_t>(), result_numbers<scalar_t>(weight_grad), conv.weight.template at<scalar_t>(),
+        conv.weight_t.template at<scalar_t>(), result_numbers<scalar_t>(x_grad_t)});
+    block.call.convolution = gradients.get();
+    block.call.take = [](void* convolution, int64_t image, int64_t first, int64_t count, const void* gz,
+                         const void* gzt) {
+      static_cast<Conv3x3PieceBackward<scalar_t>*>(convolution)
+          ->add(image, first, count, static_cast<const scalar_t*>(gz), static_cast<const scalar_t*>(gzt));
     };
     block.run(&run, pass);
-    gradients->finish();
+    if (conv.x.numel() > 0) {
+      gradients->finish();
+    }
   });
 }
 
@@ -180,12 +181,11 @@ std::tuple<Tensor, Tensor, Tensor> conv_block_dual_forward_meta(
 }
 
 // Without `weight_wanted` the second result is empty.
-DualResult conv_block_dual_backward(const Tensor& g, const Tensor& gt, const Tensor& x, const Tensor& weight,
-                                    const Tensor& weight_t, const Tensor& z, const Tensor& zt, const Tensor& stats,
-                                    const OptionalTensor& gamma, const OptionalTensor& beta,
-                                    const OptionalTensor& gamma_t, const OptionalTensor& beta_t, bool weight_wanted,
-                                    int64_t norm, int64_t groups, double eps, int64_t activation, double slope,
-                                    int64_t pool) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_block_dual_backward(
+    const Tensor& g, const Tensor& gt, const Tensor& x, const Tensor& weight, const Tensor& weight_t, const Tensor& z,
+    const Tensor& zt, const Tensor& stats, const OptionalTensor& gamma, const OptionalTensor& beta,
+    const OptionalTensor& gamma_t, const OptionalTensor& beta_t, bool weight_wanted, int64_t norm, int64_t groups,
+    double eps, int64_t activation, double slope, int64_t pool) {
   const c10::SymDimVector sizes = check_conv_block(x, z);
   check_weight("weight", weight, z, sizes);
   check_weight("weight_t", weight_t, z, sizes);
@@ -202,12 +202,11 @@ DualResult conv_block_dual_backward(const Tensor& g, const Tensor& gt, const Ten
                         block.gradients());
 }
 
-DualResult conv_block_dual_backward_meta(const Tensor& g, const Tensor& gt, const Tensor& x, const Tensor& weight,
-                                         const Tensor& weight_t, const Tensor& z, const Tensor& zt, const Tensor& stats,
-                                         const OptionalTensor& gamma, const OptionalTensor& beta,
-                                         const OptionalTensor& gamma_t, const OptionalTensor& beta_t,
-                                         bool weight_wanted, int64_t norm, int64_t groups, double eps,
-                                         int64_t activation, double slope, int64_t pool) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_block_dual_backward_meta(
+    const Tensor& g, const Tensor& gt, const Tensor& x, const Tensor& weight, const Tensor& weight_t, const Tensor& z,
+    const Tensor& zt, const Tensor& stats, const OptionalTensor& gamma, const OptionalTensor& beta,
+    const OptionalTensor& gamma_t, const OptionalTensor& beta_t, bool weight_wanted, int64_t norm, int64_t groups,
+    double eps, int64_t activation, double slope, int64_t pool) {
   const c10::SymDimVector sizes = check_conv_block(x, z);
   check_weight("weight", weight, z, sizes);
   check_weight("weight_t", weight_t, z, sizes);
