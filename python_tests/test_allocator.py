@@ -139,7 +139,7 @@ for _ in range(3):
 def test_steps_that_are_alike_find_their_memory():
     child = subprocess.run([sys.executable, "-c", ALIKE], capture_output=True, text=True, check=True)
     first, _, last = map(int, child.stdout.split())
-    assert last < 600 < first  # torch's own small results take some
+    assert last < 100 < first
 
 
 def test_results_within_a_run_of_steps():
