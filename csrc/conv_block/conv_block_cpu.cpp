@@ -84,8 +84,11 @@ void run_forward(Block& block, int pass, const ConvolutionInputs& conv, const Te
 // Runs a pass back of `block`. What is not asked for, weight_grad or x_grad_t, is undefined.
 void run_backward(Block& block, int pass, const ConvolutionInputs& conv, const Tensor& weight_grad,
                   const Tensor& x_grad_t) {
-  if (conv.x.numel() == 0 && weight_grad.defined()) {
-    weight_grad.zero_();  // no piece will come
+  if (conv.x.numel() == 0) {  // no piece will come
+    if (weight_grad.defined()) {
+      weight_grad.zero_();
+    }
+    return block.run(&run, pass);
   }
   AT_DISPATCH_FLOATING_TYPES(conv.x.scalar_type(), "conv_block", [&] {
     const auto gradients = conv3x3_piece_backward(Conv3x3PieceBackwardCall<scalar_t>{
@@ -99,9 +102,7 @@ void run_backward(Block& block, int pass, const ConvolutionInputs& conv, const T
           ->add(image, first, count, static_cast<const scalar_t*>(gz), static_cast<const scalar_t*>(gzt));
     };
     block.run(&run, pass);
-    if (conv.x.numel() > 0) {
-      gradients->finish();
-    }
+    gradients->finish();
   });
 }
 
