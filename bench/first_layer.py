@@ -1,10 +1,10 @@
 """The first layer of a ConvNet on the CPU, its convolution of the images and the block behind it: each pass in one
 operation (ops/conv_block.py) against the two operations one after the other.
 
-Width 128, batch 50, 32 x 32 images, relu and average pooling, float32. The share of the peak is that of the convolution's
-direct sums; the share of a copy's bandwidth is of the bytes that have to move, each tensor that a pass takes read once
-and each one that it gives written once (with batch norm, z has to be read once more). Memory of results is used again on
-both sides, as in a run.
+Width 128, batch 50, 32 x 32 images, relu and average pooling, float32. The share of the peak is that of the
+convolution's direct sums. The share of a copy's bandwidth is that of the bytes that have to move, each tensor that a
+pass takes read once and each one that it gives written once; with batch norm, z has to be read once more. Memory of
+results is used again on both sides, as in a run.
 """
 
 from functools import partial
