@@ -10,7 +10,9 @@ import torch
 from selmatch_ext import allocator, cli
 from selmatch_ext.ops.conv3x3 import conv3x3
 
-reads_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has /proc/self/status")
+on_linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="only Linux has /proc/self/status, and memory that step_memory.h maps"
+)
 
 RESIDENT = """
 def resident():
@@ -32,7 +34,7 @@ print(resident() - before)
 """
 
 
-@reads_proc
+@on_linux
 @pytest.mark.parametrize("what, kept", [("default", False), ("keep", True)])
 def test_freed_memory(what, kept, monkeypatch):
     for name in (*allocator._VARIABLES, "GLIBC_TUNABLES"):
@@ -105,7 +107,7 @@ print(resident() - before)
 """
 
 
-@reads_proc
+@on_linux
 def test_memory_of_steps_is_bounded_and_goes_back_at_the_end():
     child = subprocess.run([sys.executable, "-c", REUSED], capture_output=True, text=True, check=True)
     *growing, after, later, held, end = map(int, child.stdout.split())
@@ -135,7 +137,7 @@ for _ in range(3):
 """
 
 
-@reads_proc
+@on_linux
 def test_steps_that_are_alike_find_their_memory():
     child = subprocess.run([sys.executable, "-c", ALIKE], capture_output=True, text=True, check=True)
     first, _, last = map(int, child.stdout.split())

@@ -95,7 +95,7 @@ def before_after(
 def plot_beta(
     results: Mapping[float, tuple[float, float]], path: str | os.PathLike, chosen: float | None = None
 ) -> None:
-    """Writes a plot of test accuracy against the start of the window.
+    """Writes a plot of test accuracy against beta, the place in the order of difficulty at which the window starts.
 
     results: {beta: (mean, standard deviation)} in %. chosen: the beta that is marked.
     """
@@ -345,7 +345,7 @@ def _text_width(text: str, size: int) -> int:
 
 
 def _figure(width: float, height: float, layout: Literal["constrained", "tight"] | None = None) -> Figure:
-    """An empty figure; width and height in inches."""
+    """A new figure of matplotlib with nothing drawn in it. width, height: in inches."""
     # Imported here, because the import is slow and the command line, which loads this file at once, draws at the end.
     from matplotlib.figure import Figure
 

@@ -157,8 +157,11 @@ def _batches(model: nn.Module, take: Take, labels: Tensor | Regression, settings
 
 
 def learning_rate(settings: Training, epoch: int) -> float:
-    """The learning rate of `epoch`, counted from 0. First it rises over settings.warmup epochs, to lr in the last of
-    them. cosine: from lr down to lr / 100 in the last epoch; step: lr / 10 from the middle epoch on."""
+    """The learning rate of `epoch`, counted from 0.
+
+    During the first settings.warmup epochs it rises in equal steps, to lr in the last of them. Afterwards, by
+    settings.schedule: "constant" stays at lr; "cosine" falls from lr to lr / 100 in the last epoch; "step" is lr in the
+    first half of all epochs and lr / 10 in the second."""
     if epoch < settings.warmup:
         return settings.lr * (epoch + 1) / settings.warmup
     if settings.schedule == "constant":

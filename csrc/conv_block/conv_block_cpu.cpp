@@ -1,7 +1,7 @@
 // The first layer of a network on the CPU: conv3x3 of an input of few channels, and the block that takes its result z.
 // A piece of z is computed when the block first needs it. The gradient of z, the largest tensor of a step, goes back to
 // the convolution piece by piece and is never stored. torch_cpu.cpp includes this after the files of both operators,
-// whose checks it uses.
+// of which it uses checks and pointers.
 #include <torch/library.h>
 
 #include "block/block_torch.h"
@@ -26,10 +26,17 @@ c10::SymDimVector check_conv_block(const Tensor& x, const Tensor& z) {
   return {outputs, channels, 3, 3};
 }
 
-void check_weight(const char* name, const Tensor& weight, const Tensor& z, const c10::SymDimVector& sizes) {
-  check_tensor("conv_block", name, weight, "z", z);
-  check_dtype("conv_block", name, weight, z.scalar_type());
-  check_sizes("conv_block", name, weight, sizes);
+c10::SymDimVector check_conv_block_dual(const Tensor& x, const Tensor& z, const Tensor& weight,
+                                        const Tensor& weight_t) {
+  const c10::SymDimVector sizes = check_conv_block(x, z);
+  const auto check_weight = [&](const char* name, const Tensor& tensor) {
+    check_tensor("conv_block", name, tensor, "z", z);
+    check_dtype("conv_block", name, tensor, z.scalar_type());
+    check_sizes("conv_block", name, tensor, sizes);
+  };
+  check_weight("weight", weight);
+  check_weight("weight_t", weight_t);
+  return sizes;
 }
 
 // z, or both z and its tangent, not computed yet; after all checks of the convolution.
@@ -57,11 +64,6 @@ struct ConvolutionInputs {
   Tensor x;
   Read weight, weight_t, bias;
 };
-
-template <typename T>
-T* result_numbers(const Tensor& tensor) {
-  return tensor.defined() ? tensor.mutable_data_ptr<T>() : nullptr;
-}
 
 // Runs a forward pass of `block`, whose z, and zt in a dual pass, the convolution writes.
 void run_forward(Block& block, int pass, const ConvolutionInputs& conv, const Tensor& z, const Tensor& zt) {
@@ -187,9 +189,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_block_dual_backward(
     const Tensor& zt, const Tensor& stats, const OptionalTensor& gamma, const OptionalTensor& beta,
     const OptionalTensor& gamma_t, const OptionalTensor& beta_t, bool weight_wanted, int64_t norm, int64_t groups,
     double eps, int64_t activation, double slope, int64_t pool) {
-  const c10::SymDimVector sizes = check_conv_block(x, z);
-  check_weight("weight", weight, z, sizes);
-  check_weight("weight_t", weight_t, z, sizes);
+  const c10::SymDimVector sizes = check_conv_block_dual(x, z, weight, weight_t);
   Block block(z, gamma, beta, {norm, groups, eps, activation, slope, pool});
   block.set_tangents(zt, {}, gamma_t, beta_t);
   block.set_stats(stats);
@@ -208,9 +208,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_block_dual_backward_meta(
     const Tensor& zt, const Tensor& stats, const OptionalTensor& gamma, const OptionalTensor& beta,
     const OptionalTensor& gamma_t, const OptionalTensor& beta_t, bool weight_wanted, int64_t norm, int64_t groups,
     double eps, int64_t activation, double slope, int64_t pool) {
-  const c10::SymDimVector sizes = check_conv_block(x, z);
-  check_weight("weight", weight, z, sizes);
-  check_weight("weight_t", weight_t, z, sizes);
+  const c10::SymDimVector sizes = check_conv_block_dual(x, z, weight, weight_t);
   const BlockChecks checks(z, gamma, beta, {norm, groups, eps, activation, slope, pool});
   checks.tangents(zt, {}, gamma_t, beta_t);
   checks.statistics(stats, kBlockStats);

@@ -30,7 +30,8 @@ def without_unused(steps: list[Operation], result: int) -> list[Operation]:
 
 
 def fuse(steps: list[Operation]) -> list[Operation]:
-    """Joins consecutive norm, activation and pooling into one block, and marks the biases that a norm cancels."""
+    """Joins norm, activation and pooling that follow each other into one block. Marks each convolution whose bias has
+    no effect, because a norm that follows subtracts it again (`Conv.canceled`)."""
     fused = _with_blocks_joined(steps, lambda first, second: _one_block(first.rule, second))
     for step in fused:
         source = fused[step.inputs[0]] if step.inputs[0] >= 0 else None

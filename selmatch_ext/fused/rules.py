@@ -170,7 +170,8 @@ class Conv:
     def _gradients(
         self, g: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool = True
     ) -> tuple[Any, Any]:
-        """The gradients of x and of the weights from that of the convolution of x, g; None for what is not needed."""
+        """The gradients of the convolution's input x and of its weight, computed from g, the gradient of its result.
+        None in place of one that is not needed."""
         if self.by_conv3x3(weight):
             of_x = conv3x3_input_gradient(g, weight) if need_x else None
             return of_x, conv3x3_weight_gradient(x, g) if need_weight else None

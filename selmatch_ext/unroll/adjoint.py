@@ -64,7 +64,7 @@ class Stepper(Protocol):
 
 
 class _Tape:
-    """What the forward pass leaves for the backward pass beside its inputs."""
+    """What the forward pass saves for the backward pass, beside the tensors of `Inputs`."""
 
     def __init__(self, needs: tuple[bool, ...]):
         self.needs = needs  # whether each of `Inputs` needs a gradient
