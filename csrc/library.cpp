@@ -46,19 +46,22 @@ TORCH_LIBRARY(selmatch_ext, m) {
       "block_dual_backward(Tensor g, Tensor gt, Tensor? gt_more, Tensor z, Tensor zt, Tensor? zt_more, Tensor stats, "
       "Tensor? gamma, Tensor? beta, Tensor? gamma_t, Tensor? beta_t, ",
       " -> (Tensor gz_both, Tensor gamma_grad_t, Tensor beta_grad_t)");
-  // conv3x3 of 1 to 4 channels, whose result is z, and the block that follows; dual: x has no tangent
+  // conv3x3 of 1 to 4 channels and the block that follows, without the convolution's result; dual: x has no tangent.
+  // Bits, moments and stats: conv_block/conv_block.h
   define("conv_block_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, ",
-         " -> (Tensor y, Tensor z, Tensor stats)");
-  define("conv_block_backward(Tensor g, Tensor x, Tensor z, Tensor stats, Tensor? gamma, Tensor? beta, ",
-         " -> (Tensor weight_grad, Tensor gamma_grad, Tensor beta_grad)");
+         " -> (Tensor y, Tensor bits, Tensor moments, Tensor stats)");
+  define(
+      "conv_block_backward(Tensor g, Tensor x, Tensor weight, Tensor bits, Tensor moments, Tensor? gamma, "
+      "Tensor? beta, ",
+      " -> (Tensor weight_grad, Tensor gamma_grad, Tensor beta_grad)");
   define(
       "conv_block_dual_forward(Tensor x, Tensor weight, Tensor weight_t, Tensor? gamma, Tensor? beta, "
       "Tensor? gamma_t, Tensor? beta_t, ",
-      " -> (Tensor y_both, Tensor z_both, Tensor stats)");
+      " -> (Tensor y_both, Tensor bits, Tensor moments)");
   define(
-      "conv_block_dual_backward(Tensor g, Tensor gt, Tensor x, Tensor weight, Tensor weight_t, Tensor z, Tensor zt, "
-      "Tensor stats, Tensor? gamma, Tensor? beta, Tensor? gamma_t, Tensor? beta_t, bool weight_wanted, ",
-      " -> (Tensor x_grad_t, Tensor weight_grad_t, Tensor gamma_grad_t, Tensor beta_grad_t)");
+      "conv_block_dual_backward(Tensor g, Tensor gt, Tensor x, Tensor weight, Tensor weight_t, Tensor bits, "
+      "Tensor moments, Tensor? gamma, Tensor? beta, Tensor? gamma_t, Tensor? beta_t, bool x_wanted, ",
+      " -> (Tensor weight_grad_t, Tensor gamma_grad_t, Tensor beta_grad_t, Tensor x_grad_t)");
   // metric: 0 layerwise, 1 mse, 2 cos; value: 0-d; sums: float64 (rows + 1, 3), for the backward pass
   m.def("gradient_distance(Tensor[] syn, Tensor[] real, int metric) -> (Tensor value, Tensor sums)");
   // the gradients of those wanted, syn's tensors first, then real's

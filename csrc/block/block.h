@@ -29,14 +29,6 @@ enum BlockStat : int { kBlockMean, kBlockScale, kBlockTangentMean, kBlockTangent
 // Means of the backward pass, m(q), m(q zh), m(qt), m(qt zh + q zht).
 enum BlockMean : int { kBlockQ, kBlockQz, kBlockQt, kBlockQzt, kBlockMeans };
 
-// Callbacks of the convolution before the block, on the CPU alone. `make` computes `count` pixels of an image's z, from
-// pixel `first` on, shortly before the block reads them, and those of zt in the dual pass; `take` gets the gradient of
-// such pixels, and its tangent in the dual pass, (count, channels). All pieces of an image come in order, from one
-// thread; different images may come from different threads.
-using BlockMake = void (*)(void* convolution, int64_t image, int64_t first, int64_t count);
-using BlockTake = void (*)(void* convolution, int64_t image, int64_t first, int64_t count, const void* gz,
-                           const void* gzt);
-
 // One call. Images are stored pixel by pixel, the channels of a pixel side by side (torch's channels-last); S is their
 // type, T = double for double, else float. What a pass does not use is null.
 struct BlockCall {
@@ -58,10 +50,7 @@ struct BlockCall {
   const void *gt, *gt_more;                     // S like g: its tangent is their sum; gt_more may be null
 
   void *y, *yt;                  // S like g
-  void *gz, *gzt;                // S like z, where there is no `take`
-  void* convolution;             // the first argument of the callbacks
-  BlockMake make;                // null: z and zt are there before the forward pass
-  BlockTake take;                // null: gz and gzt are written
+  void *gz, *gzt;                // S like z
   void* stats;                   // T (rows, stats_count, channels), in the order of BlockStat; written by forward
   int stats_count;               // 2, or 4 in the dual passes
   void* sums;                    // T (batch, 4, channels), workspace

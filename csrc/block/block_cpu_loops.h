@@ -180,14 +180,11 @@ struct BlockLoops {
 
   template <typename Kernel>
   void visit_all(Kernel& kernel) const {
-    for (int i = 0; i < rows(); ++i) {
+    const int rows = call.pool == kBlockNoPool ? height : (height + 1) / 2;
+    for (int i = 0; i < rows; ++i) {
       visit_row(kernel, i, true);
     }
   }
-
-  // Of the rows that `visit_row` visits, with what pooling leaves out: how many, and the pixels of each.
-  int rows() const { return call.pool == kBlockNoPool ? height : (height + 1) / 2; }
-  int64_t row_pixels() const { return (call.pool == kBlockNoPool ? 1 : 2) * static_cast<int64_t>(width); }
 
   // --- what every kernel loads ---------------------------------------------------------------------------------------
 
@@ -330,14 +327,13 @@ struct BlockLoops {
   // up in runs, and the runs then: fewer additions to one number, smaller rounding errors.
   template <bool kDual>
   void moments(int64_t n, T* run) const {
-    constexpr int kRun = 72;  // of whole products of the convolution that makes them, 24 pixels each
+    constexpr int kRun = 64;
     const int count = kDual ? 4 : 2;
     T* total = sums(n);
     std::fill_n(total, 4 * channels, T(0));
     Moments<kDual> kernel = {*this, in(call.z, n), in(call.zt, n), in(call.zt_more, n), run};
     for (int64_t begin = 0; begin < pixels; begin += kRun) {
       const int64_t end = std::min(begin + kRun, pixels);
-      make(n, begin, end);
       std::fill_n(run, count * channels, T(0));
       int64_t p = begin;
       for (; p + 4 <= end; p += 4) {
@@ -358,13 +354,6 @@ struct BlockLoops {
       fourth -= static_cast<T>(d * third);
       first = static_cast<T>(static_cast<double>(load<T>(kernel.z + c)) + d);
       third = static_cast<T>(t);
-    }
-  }
-
-  // Pixels begin to end - 1 of an image's z and zt.
-  void make(int64_t n, int64_t begin, int64_t end) const {
-    if (call.make != nullptr) {
-      call.make(call.convolution, n, begin, end - begin);
     }
   }
 
@@ -565,7 +554,6 @@ struct BlockLoops {
     Reader<kDual> reader;
     const T* means;
     S *gz, *gzt;
-    int64_t first = 0;  // the pixel that gz and gzt begin with
 
     template <typename V, int kPixels>
     SELMATCH_HD void at(const BlockCell& cell, int c) {
@@ -584,43 +572,19 @@ struct BlockLoops {
       for (int k = 0; k < kPixels; ++k) {
         const V q = p[k].gamma * slopes[k].a;
         const V grad = block_gz(channel, mean, point[k].zh, q);
-        const int64_t to = (cell.pixel[k] - first) * stride + c;
-        store(grad, gz + to);
+        store(grad, gz + cell.pixel[k] * stride + c);
         if (kDual) {
           const V qt = p[k].gamma_t * slopes[k].a + p[k].gamma * slopes[k].at;
-          store(block_gzt(channel, mean, point[k], qt, grad), gzt + to);
+          store(block_gzt(channel, mean, point[k], qt, grad), gzt + cell.pixel[k] * stride + c);
         }
       }
     }
   };
 
-  // piece: memory of `piece_size`
   template <bool kDual>
-  void backward(int64_t n, S* piece) const {
-    if (call.take == nullptr) {
-      Backward<kDual> kernel = {Reader<kDual>(*this, n), means(n), out(call.gz, n), kDual ? out(call.gzt, n) : nullptr};
-      return visit_all(kernel);
-    }
-    S* piece_t = kDual ? piece + piece_size(false) : nullptr;
-    Backward<kDual> kernel = {Reader<kDual>(*this, n), means(n), piece, piece_t};
-    for (int row = 0; row < rows(); row += piece_rows()) {
-      const int end = std::min(row + piece_rows(), rows());
-      for (int i = row; i < end; ++i) {
-        visit_row(kernel, i, true);
-      }
-      const int64_t next = std::min(end * row_pixels(), pixels);
-      call.take(call.convolution, n, kernel.first, next - kernel.first, piece, piece_t);
-      kernel.first = next;
-    }
-  }
-
-  // What is taken at once fits the second cache several times: rows that `visit_row` visits, and the numbers of them.
-  int piece_rows() const {
-    constexpr int64_t kBytes = 64 * 1024;
-    return static_cast<int>(std::clamp<int64_t>(kBytes / (row_pixels() * channels * sizeof(S)), 1, rows()));
-  }
-  int64_t piece_size(bool dual) const {
-    return call.take == nullptr ? 0 : (dual ? 2 : 1) * piece_rows() * row_pixels() * channels;
+  void backward(int64_t n) const {
+    Backward<kDual> kernel = {Reader<kDual>(*this, n), means(n), out(call.gz, n), kDual ? out(call.gzt, n) : nullptr};
+    visit_all(kernel);
   }
 
   // --- gradients of gamma and beta -----------------------------------------------------------------------------------
@@ -705,9 +669,6 @@ struct BlockRun {
 
   void apply(int64_t begin, int64_t end) const {
     for (int64_t n = begin; n < end; ++n) {
-      if (call.norm == kBlockNoNorm) {
-        loops.make(n, 0, loops.pixels);
-      }
       loops.template forward<kDual>(n);
     }
   }
@@ -726,20 +687,18 @@ struct BlockRun {
 
   void cotangents(int64_t begin, int64_t end) const {
     std::vector<T> run(4 * static_cast<size_t>(loops.channels));
-    Memory<S> piece(loops.piece_size(kDual));
     for (int64_t n = end; n-- > begin;) {
       loops.template cotangents<kDual>(n, run.data());
       if (!batch_norm()) {
         loops.make_means(n, n + 1);
-        loops.template backward<kDual>(n, piece);
+        loops.template backward<kDual>(n);
       }
     }
   }
 
   void apply_backward(int64_t begin, int64_t end) const {
-    Memory<S> piece(loops.piece_size(kDual));
     for (int64_t n = begin; n < end; ++n) {
-      loops.template backward<kDual>(n, piece);
+      loops.template backward<kDual>(n);
     }
   }
 

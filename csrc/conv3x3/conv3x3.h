@@ -8,8 +8,6 @@
 // of the same map: G^T [ sum over tiles of (B^T d B) (A g A^T) ] G. No ATen here.
 #pragma once
 
-#include <memory>
-
 #include "cpu_work.h"
 #include "platform.h"
 
@@ -47,46 +45,9 @@ constexpr int kConv3x3Multiple = 32, kConv3x3Few = 4;
 // Direct sums of so many products round as much as the larger tiles do.
 constexpr int kConv3x3LongSum = 9 * 128;
 
-// Computes the convolution of an input of few channels piece by piece, when its caller asks for a piece: `count` pixels
-// of an image from `first` on. Several threads may ask.
-template <typename T>
-class Conv3x3PieceForward {
- public:
-  virtual ~Conv3x3PieceForward() = default;
-  virtual void compute(int64_t image, int64_t first, int64_t count) = 0;
-};
-
-// The gradients of such a convolution from the gradient g of its result, which comes piece by piece, so that nobody has
-// to store it. The input x has no tangent, as images have none; where g has a tangent g_t, the tangents of both
-// gradients are computed.
-template <typename T>
-struct Conv3x3PieceBackwardCall {
-  int64_t batch;
-  int height, width;
-  int channels, outputs;
-  const T* x;                  // (batch, height, width, channels)
-  T* weight_grad;              // (outputs, channels, 3, 3) or null: not asked for
-  const T *weight, *weight_t;  // like it; without x_grad_t unused
-  T* x_grad_t;                 // like x or null: not asked for; with it there has to be a g_t
-};
-
-template <typename T>
-class Conv3x3PieceBackward {
- public:
-  virtual ~Conv3x3PieceBackward() = default;
-  // g, g_t: (count, outputs); g_t may be null. All pieces of an image come in order, from one thread; different images
-  // may come from different threads.
-  virtual void add(int64_t image, int64_t first, int64_t count, const T* g, const T* g_t) = 0;
-  virtual void finish() = 0;  // after all pieces of all images
-};
-
 void conv3x3(const Conv3x3Call<float>& call, CpuParallel parallel);
 void conv3x3(const Conv3x3Call<double>& call, CpuParallel parallel);
 void conv3x3_gradient(const Conv3x3GradientCall<float>& call, CpuParallel parallel);
 void conv3x3_gradient(const Conv3x3GradientCall<double>& call, CpuParallel parallel);
-std::unique_ptr<Conv3x3PieceForward<float>> conv3x3_piece_forward(const Conv3x3Call<float>& call);
-std::unique_ptr<Conv3x3PieceForward<double>> conv3x3_piece_forward(const Conv3x3Call<double>& call);
-std::unique_ptr<Conv3x3PieceBackward<float>> conv3x3_piece_backward(const Conv3x3PieceBackwardCall<float>& call);
-std::unique_ptr<Conv3x3PieceBackward<double>> conv3x3_piece_backward(const Conv3x3PieceBackwardCall<double>& call);
 
 }  // namespace selmatch

@@ -103,12 +103,6 @@ class Read {
   at::Tensor tensor_;
 };
 
-// A result's memory; null where it is undefined, as one that is not asked for.
-template <typename T>
-T* result_numbers(const at::Tensor& result) {
-  return result.defined() ? result.mutable_data_ptr<T>() : nullptr;
-}
-
 // y and y_t: undefined where they are not asked for.
 void run_convolution(const at::Tensor& x, const std::optional<at::Tensor>& x_t, const at::Tensor& weight,
                      const std::optional<at::Tensor>& weight_t, const std::optional<at::Tensor>& bias,
@@ -118,6 +112,9 @@ void run_convolution(const at::Tensor& x, const std::optional<at::Tensor>& x_t, 
   const Read image(x, kImages), image_t(x_t, kImages), filter(weight, kPlain), filter_t(weight_t, kPlain);
   const Read offset(bias, kPlain), offset_t(bias_t, kPlain);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "conv3x3", [&] {
+    const auto to = [](const at::Tensor& result) {
+      return result.defined() ? result.mutable_data_ptr<scalar_t>() : nullptr;
+    };
     const Conv3x3Call<scalar_t> call = {x.size(0),
                                         static_cast<int>(x.size(2)),
                                         static_cast<int>(x.size(3)),
@@ -127,11 +124,11 @@ void run_convolution(const at::Tensor& x, const std::optional<at::Tensor>& x_t, 
                                         image.at<scalar_t>(),
                                         filter.at<scalar_t>(),
                                         offset.at<scalar_t>(),
-                                        result_numbers<scalar_t>(y),
+                                        to(y),
                                         image_t.at<scalar_t>(),
                                         filter_t.at<scalar_t>(),
                                         offset_t.at<scalar_t>(),
-                                        result_numbers<scalar_t>(y_t)};
+                                        to(y_t)};
     conv3x3(call, &torch_parallel);
   });
 }

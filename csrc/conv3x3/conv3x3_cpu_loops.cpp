@@ -1,7 +1,6 @@
 // Compiles the loops of conv3x3_cpu_loops.h for several sets of vector instructions and picks one when it runs.
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <numeric>
 #include <type_traits>
 #include <utility>
@@ -26,18 +25,5 @@ void conv3x3(const Conv3x3Call<float>& call, CpuParallel parallel) { dispatch(ca
 void conv3x3(const Conv3x3Call<double>& call, CpuParallel parallel) { dispatch(call, parallel); }
 void conv3x3_gradient(const Conv3x3GradientCall<float>& call, CpuParallel parallel) { dispatch(call, parallel); }
 void conv3x3_gradient(const Conv3x3GradientCall<double>& call, CpuParallel parallel) { dispatch(call, parallel); }
-
-std::unique_ptr<Conv3x3PieceForward<float>> conv3x3_piece_forward(const Conv3x3Call<float>& call) {
-  return SELMATCH_AT_LEVEL(make_piece_forward(call));
-}
-std::unique_ptr<Conv3x3PieceForward<double>> conv3x3_piece_forward(const Conv3x3Call<double>& call) {
-  return SELMATCH_AT_LEVEL(make_piece_forward(call));
-}
-std::unique_ptr<Conv3x3PieceBackward<float>> conv3x3_piece_backward(const Conv3x3PieceBackwardCall<float>& call) {
-  return SELMATCH_AT_LEVEL(make_piece_backward(call));
-}
-std::unique_ptr<Conv3x3PieceBackward<double>> conv3x3_piece_backward(const Conv3x3PieceBackwardCall<double>& call) {
-  return SELMATCH_AT_LEVEL(make_piece_backward(call));
-}
 
 }  // namespace selmatch

@@ -42,7 +42,7 @@ struct Conv3x3Surroundings {
 
 template <typename T, int kChannels>
 struct Conv3x3FewForward {
-  using Products = Conv3x3Products<T>;
+  using Products = CpuProducts<T>;
   static constexpr int kPixels = 24;  // done together: their results stay in the first cache
   static constexpr int kBias = 9 * kChannels, kLength = kBias + 1;  // of the matrix: the last row is the bias
 
@@ -66,29 +66,26 @@ struct Conv3x3FewForward {
     }
   }
 
-  // `count` pixels of all images from `first` on.
-  void add(int64_t first, int64_t count) const {
+  void blocks(int64_t begin, int64_t end) {
     Memory<T> around{static_cast<int64_t>(kPixels) * kLength, T(1)};  // of which the last column, for the bias, stays
     Memory<T> around_t{static_cast<int64_t>(kPixels) * kLength};
     Memory<T> rest{static_cast<int64_t>(kPixels) * outputs};
-    for (int64_t end = first + count; first < end; first += kPixels) {
-      const int64_t now = std::min<int64_t>(kPixels, end - first);
-      gather(call.x, first, now, around);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kPixels, count = std::min<int64_t>(kPixels, pixels - first);
+      gather(call.x, first, count, around);
       if (call.y != nullptr) {
-        products(around, matrices, nullptr, now, rest, call.y + first * outputs);
+        products(around, matrices, nullptr, count, rest, call.y + first * outputs);
       }
       if (call.y_t != nullptr) {
         const T* more = nullptr;
         if (call.x_t != nullptr) {
-          gather(call.x_t, first, now, around_t);
+          gather(call.x_t, first, count, around_t);
           more = around_t;
         }
-        products(around, matrices + size, more, now, rest, call.y_t + first * outputs);
+        products(around, matrices + size, more, count, rest, call.y_t + first * outputs);
       }
     }
   }
-
-  void blocks(int64_t begin, int64_t end) { add(begin * kPixels, std::min(end * kPixels, pixels) - begin * kPixels); }
 
   void gather(const T* x, int64_t first, int64_t count, T* to) const {
     Conv3x3Surroundings<T, kChannels>{x, call.height, call.width}.gather(first, count, kLength, to);
@@ -108,100 +105,80 @@ struct Conv3x3FewForward {
     }
   }
 
-  void set_matrices() {
+  void run() {
     fill_matrix(call.weight, call.bias, matrices);
     if (call.y_t != nullptr) {
       fill_matrix(call.weight_t, call.bias_t, matrices + size);
     }
-  }
-
-  void run() {
-    set_matrices();
     Products::template over<&Conv3x3FewForward::blocks>(*this, parallel, (pixels + kPixels - 1) / kPixels);
   }
 };
 
-// The gradient of the weight: the product of the transposed surroundings and g. It is the sum of several shares, which
-// are added in order: the same bits for any number of threads, and sums that are not too long.
+// The gradient of the weight: the product of the transposed surroundings and g.
 template <typename T, int kChannels>
-struct Conv3x3FewSums {
-  using Products = Conv3x3Products<T>;
+struct Conv3x3FewGradient {
+  using Products = CpuProducts<T>;
   static constexpr int kPixels = 32;  // done together
   static constexpr int kLength = (9 * kChannels + Products::kFewRows - 1) / Products::kFewRows * Products::kFewRows;
 
-  const Conv3x3Surroundings<T, kChannels> around;
-  const int outputs;
-  const int64_t size = static_cast<int64_t>(kLength) * outputs;  // of a share: (outputs / kColumns, kLength, kColumns)
+  const Conv3x3GradientCall<T>& call;
+  const CpuParallel parallel;
+  const int outputs = call.outputs;
+  const int64_t pixels = call.batch * call.height * call.width;
+  // Shares of the images are added in order: the same bits for any number of threads, and sums that are not too long.
+  const int64_t shares = std::min<int64_t>(call.batch, 16);
+  const Conv3x3Surroundings<T, kChannels> around{call.x, call.height, call.width};
+  Memory<T> sums{shares * kLength * outputs, T(0)};  // (shares, outputs / kColumns, kLength, kColumns)
 
-  // Adds `count` pixels of all images from `first` on to a share. g: (count, outputs); `ahead` numbers from what is
-  // read on, more of it is fetched.
-  void add(int64_t first, int64_t count, const T* g, T* sum, int64_t ahead) const {
+  void pieces(int64_t begin, int64_t end) {
     Memory<T> surroundings{static_cast<int64_t>(kPixels) * kLength, T(0)};
-    for (int64_t done = 0; done < count; done += kPixels) {
-      const int64_t now = std::min<int64_t>(kPixels, count - done);
-      around.gather(first + done, now, kLength, surroundings);
-      for (int column = 0; column < outputs; column += Products::kColumns) {
-        Products::multiply({surroundings, 1, kLength}, kLength, g + done * outputs + column, outputs, now,
-                           sum + column * kLength, Products::kColumns, true, INT64_MAX, ahead);
+    for (int64_t share = end; share-- > begin;) {  // what was written last is still in the cache
+      const int64_t last = pixels * (share + 1) / shares;
+      T* sum = sums + share * kLength * outputs;
+      for (int64_t first = pixels * share / shares; first < last; first += kPixels) {
+        const int64_t count = std::min<int64_t>(kPixels, last - first);
+        around.gather(first, count, kLength, surroundings);
+        for (int column = 0; column < outputs; column += Products::kColumns) {
+          Products::multiply({surroundings, 1, kLength}, kLength, call.g + first * outputs + column, outputs, count,
+                             sum + column * kLength, Products::kColumns, true, INT64_MAX, kPixels * outputs);
+        }
       }
     }
   }
 
-  // Adds up the shares, in the first of them.
-  void total(T* sums, int64_t shares, T* weight) const {
-    for (int64_t share = 1; share < shares; ++share) {
-      const T* more = sums + share * size;
-      for (int64_t k = 0; k < size; ++k) {
-        sums[k] += more[k];
-      }
-    }
+  void run() {
+    Products::template over<&Conv3x3FewGradient::pieces>(*this, parallel, shares);
     for (int k = 0; k < outputs; ++k) {
-      const T* panel = sums + k / Products::kColumns * kLength * Products::kColumns + k % Products::kColumns;
       for (int c = 0; c < kChannels; ++c) {
         for (int j = 0; j < 9; ++j) {
-          weight[(k * kChannels + c) * 9 + j] = panel[(j * kChannels + c) * Products::kColumns];
+          T total = 0;
+          for (int64_t share = 0; share < shares; ++share) {
+            const int64_t panel = share * outputs / Products::kColumns + k / Products::kColumns;
+            total += sums[(panel * kLength + j * kChannels + c) * Products::kColumns + k % Products::kColumns];
+          }
+          call.weight[(k * kChannels + c) * 9 + j] = total;
         }
       }
     }
   }
 };
 
-template <typename T, int kChannels>
-struct Conv3x3FewGradient {
-  const Conv3x3GradientCall<T>& call;
-  const CpuParallel parallel;
-  const Conv3x3FewSums<T, kChannels> all{{call.x, call.height, call.width}, call.outputs};
-  const int64_t pixels = call.batch * call.height * call.width, shares = std::min<int64_t>(call.batch, 16);
-  Memory<T> sums{shares * all.size, T(0)};
-
-  void pieces(int64_t begin, int64_t end) {
-    for (int64_t share = end; share-- > begin;) {  // what was written last is still in the cache
-      const int64_t first = pixels * share / shares, last = pixels * (share + 1) / shares;
-      all.add(first, last - first, call.g + first * call.outputs, sums + share * all.size, all.kPixels * call.outputs);
-    }
-  }
-
-  void run() {
-    Conv3x3Products<T>::template over<&Conv3x3FewGradient::pieces>(*this, parallel, shares);
-    all.total(sums, shares, call.weight);
-  }
-};
-
-// The gradient of the input, the transposed convolution, which has kOutputs results a pixel: what each pixel gives to
-// the 3 x 3 around it, added up there.
+// The gradient of the input, the transposed convolution, which has kOutputs results a pixel.
 template <typename T, int kOutputs>
-struct Conv3x3FewSpread {
-  using Products = Conv3x3Products<T>;
+struct Conv3x3FewInputGradient {
+  using Products = CpuProducts<T>;
   static constexpr int kFewRows = Products::kFewRows, kColumns = Products::kColumns;
   static constexpr int kPixels = 24;                                                   // done together
   static constexpr int kLength = (9 * kOutputs + kColumns - 1) / kColumns * kColumns;  // what a pixel gives
 
-  const int height, width, channels;
+  const Conv3x3Call<T>& call;
+  const CpuParallel parallel;
+  const int channels = call.channels;
+  const int64_t size = static_cast<int64_t>(call.height) * call.width;
   const int64_t matrix_size = static_cast<int64_t>(channels) * kLength;
-  Memory<T> matrices{2 * matrix_size, T(0)};  // (2, channels, kLength), the second of the weight's tangent
+  Memory<T> matrices{2 * matrix_size, T(0)};  // (2, channels, kLength), the second of weight_t
 
-  void set_matrix(int index, const T* weight) {
-    T* matrix = matrices + index * matrix_size;
+  void fill_matrix(const T* weight, T* matrix) {
     for (int c = 0; c < channels; ++c) {
       for (int k = 0; k < kOutputs; ++k) {
         for (int j = 0; j < 9; ++j) {
@@ -211,40 +188,53 @@ struct Conv3x3FewSpread {
     }
   }
 
-  // Adds to the image y what `count` of its pixels give, from `first` on: those of x by matrix `index`, and those of
-  // x_t, unless it is null, by the first one. x, x_t: (count, channels)
-  void add(int64_t first, int64_t count, const T* x, int index, const T* x_t, T* y) const {
-    Memory<T> rest{static_cast<int64_t>(kPixels) * channels};
+  // Images begin to end - 1: what each pixel gives to the 3 x 3 around it, added up there.
+  void images(int64_t begin, int64_t end) {
+    Memory<T> rest{static_cast<int64_t>(kPixels) * channels, T(0)};
     Memory<T> given{static_cast<int64_t>(kPixels) * kLength};
-    for (int64_t done = 0; done < count; done += kPixels) {
-      const int64_t now = std::min<int64_t>(kPixels, count - done), next = std::min(count - done - now, now);
-      products(x + done * channels, now, next, matrices + index * matrix_size, rest, given, false);
-      if (x_t != nullptr) {
-        products(x_t + done * channels, now, next, matrices, rest, given, true);
+    for (int64_t n = begin; n < end; ++n) {
+      if (call.y != nullptr) {
+        image(n, call.x, matrices, nullptr, call.bias, call.y, rest, given);
       }
-      give(given, first + done, now, y);
+      if (call.y_t != nullptr) {
+        image(n, call.x, matrices + matrix_size, call.x_t, call.bias_t, call.y_t, rest, given);
+      }
     }
   }
 
-  // Of `count` pixels, while the `next` ones are fetched.
-  void products(const T* x, int64_t count, int64_t next, const T* matrix, T* rest, T* given, bool add) const {
-    prefetch(x + count * channels, next * channels);
+  // What image n of x gives by `matrix`, and that of x_t, unless it is null, by the first matrix.
+  void image(int64_t n, const T* x, const T* matrix, const T* x_t, const T* bias, T* result, T* rest, T* given) const {
+    T* y = result + n * size * kOutputs;
+    for (int64_t i = 0; i < size * kOutputs; ++i) {
+      y[i] = bias == nullptr ? T(0) : bias[i % kOutputs];
+    }
+    for (int64_t first = 0; first < size; first += kPixels) {
+      const int64_t count = std::min<int64_t>(kPixels, size - first), at = (n * size + first) * channels;
+      products(x, at, count, matrix, rest, given, false);
+      if (x_t != nullptr) {
+        products(x_t, at, count, matrices, rest, given, true);
+      }
+      add(given, first, count, y);
+    }
+  }
+
+  // Of `count` pixels, the first of which is at x[at].
+  void products(const T* x, int64_t at, int64_t count, const T* matrix, T* rest, T* given, bool add) const {
+    const int64_t left = call.batch * size * channels - at, used = count * channels;
+    prefetch(x + at + used, std::min<int64_t>(kPixels * channels, left - used));
+    const T* pixels = count % kFewRows == 0 ? x + at : std::copy_n(x + at, used, rest) - used;
     const int64_t rows = (count + kFewRows - 1) / kFewRows * kFewRows;
-    if (rows > count) {
-      std::fill(std::copy_n(x, count * channels, rest), rest + rows * channels, T(0));
-      x = rest;
-    }
     for (int column = 0; column < kLength; column += kColumns) {
-      Products::multiply({x, channels, 1}, rows, matrix + column, kLength, channels, given + column, kLength, add);
+      Products::multiply({pixels, channels, 1}, rows, matrix + column, kLength, channels, given + column, kLength, add);
     }
   }
 
-  void give(const T* given, int64_t first, int64_t count, T* y) const {
+  void add(const T* given, int64_t first, int64_t count, T* y) const {
     for (int64_t p = first; p < first + count; ++p, given += kLength) {
-      const int row = static_cast<int>(p / width), column = static_cast<int>(p % width);
-      const int left = column == 0, right = column + 1 == width;
-      for (int i = row == 0; i < 3 && row + i <= height; ++i) {
-        T* to = y + (p + static_cast<int64_t>(i - 1) * width - 1) * kOutputs;
+      const int row = static_cast<int>(p / call.width), column = static_cast<int>(p % call.width);
+      const int left = column == 0, right = column + 1 == call.width;
+      for (int i = row == 0; i < 3 && row + i <= call.height; ++i) {
+        T* to = y + (p + static_cast<int64_t>(i - 1) * call.width - 1) * kOutputs;
         const T* from = given + 3 * i * kOutputs;
         if (left + right == 0) {
 #pragma GCC unroll 12
@@ -259,99 +249,14 @@ struct Conv3x3FewSpread {
       }
     }
   }
-};
-
-template <typename T, int kOutputs>
-struct Conv3x3FewInputGradient {
-  const Conv3x3Call<T>& call;
-  const CpuParallel parallel;
-  const int64_t size = static_cast<int64_t>(call.height) * call.width;
-  Conv3x3FewSpread<T, kOutputs> all{call.height, call.width, call.channels};
-
-  void images(int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      if (call.y != nullptr) {
-        image(n, 0, nullptr, call.bias, call.y);
-      }
-      if (call.y_t != nullptr) {
-        image(n, 1, call.x_t, call.bias_t, call.y_t);
-      }
-    }
-  }
-
-  // What image n of x gives by matrix `index`, and that of x_t, unless it is null, by the first matrix.
-  void image(int64_t n, int index, const T* x_t, const T* bias, T* result) const {
-    T* y = result + n * size * kOutputs;
-    for (int64_t i = 0; i < size * kOutputs; ++i) {
-      y[i] = bias == nullptr ? T(0) : bias[i % kOutputs];
-    }
-    const int64_t at = n * size * call.channels;
-    all.add(0, size, call.x + at, index, x_t == nullptr ? nullptr : x_t + at, y);
-  }
 
   void run() {
-    all.set_matrix(0, call.weight);
+    fill_matrix(call.weight, matrices);
     if (call.y_t != nullptr) {
-      all.set_matrix(1, call.weight_t);
+      fill_matrix(call.weight_t, matrices + matrix_size);
     }
-    Conv3x3Products<T>::template over<&Conv3x3FewInputGradient::images>(*this, parallel, call.batch);
+    Products::template over<&Conv3x3FewInputGradient::images>(*this, parallel, call.batch);
   }
-};
-
-template <typename T, int kChannels>
-class Conv3x3PieceForwardOf : public Conv3x3PieceForward<T> {
- public:
-  explicit Conv3x3PieceForwardOf(const Conv3x3Call<T>& call) : call_(call) { forward_.set_matrices(); }
-  void compute(int64_t image, int64_t first, int64_t count) override {
-    forward_.add(image * call_.height * call_.width + first, count);
-  }
-
- private:
-  const Conv3x3Call<T> call_;
-  Conv3x3FewForward<T, kChannels> forward_{call_, nullptr};
-};
-
-// Both gradients, of pieces of the result's gradient as they are computed. Each image is a share of the weight's
-// gradient.
-template <typename T, int kChannels>
-class Conv3x3PieceBackwardOf : public Conv3x3PieceBackward<T> {
- public:
-  explicit Conv3x3PieceBackwardOf(const Conv3x3PieceBackwardCall<T>& call) : call_(call) {
-    if (call.x_grad_t != nullptr) {
-      spread_.set_matrix(0, call.weight);
-      spread_.set_matrix(1, call.weight_t);
-    }
-  }
-
-  void add(int64_t image, int64_t first, int64_t count, const T* g, const T* g_t) override {
-    if (call_.weight_grad != nullptr) {
-      T* sum = shares_ + image * sums_.size;
-      if (first == 0) {
-        std::fill_n(sum, sums_.size, T(0));
-      }
-      sums_.add(image * size_ + first, count, g_t == nullptr ? g : g_t, sum, 0);
-    }
-    if (call_.x_grad_t != nullptr) {
-      T* y = call_.x_grad_t + image * size_ * kChannels;
-      if (first == 0) {
-        std::fill_n(y, size_ * kChannels, T(0));
-      }
-      spread_.add(first, count, g, 1, g_t, y);
-    }
-  }
-
-  void finish() override {
-    if (call_.weight_grad != nullptr) {
-      sums_.total(shares_, call_.batch, call_.weight_grad);
-    }
-  }
-
- private:
-  const Conv3x3PieceBackwardCall<T> call_;
-  const int64_t size_ = static_cast<int64_t>(call_.height) * call_.width;
-  const Conv3x3FewSums<T, kChannels> sums_{{call_.x, call_.height, call_.width}, call_.outputs};
-  Memory<T> shares_{call_.weight_grad == nullptr ? 0 : call_.batch * sums_.size};
-  Conv3x3FewSpread<T, kChannels> spread_{call_.height, call_.width, call_.outputs};
 };
 
 template <typename T, int kChannels>
@@ -368,37 +273,18 @@ void run_of(const Conv3x3GradientCall<T>& call, CpuParallel parallel) {
   Conv3x3FewGradient<T, kChannels>{call, parallel}.run();
 }
 
-// call(channels) with the number of channels of the input, 1 to kConv3x3Few, known when it is compiled.
-template <typename Call>
-auto with_few(int channels, const Call& call) {
+// `channels` of the input: 1 to kConv3x3Few.
+template <typename T, template <typename> typename Call>
+void run_few(const Call<T>& call, int channels, CpuParallel parallel) {
   static_assert(kConv3x3Few == 4);
   switch (channels) {
     case 1:
-      return call(std::integral_constant<int, 1>());
+      return run_of<T, 1>(call, parallel);
     case 2:
-      return call(std::integral_constant<int, 2>());
+      return run_of<T, 2>(call, parallel);
     case 3:
-      return call(std::integral_constant<int, 3>());
+      return run_of<T, 3>(call, parallel);
     default:
-      return call(std::integral_constant<int, 4>());
+      return run_of<T, 4>(call, parallel);
   }
-}
-
-template <typename T, template <typename> typename Call>
-void run_few(const Call<T>& call, int channels, CpuParallel parallel) {
-  with_few(channels, [&](auto few) { run_of<T, few>(call, parallel); });
-}
-
-template <typename T>
-std::unique_ptr<Conv3x3PieceForward<T>> make_piece_forward(const Conv3x3Call<T>& call) {
-  return with_few(call.channels, [&](auto few) -> std::unique_ptr<Conv3x3PieceForward<T>> {
-    return std::make_unique<Conv3x3PieceForwardOf<T, few>>(call);
-  });
-}
-
-template <typename T>
-std::unique_ptr<Conv3x3PieceBackward<T>> make_piece_backward(const Conv3x3PieceBackwardCall<T>& call) {
-  return with_few(call.channels, [&](auto few) -> std::unique_ptr<Conv3x3PieceBackward<T>> {
-    return std::make_unique<Conv3x3PieceBackwardOf<T, few>>(call);
-  });
 }

@@ -1,222 +1,266 @@
-// The first layer of a network on the CPU: conv3x3 of an input of few channels, and the block that takes its result z.
-// A piece of z is computed when the block first needs it. The gradient of z, the largest tensor of a step, goes back to
-// the convolution piece by piece and is never stored. torch_cpu.cpp includes this after the files of both operators,
-// of which it uses checks and pointers.
+// The operators of a first layer on the CPU (conv_block.h): torch's side. torch_cpu.cpp includes this after the files of
+// conv3x3 and of the block, of which it uses checks and pointers.
 #include <torch/library.h>
 
 #include "block/block_torch.h"
 #include "conv3x3/conv3x3.h"
+#include "conv_block/conv_block.h"
 #include "cpu_torch.h"
 
 namespace selmatch {
 namespace {
 
-// x: (batch, 1 to 4, height, width), z: (batch, outputs, height, width). Returns the weight's sizes.
-c10::SymDimVector check_conv_block(const Tensor& x, const Tensor& z) {
-  const char* op = "conv_block";
-  check_tensor(op, "x", x, "z", z);
-  check_images(op, "x", x);
-  check_images(op, "z", z);
-  check_floating(op, "z", z);
-  const c10::SymInt channels = x.sym_size(1), outputs = z.sym_size(1);
-  TORCH_CHECK_VALUE(channels <= kConv3x3Few, "conv_block: x must have 1 to ", kConv3x3Few, " channels, got ", channels);
-  check_channels(channels, outputs);
-  check_dtype(op, "x", x, z.scalar_type());
-  check_sizes(op, "x", x, {z.sym_size(0), channels, z.sym_size(2), z.sym_size(3)});
-  return {outputs, channels, 3, 3};
+using Tensor = at::Tensor;
+
+// A tensor with z's shape and no memory for it; after all checks of the convolution.
+Tensor shape_of_z(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  const std::vector<c10::SymInt> sizes = check_convolution(x, weight, bias, false);
+  TORCH_CHECK_VALUE(x.sym_size(1) <= kConv3x3Few, "conv_block: x must have 1 to ", kConv3x3Few, " channels, got ",
+                    x.sym_size(1));
+  return at::empty({1, 1, 1, 1}, x.options()).expand_symint(sizes);
 }
 
-c10::SymDimVector check_conv_block_dual(const Tensor& x, const Tensor& z, const Tensor& weight,
-                                        const Tensor& weight_t) {
-  const c10::SymDimVector sizes = check_conv_block(x, z);
-  const auto check_weight = [&](const char* name, const Tensor& tensor) {
-    check_tensor("conv_block", name, tensor, "z", z);
-    check_dtype("conv_block", name, tensor, z.scalar_type());
-    check_sizes("conv_block", name, tensor, sizes);
-  };
-  check_weight("weight", weight);
-  check_weight("weight_t", weight_t);
-  return sizes;
-}
+// All checks of the arguments, and memory for what comes out.
+class ConvBlockChecks : public BlockChecks {
+ public:
+  ConvBlockChecks(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& gamma,
+                  const OptionalTensor& beta, const BlockOptions& options)
+      : BlockChecks(shape_of_z(x, weight, bias), gamma, beta, options), x_(x), weight_(weight) {
+    TORCH_CHECK_VALUE(options.activation == kBlockPiecewise, "conv_block: activation must be ", kBlockPiecewise,
+                      ", got ", options.activation);
+    TORCH_CHECK_VALUE(options.pool != kBlockMaxPool || options.slope == 0,
+                      "conv_block: slope must be 0 with maximum pooling, got ", options.slope);
+    TORCH_CHECK_VALUE(!per_pixel_, "conv_block: gamma and beta must have shape (channels)");
+  }
 
-// z, or both z and its tangent, not computed yet; after all checks of the convolution.
-Tensor empty_z(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  const Tensor z = conv3x3_result(x, weight, bias, false);
-  check_conv_block(x, z);
-  return z;
-}
-Tensor empty_z_both(const Tensor& x, const Tensor& weight, const Tensor& weight_t) {
-  const Tensor both = conv3x3_dual_result(x, {}, weight, weight_t, {}, {}, false, true);
-  check_conv_block(x, both.narrow_symint(0, 0, x.sym_size(0)));
-  return both;
-}
+  void tangents(const Tensor& weight_t, const OptionalTensor& gamma_t, const OptionalTensor& beta_t) const {
+    like("weight_t", weight_t, x_.scalar_type(), weight_.sym_sizes());
+    BlockChecks::tangents(z_, {}, gamma_t, beta_t);
+  }
+  void saved(const Tensor& bits, const Tensor& moments) const {
+    like("bits", bits, word(), bits_sizes());
+    like("moments", moments, at::kDouble, moments_sizes());
+  }
 
-// What the convolution is given; what a pass does not use is null.
-struct ConvolutionInputs {
-  ConvolutionInputs(const Tensor& x_, const OptionalTensor& weight_, const OptionalTensor& weight_t_,
-                    const OptionalTensor& bias_)
-      : x(x_.contiguous(at::MemoryFormat::ChannelsLast)),
-        weight(weight_, at::MemoryFormat::Contiguous),
-        weight_t(weight_t_, at::MemoryFormat::Contiguous),
-        bias(bias_, at::MemoryFormat::Contiguous) {}
-  int size(int dim) const { return static_cast<int>(x.size(dim)); }
+  Tensor empty_bits() const { return empty_result(bits_sizes(), x_.options().dtype(word())); }
+  Tensor empty_moments() const { return at::empty_symint(moments_sizes(), exact()); }
+  Tensor empty_exact_stats() const { return at::empty_symint({rows(), 2, weight_.sym_size(0)}, exact()); }
+  Tensor empty_weight() const { return at::empty_symint(weight_.sym_sizes(), x_.options()); }
+  Tensor empty_x() const { return images_like(x_, x_.sym_sizes().vec()); }
 
-  Tensor x;
-  Read weight, weight_t, bias;
+ private:
+  void like(const char* name, const Tensor& given, at::ScalarType dtype, c10::SymIntArrayRef sizes) const {
+    check_tensor("conv_block", name, given, "x", x_);
+    check_dtype("conv_block", name, given, dtype);
+    check_sizes("conv_block", name, given, sizes);
+  }
+
+  at::TensorOptions exact() const { return x_.options().dtype(at::kDouble); }
+  at::ScalarType word() const { return x_.scalar_type() == at::kDouble ? at::kLong : at::kInt; }
+  c10::SymInt rows() const { return options_.norm == kBlockSampleNorm ? x_.sym_size(0) : c10::SymInt(1); }
+  c10::SymDimVector moments_sizes() const {
+    const c10::SymInt length = 9 * x_.sym_size(1) + 1;
+    return {rows(), length, length};
+  }
+  c10::SymDimVector bits_sizes() const {
+    const c10::SymInt height = x_.sym_size(2), width = x_.sym_size(3);
+    const c10::SymInt pixels = options_.pool == kBlockNoPool ? height * width : (height / 2) * (width / 2) * 4;
+    return {x_.sym_size(0), (pixels + (kConvBlockPixels - 1)) / kConvBlockPixels, weight_.sym_size(0)};
+  }
+
+  Tensor x_, weight_;
 };
 
-// Runs a forward pass of `block`, whose z, and zt in a dual pass, the convolution writes.
-void run_forward(Block& block, int pass, const ConvolutionInputs& conv, const Tensor& z, const Tensor& zt) {
-  AT_DISPATCH_FLOATING_TYPES(z.scalar_type(), "conv_block", [&] {
-    Conv3x3Call<scalar_t> call = {};
-    call.batch = conv.x.size(0), call.height = conv.size(2), call.width = conv.size(3);
-    call.channels = conv.size(1), call.outputs = block.call.channels;
-    call.x = conv.x.const_data_ptr<scalar_t>(), call.bias = conv.bias.template at<scalar_t>();
-    call.weight = conv.weight.template at<scalar_t>(), call.weight_t = conv.weight_t.template at<scalar_t>();
-    call.y = result_numbers<scalar_t>(z), call.y_t = result_numbers<scalar_t>(zt);
-    const auto result = conv3x3_piece_forward(call);
-    block.call.convolution = result.get();
-    block.call.make = [](void* convolution, int64_t image, int64_t first, int64_t count) {
-      static_cast<Conv3x3PieceForward<scalar_t>*>(convolution)->compute(image, first, count);
-    };
-    block.run(&run, pass);
-  });
-}
-
-// Runs a pass back of `block`. What is not asked for, weight_grad or x_grad_t, is undefined.
-void run_backward(Block& block, int pass, const ConvolutionInputs& conv, const Tensor& weight_grad,
-                  const Tensor& x_grad_t) {
-  if (conv.x.numel() == 0) {  // no piece will come
-    if (weight_grad.defined()) {
-      weight_grad.zero_();
-    }
-    return block.run(&run, pass);
+// The tensors of one call, and the call itself.
+template <typename T>
+class ConvBlock {
+ public:
+  ConvBlock(const Tensor& x, const Tensor& weight, const OptionalTensor& gamma, const OptionalTensor& beta,
+            const BlockOptions& options) {
+    call.norm = static_cast<int>(options.norm), call.groups = static_cast<int>(options.groups);
+    call.eps = options.eps, call.slope = static_cast<T>(options.slope), call.pool = static_cast<int>(options.pool);
+    call.batch = x.size(0), call.channels = static_cast<int>(x.size(1));
+    call.outputs = static_cast<int>(weight.size(0));
+    call.height = static_cast<int>(x.size(2)), call.width = static_cast<int>(x.size(3));
+    call.x = images(x), call.weight = numbers(weight), call.gamma = numbers(gamma), call.beta = numbers(beta);
   }
-  AT_DISPATCH_FLOATING_TYPES(conv.x.scalar_type(), "conv_block", [&] {
-    const auto gradients = conv3x3_piece_backward(Conv3x3PieceBackwardCall<scalar_t>{
-        conv.x.size(0), conv.size(2), conv.size(3), conv.size(1), block.call.channels,
-        conv.x.const_data_ptr<scalar_t>(), result_numbers<scalar_t>(weight_grad), conv.weight.template at<scalar_t>(),
-        conv.weight_t.template at<scalar_t>(), result_numbers<scalar_t>(x_grad_t)});
-    block.call.convolution = gradients.get();
-    block.call.take = [](void* convolution, int64_t image, int64_t first, int64_t count, const void* gz,
-                         const void* gzt) {
-      static_cast<Conv3x3PieceBackward<scalar_t>*>(convolution)
-          ->add(image, first, count, static_cast<const scalar_t*>(gz), static_cast<const scalar_t*>(gzt));
-    };
-    block.run(&run, pass);
-    gradients->finish();
+
+  void set_tangents(const Tensor& weight_t, const OptionalTensor& gamma_t, const OptionalTensor& beta_t) {
+    call.weight_t = numbers(weight_t), call.gamma_t = numbers(gamma_t), call.beta_t = numbers(beta_t);
+  }
+  void set_saved(const Tensor& bits, const Tensor& moments) {
+    call.bits = const_cast<Word*>(static_cast<const Word*>(keep(bits.contiguous()).const_data_ptr()));
+    call.moments = const_cast<double*>(keep(moments.contiguous()).template const_data_ptr<double>());
+  }
+  void set_results(const Tensor& bits, const Tensor& moments, const Tensor& stats) {
+    call.bits = static_cast<Word*>(bits.mutable_data_ptr());
+    call.moments = moments.mutable_data_ptr<double>();
+    call.stats = stats.mutable_data_ptr<double>();
+  }
+  // results: for the gradients of weight, gamma and beta
+  void set_gradients(const std::tuple<Tensor, Tensor, Tensor>& results) {
+    call.weight_grad = std::get<0>(results).template mutable_data_ptr<T>();
+    call.gamma_grad = std::get<1>(results).template mutable_data_ptr<T>();
+    call.beta_grad = std::get<2>(results).template mutable_data_ptr<T>();
+  }
+  const T* images(const Tensor& tensor) {
+    return keep(tensor.contiguous(at::MemoryFormat::ChannelsLast)).template const_data_ptr<T>();
+  }
+  void run(int pass) { conv_block(call, pass, &torch_parallel); }
+
+  ConvBlockCall<T> call = {};
+
+ private:
+  using Word = typename ConvBlockCall<T>::Word;
+
+  const T* numbers(const OptionalTensor& tensor) {
+    return tensor ? keep(tensor->contiguous()).template const_data_ptr<T>() : nullptr;
+  }
+  const Tensor& keep(Tensor tensor) {
+    kept_.push_back(std::move(tensor));
+    return kept_.back();
+  }
+
+  std::vector<Tensor> kept_;  // what the call points into
+};
+
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Four conv_block_forward_meta(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                             const OptionalTensor& gamma, const OptionalTensor& beta, int64_t norm, int64_t groups,
+                             double eps, int64_t activation, double slope, int64_t pool) {
+  const ConvBlockChecks checks(x, weight, bias, gamma, beta, {norm, groups, eps, activation, slope, pool});
+  return {checks.empty_images(1, true), checks.empty_bits(), checks.empty_moments(), checks.empty_exact_stats()};
+}
+
+// y; and bits, moments and statistics, which the pass back takes.
+Four conv_block_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& gamma,
+                        const OptionalTensor& beta, int64_t norm, int64_t groups, double eps, int64_t activation,
+                        double slope, int64_t pool) {
+  const Four results =
+      conv_block_forward_meta(x, weight, bias, gamma, beta, norm, groups, eps, activation, slope, pool);
+  const Tensor &y = std::get<0>(results), &moments = std::get<2>(results), &stats = std::get<3>(results);
+  if (x.numel() == 0) {
+    moments.zero_(), stats.zero_();
+    return results;
+  }
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "conv_block_forward", [&] {
+    ConvBlock<scalar_t> block(x, weight, gamma, beta, {norm, groups, eps, activation, slope, pool});
+    block.set_results(std::get<1>(results), moments, stats);
+    block.call.y = y.mutable_data_ptr<scalar_t>();
+    block.run(kBlockForward);
   });
+  if (bias) {
+    stats.select(1, 0).add_(*bias);
+  }
+  return results;
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_block_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                                      const OptionalTensor& gamma, const OptionalTensor& beta,
-                                                      int64_t norm, int64_t groups, double eps, int64_t activation,
-                                                      double slope, int64_t pool) {
-  Tensor z = empty_z(x, weight, bias);
-  Block block(z, gamma, beta, {norm, groups, eps, activation, slope, pool});
-  Tensor stats = block.make_stats(), y = block.empty_images(1, true);
-  block.call.y = y.mutable_data_ptr();
-  run_forward(block, kBlockForward, {x, weight, {}, bias}, z, {});
-  return {y, z, stats};
-}
-
-std::tuple<Tensor, Tensor, Tensor> conv_block_forward_meta(const Tensor& x, const Tensor& weight,
-                                                           const OptionalTensor& bias, const OptionalTensor& gamma,
-                                                           const OptionalTensor& beta, int64_t norm, int64_t groups,
-                                                           double eps, int64_t activation, double slope, int64_t pool) {
-  Tensor z = empty_z(x, weight, bias);
-  const BlockChecks checks(z, gamma, beta, {norm, groups, eps, activation, slope, pool});
-  return {checks.empty_images(1, true), z, checks.empty_stats(2)};
-}
-
-std::tuple<Tensor, Tensor, Tensor> conv_block_backward(const Tensor& g, const Tensor& x, const Tensor& z,
-                                                       const Tensor& stats, const OptionalTensor& gamma,
-                                                       const OptionalTensor& beta, int64_t norm, int64_t groups,
-                                                       double eps, int64_t activation, double slope, int64_t pool) {
-  const Tensor weight_grad = at::empty_symint(check_conv_block(x, z), z.options());
-  Block block(z, gamma, beta, {norm, groups, eps, activation, slope, pool});
-  block.set_stats(stats);
-  block.set_cotangent(g);
-  block.make_gradients();
-  run_backward(block, kBlockBackward, {x, {}, {}, {}}, weight_grad, {});
-  return std::tuple_cat(std::make_tuple(weight_grad), block.gradients());
-}
-
-std::tuple<Tensor, Tensor, Tensor> conv_block_backward_meta(const Tensor& g, const Tensor& x, const Tensor& z,
-                                                            const Tensor& stats, const OptionalTensor& gamma,
-                                                            const OptionalTensor& beta, int64_t norm, int64_t groups,
-                                                            double eps, int64_t activation, double slope,
-                                                            int64_t pool) {
-  const c10::SymDimVector sizes = check_conv_block(x, z);
-  const BlockChecks checks(z, gamma, beta, {norm, groups, eps, activation, slope, pool});
-  checks.statistics(stats, 2);
+Three conv_block_backward_meta(const Tensor& g, const Tensor& x, const Tensor& weight, const Tensor& bits,
+                               const Tensor& moments, const OptionalTensor& gamma, const OptionalTensor& beta,
+                               int64_t norm, int64_t groups, double eps, int64_t activation, double slope,
+                               int64_t pool) {
+  const ConvBlockChecks checks(x, weight, {}, gamma, beta, {norm, groups, eps, activation, slope, pool});
   checks.cotangent("g", g);
-  return {at::empty_symint(sizes, z.options()), checks.empty_gradient(), checks.empty_gradient()};
+  checks.saved(bits, moments);
+  return {checks.empty_weight(), checks.empty_gradient(), checks.empty_gradient()};
 }
 
-// y and its tangent in one batch, then z and its tangent.
-std::tuple<Tensor, Tensor, Tensor> conv_block_dual_forward(const Tensor& x, const Tensor& weight,
-                                                           const Tensor& weight_t, const OptionalTensor& gamma,
-                                                           const OptionalTensor& beta, const OptionalTensor& gamma_t,
-                                                           const OptionalTensor& beta_t, int64_t norm, int64_t groups,
-                                                           double eps, int64_t activation, double slope, int64_t pool) {
-  Tensor z_both = empty_z_both(x, weight, weight_t);
-  const int64_t batch = x.size(0);
-  const Tensor z = z_both.narrow(0, 0, batch), zt = z_both.narrow(0, batch, batch);
-  Block block(z, gamma, beta, {norm, groups, eps, activation, slope, pool});
-  block.set_tangents(zt, {}, gamma_t, beta_t);
-  Tensor stats = block.make_stats(), y_both = block.empty_images(2, true);
-  block.call.y = block.half(y_both, 0);
-  block.call.yt = block.half(y_both, 1);
-  run_forward(block, kBlockDualForward, {x, weight, weight_t, {}}, z, zt);
-  return {y_both, z_both, stats};
+// The gradients of weight, gamma and beta.
+Three conv_block_backward(const Tensor& g, const Tensor& x, const Tensor& weight, const Tensor& bits,
+                          const Tensor& moments, const OptionalTensor& gamma, const OptionalTensor& beta, int64_t norm,
+                          int64_t groups, double eps, int64_t activation, double slope, int64_t pool) {
+  const Three results =
+      conv_block_backward_meta(g, x, weight, bits, moments, gamma, beta, norm, groups, eps, activation, slope, pool);
+  const auto& [of_weight, of_gamma, of_beta] = results;
+  if (x.numel() == 0) {
+    of_weight.zero_(), of_gamma.zero_(), of_beta.zero_();
+    return results;
+  }
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "conv_block_backward", [&] {
+    ConvBlock<scalar_t> block(x, weight, gamma, beta, {norm, groups, eps, activation, slope, pool});
+    block.set_saved(bits, moments);
+    block.set_gradients(results);
+    block.call.g = block.images(g);
+    block.run(kBlockBackward);
+  });
+  return results;
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_block_dual_forward_meta(
-    const Tensor& x, const Tensor& weight, const Tensor& weight_t, const OptionalTensor& gamma,
-    const OptionalTensor& beta, const OptionalTensor& gamma_t, const OptionalTensor& beta_t, int64_t norm,
-    int64_t groups, double eps, int64_t activation, double slope, int64_t pool) {
-  Tensor z_both = empty_z_both(x, weight, weight_t);
-  const Tensor z = z_both.narrow_symint(0, 0, x.sym_size(0));
-  const BlockChecks checks(z, gamma, beta, {norm, groups, eps, activation, slope, pool});
-  checks.tangents(z, {}, gamma_t, beta_t);
-  return {checks.empty_images(2, true), z_both, checks.empty_stats(kBlockStats)};
+Three conv_block_dual_forward_meta(const Tensor& x, const Tensor& weight, const Tensor& weight_t,
+                                   const OptionalTensor& gamma, const OptionalTensor& beta,
+                                   const OptionalTensor& gamma_t, const OptionalTensor& beta_t, int64_t norm,
+                                   int64_t groups, double eps, int64_t activation, double slope, int64_t pool) {
+  const ConvBlockChecks checks(x, weight, {}, gamma, beta, {norm, groups, eps, activation, slope, pool});
+  checks.tangents(weight_t, gamma_t, beta_t);
+  return {checks.empty_images(2, true), checks.empty_bits(), checks.empty_moments()};
 }
 
-// Without `weight_wanted` the second result is empty.
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv_block_dual_backward(
-    const Tensor& g, const Tensor& gt, const Tensor& x, const Tensor& weight, const Tensor& weight_t, const Tensor& z,
-    const Tensor& zt, const Tensor& stats, const OptionalTensor& gamma, const OptionalTensor& beta,
-    const OptionalTensor& gamma_t, const OptionalTensor& beta_t, bool weight_wanted, int64_t norm, int64_t groups,
-    double eps, int64_t activation, double slope, int64_t pool) {
-  const c10::SymDimVector sizes = check_conv_block_dual(x, z, weight, weight_t);
-  Block block(z, gamma, beta, {norm, groups, eps, activation, slope, pool});
-  block.set_tangents(zt, {}, gamma_t, beta_t);
-  block.set_stats(stats);
-  block.set_cotangent(g);
-  block.set_cotangent_tangents(gt, {});
-  block.make_gradients();
-  const Tensor x_grad_t = images_like(x, x.sym_sizes().vec());
-  const Tensor weight_grad_t = weight_wanted ? at::empty_symint(sizes, z.options()) : Tensor();
-  run_backward(block, kBlockDualBackward, {x, weight, weight_t, {}}, weight_grad_t, x_grad_t);
-  return std::tuple_cat(std::make_tuple(x_grad_t, weight_wanted ? weight_grad_t : at::empty({0}, z.options())),
-                        block.gradients());
+// y and its tangent in one batch; and bits and moments.
+Three conv_block_dual_forward(const Tensor& x, const Tensor& weight, const Tensor& weight_t,
+                              const OptionalTensor& gamma, const OptionalTensor& beta, const OptionalTensor& gamma_t,
+                              const OptionalTensor& beta_t, int64_t norm, int64_t groups, double eps,
+                              int64_t activation, double slope, int64_t pool) {
+  const Three results = conv_block_dual_forward_meta(x, weight, weight_t, gamma, beta, gamma_t, beta_t, norm, groups,
+                                                     eps, activation, slope, pool);
+  const Tensor &y = std::get<0>(results), &moments = std::get<2>(results);
+  if (x.numel() == 0) {
+    moments.zero_();
+    return results;
+  }
+  const Tensor stats = at::empty({moments.size(0), 2, weight.size(0)}, moments.options());
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "conv_block_dual_forward", [&] {
+    ConvBlock<scalar_t> block(x, weight, gamma, beta, {norm, groups, eps, activation, slope, pool});
+    block.set_tangents(weight_t, gamma_t, beta_t);
+    block.set_results(std::get<1>(results), moments, stats);
+    block.call.y = y.mutable_data_ptr<scalar_t>();
+    block.call.yt = block.call.y + y.numel() / 2;
+    block.run(kBlockDualForward);
+  });
+  return results;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv_block_dual_backward_meta(
-    const Tensor& g, const Tensor& gt, const Tensor& x, const Tensor& weight, const Tensor& weight_t, const Tensor& z,
-    const Tensor& zt, const Tensor& stats, const OptionalTensor& gamma, const OptionalTensor& beta,
-    const OptionalTensor& gamma_t, const OptionalTensor& beta_t, bool weight_wanted, int64_t norm, int64_t groups,
-    double eps, int64_t activation, double slope, int64_t pool) {
-  const c10::SymDimVector sizes = check_conv_block_dual(x, z, weight, weight_t);
-  const BlockChecks checks(z, gamma, beta, {norm, groups, eps, activation, slope, pool});
-  checks.tangents(zt, {}, gamma_t, beta_t);
-  checks.statistics(stats, kBlockStats);
+Four conv_block_dual_backward_meta(const Tensor& g, const Tensor& gt, const Tensor& x, const Tensor& weight,
+                                   const Tensor& weight_t, const Tensor& bits, const Tensor& moments,
+                                   const OptionalTensor& gamma, const OptionalTensor& beta,
+                                   const OptionalTensor& gamma_t, const OptionalTensor& beta_t, bool x_wanted,
+                                   int64_t norm, int64_t groups, double eps, int64_t activation, double slope,
+                                   int64_t pool) {
+  const ConvBlockChecks checks(x, weight, {}, gamma, beta, {norm, groups, eps, activation, slope, pool});
+  checks.tangents(weight_t, gamma_t, beta_t);
   checks.cotangent("g", g);
   checks.cotangent("gt", gt);
-  return {images_like(x, x.sym_sizes().vec()),
-          weight_wanted ? at::empty_symint(sizes, z.options()) : at::empty({0}, z.options()), checks.empty_gradient(),
-          checks.empty_gradient()};
+  checks.saved(bits, moments);
+  return {checks.empty_weight(), checks.empty_gradient(), checks.empty_gradient(),
+          x_wanted ? checks.empty_x() : at::empty({0}, x.options())};
+}
+
+// The tangents of the gradients of weight, gamma, beta and x; the last is empty where it is not wanted.
+Four conv_block_dual_backward(const Tensor& g, const Tensor& gt, const Tensor& x, const Tensor& weight,
+                              const Tensor& weight_t, const Tensor& bits, const Tensor& moments,
+                              const OptionalTensor& gamma, const OptionalTensor& beta, const OptionalTensor& gamma_t,
+                              const OptionalTensor& beta_t, bool x_wanted, int64_t norm, int64_t groups, double eps,
+                              int64_t activation, double slope, int64_t pool) {
+  const Four results =
+      conv_block_dual_backward_meta(g, gt, x, weight, weight_t, bits, moments, gamma, beta, gamma_t, beta_t, x_wanted,
+                                    norm, groups, eps, activation, slope, pool);
+  const auto& [of_weight, of_gamma, of_beta, of_x] = results;
+  const Three of_parameters = {of_weight, of_gamma, of_beta};
+  if (x.numel() == 0) {
+    of_weight.zero_(), of_gamma.zero_(), of_beta.zero_();
+    return results;
+  }
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "conv_block_dual_backward", [&] {
+    ConvBlock<scalar_t> block(x, weight, gamma, beta, {norm, groups, eps, activation, slope, pool});
+    block.set_tangents(weight_t, gamma_t, beta_t);
+    block.set_saved(bits, moments);
+    block.set_gradients(of_parameters);
+    block.call.g = block.images(g), block.call.gt = block.images(gt);
+    block.call.x_grad_t = x_wanted ? std::get<3>(results).mutable_data_ptr<scalar_t>() : nullptr;
+    block.run(kBlockDualBackward);
+  });
+  return results;
 }
 
 }  // namespace

@@ -11,6 +11,7 @@ from selmatch_ext.fused.first_layer import FirstLayer
 from selmatch_ext.fused.operations import Operation
 from selmatch_ext.fused.rules import Block, Conv
 from selmatch_ext.ops.block import BATCH_NORM
+from selmatch_ext.ops.conv_block import Saved
 
 
 class Forward:
@@ -39,7 +40,8 @@ class Forward:
             if isinstance(block, Block) and block.kind.norm == BATCH_NORM and block.norm is not None:
                 norm = self.model.get_submodule(block.norm)
                 assert isinstance(norm, nn.BatchNorm2d)
-                _update(norm, saved[0], saved[1].detach())
+                z, stats = (x, saved.stats) if isinstance(saved, Saved) else saved
+                _update(norm, z[:, 0].numel(), *stats[0].detach())
             values.append(value)
         return values
 
@@ -61,15 +63,14 @@ def _convolution(step: Operation) -> Conv | None:
 
 
 @torch.no_grad()
-def _update(norm: nn.BatchNorm2d, z: Tensor, stats: Tensor) -> None:
-    """Running mean and unbiased variance, as nn.BatchNorm2d keeps them. stats: (1, 2, C), mean and 1 / deviation."""
+def _update(norm: nn.BatchNorm2d, count: int, mean: Tensor, scale: Tensor) -> None:
+    """Running mean and unbiased variance, as nn.BatchNorm2d keeps them. count: of values a channel; mean, scale: (C,),
+    their mean and 1 / deviation."""
     batches, running_mean, running_var = norm.num_batches_tracked, norm.running_mean, norm.running_var
     if not norm.track_running_stats or batches is None or running_mean is None or running_var is None:
         return
     batches += 1
     momentum = norm.momentum if norm.momentum is not None else 1 / batches.item()
-    count = z.numel() // z.shape[1]
-    mean, scale = stats[0]
     variance = (scale**-2 - norm.eps) * (count / (count - 1))
-    running_mean.lerp_(mean, momentum)
-    running_var.lerp_(variance, momentum)
+    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    running_var.lerp_(variance.to(running_var.dtype), momentum)

@@ -1,81 +1,111 @@
-"""A network's first layer on the CPU: `conv3x3` of an input of 1 to 4 channels, and the block that takes its result z.
-In the passes back the gradient of z, the largest tensor of a step, is used as it is computed and never stored."""
+"""A network's first layer on the CPU, `conv3x3` of 1 to 4 channels and the block that takes its result z, in one
+operation without z, the largest tensor of a network: csrc/conv_block/conv_block.h says how. The gradients of the weight
+are several times more exact than those from a stored z in float32."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from selmatch_ext.ops.block import BATCH_NORM, SAMPLE_NORM, Affine, BlockKind, DualTensor, no_double_backward
+from selmatch_ext.ops.block import (
+    BATCH_NORM,
+    MAX_POOL,
+    PIECEWISE,
+    SAMPLE_NORM,
+    Affine,
+    BlockKind,
+    no_double_backward,
+)
+
+
+def conv_block_suits(affine: Affine, kind: BlockKind) -> bool:
+    """Whether `conv_block` computes such blocks: those with a piecewise linear activation, before maximum pooling ReLU
+    alone, and with gamma and beta of channels. Others need z."""
+    of_channels = all(p is None or p.dim() == 1 for p in affine)
+    return kind.activation == PIECEWISE and (kind.pool != MAX_POOL or kind.slope == 0) and of_channels
+
+
+class Saved(NamedTuple):
+    """What a pass back takes of the pass forward. bits: (B, P, K) integers, a bit for each number of z; moments:
+    (B or 1, 9 C + 1, 9 C + 1) float64, those of the images' 3 x 3 surroundings; stats: (B or 1, 2, K) float64, z's means
+    and 1 / deviations, or None in the dual passes, which do not need them."""
+
+    bits: Tensor
+    moments: Tensor
+    stats: Tensor | None = None
 
 
 def conv_block(
     x: Tensor, weight: Tensor, bias: Tensor | None, affine: Affine, kind: BlockKind
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The block's result y, z, and the statistics that the passes back take; y is differentiable once, in the
-    parameters. x gets no gradient. The bias gets one of zeros, which is right for a norm that subtracts every channel's
-    mean: batch norm, instance norm; behind another one a bias that needs a gradient is an error in the pass back.
+) -> tuple[Tensor, Saved]:
+    """The block's result y, and what `conv_block_backward` takes; y is differentiable once, in the parameters. x gets
+    no gradient. The bias counts in the means of `Saved.stats` alone and gets a gradient of zeros, which is right for a
+    norm that subtracts every channel's mean: batch norm, instance norm; behind another one a bias that needs a gradient
+    is an error in the pass back.
 
     x: (B, C, H, W) float32 or float64, C 1 to 4; weight: (K, C, 3, 3), K a multiple of 32; bias: (K,); affine, kind: of
-    `block_forward`. Raises ValueError or TypeError for shapes and dtypes that do not fit."""
-    return torch.ops.selmatch_ext.conv_block_forward(x, weight, bias, *affine, *kind)
+    `block_forward`, where `conv_block_suits`. Raises ValueError or TypeError for shapes, dtypes or kinds that do not
+    fit."""
+    y, *saved = torch.ops.selmatch_ext.conv_block_forward(x, weight, bias, *affine, *kind)
+    return y, Saved(*saved)
 
 
 def conv_block_backward(
-    g: Tensor, saved: tuple[Tensor, Tensor, Tensor], affine: Affine, kind: BlockKind
+    g: Tensor, x: Tensor, weight: Tensor, saved: Saved, affine: Affine, kind: BlockKind
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the convolution's weight (K, C, 3, 3), of gamma and of beta, from that of the block's result, g.
 
-    saved: x, z and the statistics of `conv_block`. Not differentiable. Raises ValueError or TypeError for shapes and
-    dtypes that do not fit."""
-    return torch.ops.selmatch_ext.conv_block_backward(g, *saved, *affine, *kind)
+    saved: of `conv_block`. Not differentiable. Raises ValueError or TypeError for shapes, dtypes or kinds that do not
+    fit."""
+    return torch.ops.selmatch_ext.conv_block_backward(g, x, weight, *saved[:2], *affine, *kind)
 
 
 def conv_block_dual_forward(
     x: Tensor, weights: tuple[Tensor, Tensor], affines: tuple[Affine, Affine], kind: BlockKind
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y and its tangent in one batch (2B, ...), z and its tangent in one, and statistics (B or 1, 4, K), where x has no
-    tangent. weights, affines: each a value and its tangent."""
-    return torch.ops.selmatch_ext.conv_block_dual_forward(x, *weights, *affines[0], *affines[1], *kind)
+) -> tuple[Tensor, Saved]:
+    """y and its tangent in one batch (2B, ...), and what `conv_block_dual_backward` takes, where x has no tangent.
+    weights, affines: each a value and its tangent."""
+    y_both, *saved = torch.ops.selmatch_ext.conv_block_dual_forward(x, *weights, *affines[0], *affines[1], *kind)
+    return y_both, Saved(*saved)
 
 
 def conv_block_dual_backward(
-    g: DualTensor,
-    saved: tuple[Tensor, DualTensor, Tensor],
+    g: tuple[Tensor, Tensor],
+    x: Tensor,
     weights: tuple[Tensor, Tensor],
+    saved: Saved,
     affines: tuple[Affine, Affine],
     kind: BlockKind,
     *,
-    weight_wanted: bool,
+    x_wanted: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The tangents of the gradients of x, of the weight (empty where it is not `weight_wanted`), of gamma and of beta,
-    where x has no tangent. g and z: without `more`. saved: x, z and the statistics of `conv_block_dual_forward`;
-    weights and affines as there."""
-    x, z, stats = saved
-    args = (*g[:2], x, *weights, *z[:2], stats, *affines[0], *affines[1], weight_wanted, *kind)
+    """The tangents of the gradients of the weight, of gamma, of beta and of x (empty where it is not `x_wanted`), where
+    x has no tangent. g: that of y, and its tangent; weights, affines: as in `conv_block_dual_forward`; saved: of it."""
+    args = (*g, x, *weights, *saved[:2], *affines[0], *affines[1], x_wanted, *kind)
     return torch.ops.selmatch_ext.conv_block_dual_backward(*args)
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    x, _, bias, gamma, beta, *kind = inputs
-    _, z, stats = output
+    x, weight, bias, gamma, beta, *kind = inputs
+    _, bits, moments, stats = output
     ctx.kind = BlockKind(*kind)
-    ctx.save_for_backward(x, z, stats, bias, gamma, beta)
-    ctx.mark_non_differentiable(z, stats)
-    ctx.set_materialize_grads(False)  # else torch would make a gradient of zeros for z, as large as z
+    ctx.save_for_backward(x, weight, bits, moments, bias, gamma, beta)
+    ctx.mark_non_differentiable(bits, moments, stats)
+    ctx.set_materialize_grads(False)  # else torch would make gradients of zeros for what is not differentiable
 
 
 def _backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    x, z, stats, bias, gamma, beta = ctx.saved_tensors
+    x, weight, bits, moments, bias, gamma, beta = ctx.saved_tensors
     if ctx.needs_input_grad[0]:
         raise RuntimeError("conv_block: x, the images, gets no gradient")
-    kind, channels = ctx.kind, z.shape[1]
-    if ctx.needs_input_grad[2] and (kind.norm, kind.groups) not in ((BATCH_NORM, kind.groups), (SAMPLE_NORM, channels)):
+    kind, centered = ctx.kind, ((BATCH_NORM, ctx.kind.groups), (SAMPLE_NORM, len(weight)))
+    if ctx.needs_input_grad[2] and (kind.norm, kind.groups) not in centered:
         raise RuntimeError("conv_block: bias gets a gradient only before batch norm or instance norm, which cancel it")
     if g is None:
         return (None,) * 11
-    z = z.detach().requires_grad_(torch.is_grad_enabled())  # so that a second derivative meets `no_double_backward`
-    of_weight, *found = conv_block_backward(g, (x, z, stats), (gamma, beta), kind)
+    of_weight, *found = conv_block_backward(g, x, weight, Saved(bits, moments), (gamma, beta), kind)
     of_bias = None if bias is None else torch.zeros_like(bias)
     affine = (None if p is None else d for p, d in zip((gamma, beta), found, strict=True))
     return None, of_weight, of_bias, *affine, *[None] * 6
