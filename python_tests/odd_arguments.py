@@ -173,8 +173,9 @@ def block_dual_backward(draw):
 
 
 def conv_blocks(draw):
-    """The same behind a convolution, of which z need not be the result."""
-    t, kind = blocks(draw, (), ((32, 1), (32, 4), (64, 64)))
+    """The same behind a convolution whose result z is not there."""
+    t, kind = blocks(draw, (), ((32, 2), (32, 4), (64, 64)))
+    kind[3], kind[4] = 0, 0.0 if kind[5] == 2 else kind[4]  # no z, so no smooth activation, and ReLU before maxima
     dtype, channels, outputs = t["z"].dtype, draw.size(1, 3, 4), t["z"].shape[1]
     t["x"] = draw.tensor((t["z"].shape[0], channels, *t["z"].shape[2:]), dtype)
     t |= {name: draw.tensor((outputs, channels, 3, 3), dtype) for name in ("weight", "weight_t")}
@@ -187,10 +188,15 @@ def conv_block_forward(draw):
     return [*(t[name] for name in ("x", "weight", "bias", "gamma", "beta")), *kind]
 
 
+def saved_of_conv_block(draw, t, kind):
+    found = OPS.conv_block_forward(t["x"], t["weight"], None, t["gamma"], t["beta"], *kind)
+    return [draw.laid_out(tensor) for tensor in found[1:3]]
+
+
 def conv_block_backward(draw):
     t, kind = conv_blocks(draw)
-    stats = OPS.block_forward(t["z"], t["gamma"], t["beta"], *kind)[1]
-    return [t["g"], t["x"], t["z"], draw.laid_out(stats), t["gamma"], t["beta"], *kind]
+    saved = saved_of_conv_block(draw, t, kind)
+    return [t["g"], t["x"], t["weight"], *saved, t["gamma"], t["beta"], *kind]
 
 
 def conv_block_dual_forward(draw):
@@ -201,9 +207,8 @@ def conv_block_dual_forward(draw):
 def conv_block_dual_backward(draw):
     t, kind = conv_blocks(draw)
     affine = [t[name] for name in ("gamma", "beta", "gamma_t", "beta_t")]
-    stats = draw.laid_out(OPS.block_dual_forward(t["z"], t["zt"], None, *affine, *kind)[1])
-    inside = (t[name] for name in ("g", "gt", "x", "weight", "weight_t", "z", "zt"))
-    return [*inside, stats, *affine, draw.random.random() < 0.5, *kind]
+    inside = [t[name] for name in ("g", "gt", "x", "weight", "weight_t")]
+    return [*inside, *saved_of_conv_block(draw, t, kind), *affine, draw.random.random() < 0.5, *kind]
 
 
 OPERATORS = (dsa, trajectory_distance, trajectory_distance_backward, gradient_distance, gradient_distance_backward)

@@ -357,7 +357,9 @@ struct ConvBlockLoops {
       give(thread.a, outputs, outputs, by.by_a, thread.given, false);
       slopes(n, first / kPixels, call.gt, 0, outputs, thread.a);
       give(thread.a, outputs, outputs, by.by_at, thread.given, true);
-      give(thread.around, kRows, kLength, by.by_p, thread.given, true);
+      if (call.norm != kBlockNoNorm) {  // else by_p is 0, and 0 times infinity is not
+        give(thread.around, kRows, kLength, by.by_p, thread.given, true);
+      }
       add_given(thread.given, first, thread.result);
     }
     const int64_t row = static_cast<int64_t>(call.width) * kChannels;

@@ -48,7 +48,12 @@ class Derivative:
 
 
 class Stepper(Protocol):
-    """An engine: one step's gradient, and the derivative of that gradient along a direction."""
+    """An engine: one step's gradient, and the derivative of that gradient along a direction.
+
+    keeps_last: whether it is given keep="all" for the last step, with which the backward pass begins: what is kept of
+    that one step would be there again at once, in the largest moment of the pass, so it costs no memory."""
+
+    keeps_last: bool
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor, wanted: Wanted | None, keep: str) -> tuple[Tensor, Any]:
         """((P,) gradient of the mean cross-entropy at theta, what `derivative` needs of this step beside its inputs).
@@ -196,11 +201,12 @@ def _forward(job: _Job, inputs: Inputs) -> Tensor:
     needs: the parameters theta_i before each step, and what the engine keeps of the step."""
     stepper, plan, tape = job.stepper, job.plan, job.tape
     update, needed = _update(job, inputs, [None] * 3), any(tape.needs)
-    theta = inputs.start.detach()
+    theta, last = inputs.start.detach(), len(plan.batches) - 1
     for i in range(len(plan.batches)):
         x, y = _batch(plan, i, inputs.images.detach(), inputs.labels.detach())
         wanted = wanted_of_step(plan.gradient, i, tape.needs) if needed else None
-        gradient, kept = stepper.gradient(theta, x, y, wanted, plan.keep if needed else "nothing")
+        keep = "all" if i == last and stepper.keeps_last else plan.keep
+        gradient, kept = stepper.gradient(theta, x, y, wanted, keep if needed else "nothing")
         if needed:
             tape.thetas.append(theta)
             tape.kept.append(kept)

@@ -39,6 +39,8 @@ class AutogradStepper:
     """A `Stepper` for any module, by torch's autograd. The derivative of a step needs the step's graph: where that was
     not kept, the step runs a second time, with the random numbers, buffers and Python attributes of the first."""
 
+    keeps_last = False
+
     def __init__(self, model: PrivateModel, plan: UnrollPlan):
         self.model, self.plan = model, plan
         self.last_state: ModuleState | None = None

@@ -24,6 +24,8 @@ class FusedStepper:
     """A `Stepper` for a network that fused/reader.py has read. model: the copy that it was read from. What is kept of a
     step are the results of its convolutions and, where all is kept, the gradients of their inputs."""
 
+    keeps_last = True
+
     def __init__(self, model: PrivateModel, operations: list[Operation], precision: str):
         self.model, self.precision = model, precision
         self.shapes = dict(zip(model.names, model.shapes, strict=True))

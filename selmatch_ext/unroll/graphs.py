@@ -29,6 +29,8 @@ class GraphRecorder(Protocol):
 class GraphedStepper:
     """A `Stepper` that replays another one's steps. Results are the caller's: no later step writes to them."""
 
+    keeps_last = False  # the last step would need graphs of its own
+
     def __init__(self, stepper: FusedStepper, recorder: GraphRecorder):
         self.stepper, self.recorder = stepper, recorder
         self.graphs: dict[tuple, tuple | None] = {}  # (replay, results, inputs) of a key; None: warmed up

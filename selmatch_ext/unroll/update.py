@@ -54,7 +54,7 @@ class PlainUpdate:
         self.lr, self.total = lr, total
 
     def forward(self, i: int, theta: Tensor, gradient: Tensor) -> Tensor:
-        return theta - self.lr[i] * gradient
+        return torch.addcmul(theta, self.lr[i], gradient, value=-1)
 
     def direction(self, i: int, theta: Tensor, adjoint: Tensor) -> Tensor:
         return adjoint
@@ -65,7 +65,7 @@ class PlainUpdate:
     def backward(self, i: int, adjoint: Tensor, direction: Tensor, product: Tensor, h: Tensor | None) -> Tensor:
         if self.total is not None:
             self.total[i] = -product
-        return adjoint if h is None else adjoint - self.lr[i] * h
+        return adjoint if h is None else torch.addcmul(adjoint, self.lr[i], h, value=-1)
 
 
 class MomentumUpdate:
