@@ -145,8 +145,8 @@ class StepMemory {
     free_segments(runs_ > 0 ? bound() : 0);
   }
 
-  // What all segments may take while some are idle.
-  size_t bound() const { return most_ + most_ / 4; }
+  // What all segments, which are whole pages, may take while some are idle.
+  size_t bound() const { return whole(most_ + most_ / 4, kHugePage); }
 
   // Frees segments that are idle, the largest first, until all take at most `bytes`, or none is idle.
   void free_segments(size_t bytes) {

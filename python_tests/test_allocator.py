@@ -144,6 +144,30 @@ def test_steps_that_are_alike_find_their_memory():
     assert last < 100 < first
 
 
+ONE = """
+import resource
+import torch
+from selmatch_ext.allocator import reused_memory
+from selmatch_ext.ops.conv3x3 import conv3x3
+
+torch.set_num_threads(1)
+x, weight = torch.randn(25, 3, 32, 32).contiguous(memory_format=torch.channels_last), torch.randn(64, 3, 3, 3)
+with reused_memory():
+    conv3x3(x, weight)  # 6.5 MB, freed at once
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        conv3x3(x, weight)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@on_linux
+def test_one_block_is_found_again():
+    """Of a size that whole huge pages exceed by more than a quarter."""
+    child = subprocess.run([sys.executable, "-c", ONE], capture_output=True, text=True, check=True)
+    assert int(child.stdout) < 10
+
+
 def test_results_within_a_run_of_steps():
     x, weight = torch.randn(4, 32, 16, 16), torch.randn(64, 32, 3, 3)
     expected = conv3x3(x, weight)

@@ -468,8 +468,10 @@ struct BlockLoops {
       const V down_t = kDual ? loops.template load_out<V>(gt, gt_more, cell, c) : V{};
       for (int k = 0; k < kPixels; ++k) {
         const V share = weight[k] * down;
-        slopes[k] = {curve[k].first * share,
-                     curve[k].first * (weight[k] * down_t) + curve[k].second * point[k].nt * share};
+        slopes[k] = {curve[k].first * share, curve[k].first * (weight[k] * down_t)};
+        if constexpr (Activation::kIsCurved) {
+          slopes[k].at += curve[k].second * point[k].nt * share;
+        }
       }
     }
   };

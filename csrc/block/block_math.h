@@ -9,6 +9,7 @@ struct BlockCurve {  // an activation's value, slope and curvature
 
 template <typename T>
 struct PiecewiseActivation {
+  static constexpr bool kIsCurved = false;
   T slope;
 
   explicit SELMATCH_HD PiecewiseActivation(const BlockCall& call) : slope(static_cast<T>(call.slope)) {}
@@ -22,6 +23,7 @@ struct PiecewiseActivation {
 
 template <typename T>
 struct SmoothActivation {  // sigmoid, or swish: n sigmoid(n)
+  static constexpr bool kIsCurved = true;
   bool swish;
 
   explicit SELMATCH_HD SmoothActivation(const BlockCall& call) : swish(call.activation == kBlockSwish) {}

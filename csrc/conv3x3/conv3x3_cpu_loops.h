@@ -343,8 +343,7 @@ struct Conv3x3Tiles : CpuProducts<T> {
 
   // --- the gradient of the weights -----------------------------------------------------------------------------------
 
-  // A piece of work is one of the rows of the transforms, for all channels and `side` outputs, over a share of the
-  // tiles: its sums stay in the second cache while these tiles are added to them.
+  // A piece of work is one of the rows of the transforms, for all channels and `side` outputs, over a share of the tiles.
   struct Gradient {
     const Conv3x3GradientCall<T>& call;
     const CpuParallel parallel;
@@ -360,32 +359,36 @@ struct Conv3x3Tiles : CpuProducts<T> {
     int64_t v_part() const { return kGradientTiles * padded(channels); }
     int64_t m_part() const { return padded(int64_t{kGradientTiles} * side); }
 
+    // Pieces begin to end - 1. Those of the same tiles take turns, block by block: x and g are in the second cache still.
     void pieces(int64_t begin, int64_t end) {
       Memory<T> v{kSide * v_part()};
       Memory<T> m{kSide * m_part()};
-      for (int64_t piece = begin; piece < end; ++piece) {
-        each_row([&](auto row) {
-          if (piece % kSide == row) {
-            add_share<row>(piece, v, m);
+      for (int64_t next; begin < end; begin = next) {
+        next = std::min(end, (begin / kSide + 1) * kSide);
+        const int64_t share = begin / kSide / across, head = blocks * share / shares;
+        for (int64_t block = head; block < blocks * (share + 1) / shares; ++block) {
+          for (int64_t piece = begin; piece < next; ++piece) {
+            each_row([&](auto row) {
+              if (piece % kSide == row) {
+                add_block<row>(piece, block, block > head, v, m);
+              }
+            });
           }
-        });
+        }
       }
     }
 
     template <int kRow>
-    void add_share(int64_t piece, T* v, T* m) {
-      const int64_t share = piece / kSide / across, output = piece / kSide % across * side;
-      const int64_t head = blocks * share / shares, tail = blocks * (share + 1) / shares;
-      for (int64_t block = head; block < tail; ++block) {
-        const int64_t first = block * kGradientTiles, count = std::min<int64_t>(kGradientTiles, tiles(call) - first);
-        transform_input_row<kRow>(first, first + count, v);
-        transform_gradient_row<kRow>(output, first, first + count, m);
-        for (int k = 0; k < kSide; ++k) {
-          T* sum = sums + (kSide * piece + k) * square;
-          for (int64_t column = 0; column < side; column += kColumns) {
-            multiply({v + k * v_part(), 1, padded(channels)}, channels, m + k * m_part() + column * kGradientTiles,
-                     kColumns, count, sum + column * channels, kColumns, block > head);
-          }
+    void add_block(int64_t piece, int64_t block, bool add, T* v, T* m) {
+      const int64_t output = piece / kSide % across * side;
+      const int64_t first = block * kGradientTiles, count = std::min<int64_t>(kGradientTiles, tiles(call) - first);
+      transform_input_row<kRow>(first, first + count, v);
+      transform_gradient_row<kRow>(output, first, first + count, m);
+      for (int k = 0; k < kSide; ++k) {
+        T* sum = sums + (kSide * piece + k) * square;
+        for (int64_t column = 0; column < side; column += kColumns) {
+          multiply({v + k * v_part(), 1, padded(channels)}, channels, m + k * m_part() + column * kGradientTiles,
+                   kColumns, count, sum + column * channels, kColumns, add);
         }
       }
     }
