@@ -45,7 +45,7 @@ struct ConvBlockCall {
   T *y, *yt;                                   // (batch, height / 2, width / 2, outputs), or unpooled
   Word* bits;                                  // (batch, pieces, outputs), written by forward: whether a pixel's n is
                                                // above 0, and with maximum pooling the first maximum of its window; a
-                                               // piece's first pixel is the lowest bit
+                                               // piece's first pixel is the highest bit
   const T *g, *gt;                             // like y
   T *weight_grad, *gamma_grad, *beta_grad;     // in the dual pass their tangents
   T* x_grad_t;                                 // like x; dual alone, null: not asked for

@@ -13,6 +13,8 @@ struct ConvBlockLoops {
   using Lanes = typename Products::Lanes;
   using Word = typename ConvBlockCall<T>::Word;
   typedef Word Words __attribute__((vector_size(SELMATCH_LANES)));
+  typedef std::make_signed_t<Word> Signs __attribute__((vector_size(SELMATCH_LANES)));
+  static constexpr Word kFirst = Word(1) << (8 * sizeof(Word) - 1);  // the bit of a piece's first pixel
 
   static constexpr int kLanes = Products::kLanes, kColumns = Products::kColumns, kPixels = kConvBlockPixels;
   static constexpr int up_to(int number, int multiple) { return (number + multiple - 1) / multiple * multiple; }
@@ -229,7 +231,7 @@ struct ConvBlockLoops {
         value[k] = Products::load(n + (first + k) * kColumns);
         tangent[k] = kDual ? Products::load(nt + (first + k) * kColumns) : Lanes{};
       }
-      Products::store(pooled<kPool>(value, tangent, static_cast<Word>(Word(1) << first), bits), y);
+      Products::store(pooled<kPool>(value, tangent, kFirst >> first, bits), y);
       if (kDual) {
         Products::store(tangent[0], yt);
         yt += outputs;
@@ -250,7 +252,7 @@ struct ConvBlockLoops {
         const auto higher = n[k] > best;
         best = higher ? n[k] : best;
         best_t = higher ? nt[k] : best_t;
-        which = higher ? Words{} + static_cast<Word>(bit << k) : which;
+        which = higher ? Words{} + (bit >> k) : which;
         spoilt += n[k] == n[k] ? zero : n[k];
       }
       best = spoilt == spoilt ? best : spoilt;  // NaN anywhere, as in torch
@@ -260,7 +262,7 @@ struct ConvBlockLoops {
     }
     Lanes sum = {}, sum_t = {};
     for (int k = 0; k < kWindow; ++k) {
-      bits |= n[k] > zero ? Words{} + static_cast<Word>(bit << k) : Words{};
+      bits |= n[k] > zero ? Words{} + (bit >> k) : Words{};
       sum += n[k] > zero ? n[k] : below * n[k];
       sum_t += n[k] > zero ? nt[k] : below * nt[k];
     }
@@ -278,15 +280,15 @@ struct ConvBlockLoops {
     for (int c = 0; c < count; c += kLanes) {
       const T* from = g + (image * outs + first) * outputs + column + c;
       T* at = to + c;
-      Words bits = {}, bit = Words{} + 1;
+      Words bits = {};
       if (windows > 0) {
         std::memcpy(&bits, word + c, sizeof(bits));
       }
       for (int64_t w = 0; w < windows; ++w, from += outputs) {
         const Lanes above = share * Products::load(from), below = call.slope * above;
         for (int k = 0; k < window; ++k, at += count) {
-          Products::store((bits & bit) != 0 ? above : below, at);
-          bit += bit;
+          Products::store(reinterpret_cast<Signs>(bits) < 0 ? above : below, at);
+          bits += bits;
         }
       }
       for (int64_t p = windows * window; p < kPixels; ++p, at += count) {
