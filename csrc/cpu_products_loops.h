@@ -1,5 +1,5 @@
-// Products of matrices for CPU loops, which include this once for each set of vector instructions (cpu_each_level.h), so
-// there is no include guard; SELMATCH_LANES is the bytes of a vector.
+// Products of matrices for CPU loops, which include this once for each set of vector instructions (cpu_each_level.h),
+// so there is no include guard; SELMATCH_LANES is the bytes of a vector.
 
 // Products of matrices: a block of the result stays in registers.
 template <typename T>

@@ -30,8 +30,8 @@ def expected(name, args):
 
 
 def saved_by(name, args):
-    """What the forward pass saves for a backward pass with these arguments, each beside what the backward pass was given
-    in its place; nothing for an operator that is given nothing of the kind."""
+    """What the forward pass saves for a backward pass with these arguments, each beside what the backward pass was
+    given in its place; nothing for an operator that is given nothing of the kind."""
     if name == "gradient_distance_backward":
         return [(OPS.gradient_distance(args[2], args[3], args[4])[1], args[1])]
     if name == "block_backward":

@@ -34,7 +34,12 @@ class Case:
         while self.distance < 1e-5:
             self.x, self.weight, self.weight_t, self.bias = (
                 torch.randn(size, generator=draw, dtype=torch.float64).to(dtype)
-                for size in ((batch, channels, *sides), (outputs, channels, 3, 3), (outputs, channels, 3, 3), (outputs,))
+                for size in (
+                    (batch, channels, *sides),
+                    (outputs, channels, 3, 3),
+                    (outputs, channels, 3, 3),
+                    (outputs,),
+                )
             )
             self.distance = self.find_distance()
         self.weights = self.weight, self.weight_t
@@ -227,7 +232,11 @@ def test_bad_input():
         (TypeError, "x must be float32 or float64, got", (g, x.half(), weight, saved)),
         (TypeError, "bits must be Int, got float32", (g, x, weight, saved._replace(bits=saved.bits.float()))),
         (ValueError, r"bits must have shape \[2, 1, 32\]", (g, x, weight, saved._replace(bits=saved.bits[:1]))),
-        (ValueError, r"moments must have shape \[1, 28, 28\]", (g, x, weight, saved._replace(moments=saved.moments[0]))),
+        (
+            ValueError,
+            r"moments must have shape \[1, 28, 28\]",
+            (g, x, weight, saved._replace(moments=saved.moments[0])),
+        ),
         (ValueError, r"g must have shape \[2, 32, 2, 2\]", (g[:1], x, weight, saved)),
     ]:
         with pytest.raises(error, match=message):

@@ -343,7 +343,8 @@ struct Conv3x3Tiles : CpuProducts<T> {
 
   // --- the gradient of the weights -----------------------------------------------------------------------------------
 
-  // A piece of work is one of the rows of the transforms, for all channels and `side` outputs, over a share of the tiles.
+  // A piece of work is one of the rows of the transforms, for all channels and `side` outputs, over a share of the
+  // tiles.
   struct Gradient {
     const Conv3x3GradientCall<T>& call;
     const CpuParallel parallel;
@@ -359,7 +360,8 @@ struct Conv3x3Tiles : CpuProducts<T> {
     int64_t v_part() const { return kGradientTiles * padded(channels); }
     int64_t m_part() const { return padded(int64_t{kGradientTiles} * side); }
 
-    // Pieces begin to end - 1. Those of the same tiles take turns, block by block: x and g are in the second cache still.
+    // Pieces begin to end - 1. Those of the same tiles take turns, block by block: x and g are in the second cache
+    // still.
     void pieces(int64_t begin, int64_t end) {
       Memory<T> v{kSide * v_part()};
       Memory<T> m{kSide * m_part()};

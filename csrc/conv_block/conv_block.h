@@ -37,18 +37,18 @@ struct ConvBlockCall {
   int64_t batch;
   int channels, outputs, height, width;  // outputs: a multiple of 32
 
-  const T* x;                                  // (batch, height, width, channels)
-  const T *weight, *weight_t;                  // (outputs, channels, 3, 3)
-  const T *gamma, *beta, *gamma_t, *beta_t;    // (outputs) or null: 1 for gamma, 0 for the others
-  double* moments;                             // (rows, length, length), M; written by forward
-  double* stats;                               // (rows, 2, outputs), mean and r of z; written by forward
-  T *y, *yt;                                   // (batch, height / 2, width / 2, outputs), or unpooled
-  Word* bits;                                  // (batch, pieces, outputs), written by forward: whether a pixel's n is
-                                               // above 0, and with maximum pooling the first maximum of its window; a
-                                               // piece's first pixel is the highest bit
-  const T *g, *gt;                             // like y
-  T *weight_grad, *gamma_grad, *beta_grad;     // in the dual pass their tangents
-  T* x_grad_t;                                 // like x; dual alone, null: not asked for
+  const T* x;                                // (batch, height, width, channels)
+  const T *weight, *weight_t;                // (outputs, channels, 3, 3)
+  const T *gamma, *beta, *gamma_t, *beta_t;  // (outputs) or null: 1 for gamma, 0 for the others
+  double* moments;                           // (rows, length, length), M; written by forward
+  double* stats;                             // (rows, 2, outputs), mean and r of z; written by forward
+  T *y, *yt;                                 // (batch, height / 2, width / 2, outputs), or unpooled
+  Word* bits;                                // (batch, pieces, outputs), written by forward: whether a pixel's n is
+                                             // above 0, and with maximum pooling the first maximum of its window; a
+                                             // piece's first pixel is the highest bit
+  const T *g, *gt;                           // like y
+  T *weight_grad, *gamma_grad, *beta_grad;   // in the dual pass their tangents
+  T* x_grad_t;                               // like x; dual alone, null: not asked for
 };
 
 // Rows of moments and statistics: one per image, or one for the whole batch, which is also what no norm has.

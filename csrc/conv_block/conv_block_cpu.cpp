@@ -1,5 +1,5 @@
-// The operators of a first layer on the CPU (conv_block.h): torch's side. torch_cpu.cpp includes this after the files of
-// conv3x3 and of the block, of which it uses checks and pointers.
+// The operators of a first layer on the CPU (conv_block.h): torch's side. torch_cpu.cpp includes this after the files
+// of conv3x3 and of the block, of which it uses checks and pointers.
 #include <torch/library.h>
 
 #include "block/block_torch.h"
@@ -242,9 +242,8 @@ Four conv_block_dual_backward(const Tensor& g, const Tensor& gt, const Tensor& x
                               const OptionalTensor& gamma, const OptionalTensor& beta, const OptionalTensor& gamma_t,
                               const OptionalTensor& beta_t, bool x_wanted, int64_t norm, int64_t groups, double eps,
                               int64_t activation, double slope, int64_t pool) {
-  const Four results =
-      conv_block_dual_backward_meta(g, gt, x, weight, weight_t, bits, moments, gamma, beta, gamma_t, beta_t, x_wanted,
-                                    norm, groups, eps, activation, slope, pool);
+  const Four results = conv_block_dual_backward_meta(g, gt, x, weight, weight_t, bits, moments, gamma, beta, gamma_t,
+                                                     beta_t, x_wanted, norm, groups, eps, activation, slope, pool);
   const auto& [of_weight, of_gamma, of_beta, of_x] = results;
   const Three of_parameters = {of_weight, of_gamma, of_beta};
   if (x.numel() == 0) {

@@ -1,8 +1,6 @@
 // The loops of a first layer. conv_block_cpu_loops.cpp includes this once for each set of vector instructions, in a
 // namespace of its own, so there is no include guard; SELMATCH_LANES is the bytes of a vector.
 
-#include "cpu_products_loops.h"
-
 #include "conv_block/conv_block_matrices_cpu_loops.h"
 
 template <typename T, int kChannels>
@@ -50,13 +48,13 @@ struct ConvBlockLoops {
 
   // What a thread works with.
   struct Thread {
-    Memory<T> image, result;    // of x and its gradient, with a border
-    Memory<T> around;           // P of a piece, (kPixels, kRows)
-    Memory<T> left, right;      // of a piece, (kPixels, kColumns)
-    Memory<T> a, given;         // of a piece, (kPixels, outputs) and (kPixels, kGiven)
-    Memory<T> sum;              // of an image: G and Gt
-    Memory<double> exact;       // P of a piece, (kPixels, kExact)
-    Memory<double> exact_sum;   // moments of an image, or its G and Gt
+    Memory<T> image, result;           // of x and its gradient, with a border
+    Memory<T> around;                  // P of a piece, (kPixels, kRows)
+    Memory<T> left, right;             // of a piece, (kPixels, kColumns)
+    Memory<T> a, given;                // of a piece, (kPixels, outputs) and (kPixels, kGiven)
+    Memory<T> sum;                     // of an image: G and Gt
+    Memory<double> exact;              // P of a piece, (kPixels, kExact)
+    Memory<double> exact_sum;          // moments of an image, or its G and Gt
     std::optional<Matrices> matrices;  // where `each` image has its own
     Factors factors;
 
@@ -82,8 +80,9 @@ struct ConvBlockLoops {
   // then those that pooling leaves out.
   std::vector<int64_t> make_places() const {
     std::vector<int64_t> found;
-    const auto add = [&](int row, int column) { found.push_back((row * (call.width + int64_t{2}) + column) * kChannels); };
-    const int side = window == 1 ? 1 : 2;
+    const auto add = [&](int row, int column) {
+      found.push_back((row * (call.width + int64_t{2}) + column) * kChannels);
+    };
     for (int i = 0; i < out_height; ++i) {
       for (int j = 0; j < out_width; ++j) {
         for (int k = 0; k < window; ++k) {

@@ -2,6 +2,8 @@
 // this once for each set of vector instructions. They have a row for each number of P and a column for each output,
 // where nothing else is said; what is there for each output alone is a row of numbers.
 
+#include "cpu_products_loops.h"
+
 template <typename T>
 struct ConvBlockMatrices {
   using Products = CpuProducts<double>;
@@ -13,18 +15,18 @@ struct ConvBlockMatrices {
   const int64_t size = static_cast<int64_t>(rows) * outputs, across = static_cast<int64_t>(outputs) * columns;
   const int64_t side = static_cast<int64_t>(rows) * columns;
 
-  double count = 1;                                         // of pixels
-  Memory<double> m{side, 0.0}, covariance{side, 0.0};       // M; that of P. Both (rows, columns)
-  Memory<double> means{columns};                            // of P, (length)
-  Memory<double> w{size, 0.0}, w_t{size, 0.0};              // W
-  Memory<double> wide{across, 0.0}, wide_t{across, 0.0};    // its transpose, (outputs, columns)
-  Memory<double> turned{size};                              // the covariance of P times W
-  Memory<double> h{size, 0.0}, h_t{size, 0.0};              // H
-  Memory<double> v{size, 0.0}, v_t{size, 0.0}, mv{size};    // V, of g_z_t in place of V, M times one of them
+  double count = 1;                                       // of pixels
+  Memory<double> m{side, 0.0}, covariance{side, 0.0};     // M; that of P. Both (rows, columns)
+  Memory<double> means{columns};                          // of P, (length)
+  Memory<double> w{size, 0.0}, w_t{size, 0.0};            // W
+  Memory<double> wide{across, 0.0}, wide_t{across, 0.0};  // its transpose, (outputs, columns)
+  Memory<double> turned{size};                            // the covariance of P times W
+  Memory<double> h{size, 0.0}, h_t{size, 0.0};            // H
+  Memory<double> v{size, 0.0}, v_t{size, 0.0}, mv{size};  // V, of g_z_t in place of V, M times one of them
   Memory<double> gamma{outputs}, beta{outputs}, gamma_t{outputs}, beta_t{outputs};
-  Memory<double> mean{outputs}, off{outputs};               // the norm's mean, and how far that of an output is from it
-  Memory<double> r{outputs}, s{outputs};                    // r, and m(zh zt)
-  Memory<double> of_a{outputs}, of_at{outputs};             // g_z_t = of_a a + of_at at - ...
+  Memory<double> mean{outputs}, off{outputs};    // the norm's mean, and how far that of an output is from it
+  Memory<double> r{outputs}, s{outputs};         // r, and m(zh zt)
+  Memory<double> of_a{outputs}, of_at{outputs};  // g_z_t = of_a a + of_at at - ...
   Memory<double> q{outputs}, qz{outputs}, q_t{outputs}, qz_t{outputs};  // the means of the backward pass
 
   explicit ConvBlockMatrices(const ConvBlockCall<T>& call_) : call(call_) {
@@ -214,8 +216,7 @@ struct ConvBlockMatrices {
       over_group(q_t, count);
       over_group(qz_t, count);
       fill(
-          v_t + 0,
-          [&](int i, int k) { return r[k] * (qz[k] * h_t[i] + qz_t[k] * h[i] - r[k] * s[k] * v[i]); },
+          v_t + 0, [&](int i, int k) { return r[k] * (qz[k] * h_t[i] + qz_t[k] * h[i] - r[k] * s[k] * v[i]); },
           [&](int k) { return r[k] * q_t[k]; });
     }
     multiply(m, v_t, mv);

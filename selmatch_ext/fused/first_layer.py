@@ -85,5 +85,5 @@ class FirstLayer:
         return (Dual(None, of_x) if need_x else None,), {weight: found, **self.block.named(affine)}
 
     def _is_one(self, p: Parameters, x: Tensor) -> bool:
-        large = x.shape[2] * x.shape[3] >= _PIXELS
-        return large and conv_block_suits(self.block.pick(p), self.block.kind) and self.conv.by_conv3x3(p[self.conv.weight])
+        suits = conv_block_suits(self.block.pick(p), self.block.kind)
+        return suits and x.shape[2] * x.shape[3] >= _PIXELS and self.conv.by_conv3x3(p[self.conv.weight])

@@ -28,18 +28,17 @@ def conv_block_suits(affine: Affine, kind: BlockKind) -> bool:
 
 
 class Saved(NamedTuple):
-    """What a pass back takes of the pass forward. bits: (B, P, K) integers, a bit for each number of z; moments:
-    (B or 1, 9 C + 1, 9 C + 1) float64, those of the images' 3 x 3 surroundings; stats: (B or 1, 2, K) float64, z's means
-    and 1 / deviations, or None in the dual passes, which do not need them."""
+    """What a pass back takes of the pass forward.
+
+    bits: (B, P, K) integers, a bit for each number of z; moments: (B or 1, 9 C + 1, 9 C + 1) float64, those of the
+    images' 3 x 3 surroundings; stats: (B or 1, 2, K) float64, z's means and 1 / deviations, None of a dual pass."""
 
     bits: Tensor
     moments: Tensor
     stats: Tensor | None = None
 
 
-def conv_block(
-    x: Tensor, weight: Tensor, bias: Tensor | None, affine: Affine, kind: BlockKind
-) -> tuple[Tensor, Saved]:
+def conv_block(x: Tensor, weight: Tensor, bias: Tensor | None, affine: Affine, kind: BlockKind) -> tuple[Tensor, Saved]:
     """The block's result y, and what `conv_block_backward` takes; y is differentiable once, in the parameters. x gets
     no gradient. The bias counts in the means of `Saved.stats` alone and gets a gradient of zeros, which is right for a
     norm that subtracts every channel's mean: batch norm, instance norm; behind another one a bias that needs a gradient
