@@ -9,8 +9,8 @@ precision on both sides: IEEE float32, TF32 (on a GPU) or bfloat16 (torch's auto
 engine is called through `UnrolledSGD`, which keeps what it read of the network, and its CUDA graphs, between calls.
 
 The rate of an inner step is that of the fused engine's convolutions as direct sums: 11 of the size of a forward
-convolution (10 where their results are kept, 9 where all is, as it always is of the last step but with CUDA graphs), 7
-for the first layer; its share is of the peak in that precision.
+convolution (10 where their results are kept, as always in the last step but with CUDA graphs, 9 where all is), 8 for
+the first layer; its share is of the peak in that precision.
 
 Peak memory on the CPU is measured in a fresh process for each number: the highest resident size (VmHWM) minus the
 resident size (VmRSS) after everything is imported and built and before the step. On a GPU it is what torch's allocator
@@ -192,10 +192,10 @@ def step_flops(setting: Setting, kind: str, steps: int) -> float:
     """Of the fused engine's convolutions in one of `steps` inner steps, as direct sums."""
     first, *others = layers(*setting.size((128, 3), (128, 3), (8, 2)), side_of(setting))
     times = 9 if "keep all" in kind else 10 if "keep" in kind else 11
-    if "CUDA graphs" not in kind:
-        times -= (times - 9) / steps
+    if times == 11 and "CUDA graphs" not in kind:
+        times -= 1 / steps
     batch = batch_of(setting)
-    return 7 * forward_flops(batch, first) + times * sum(forward_flops(batch, layer) for layer in others)
+    return 8 * forward_flops(batch, first) + times * sum(forward_flops(batch, layer) for layer in others)
 
 
 def _seconds(setting, network):

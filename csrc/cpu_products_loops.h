@@ -10,6 +10,8 @@ struct CpuProducts {
   // rows 12 sums are in progress, more than the 8 that hide the time of a multiply-add; what 6 do not divide takes 4.
   static constexpr int kRows = SELMATCH_LANES == 64 ? 8 : 6, kFewRows = 4, kColumns = 2 * kLanes;
 
+  static constexpr int up_to(int number, int multiple) { return (number + multiple - 1) / multiple * multiple; }
+
   static SELMATCH_HD Lanes load(const T* p) {
     Lanes value;
     std::memcpy(&value, p, sizeof(value));

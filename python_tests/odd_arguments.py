@@ -179,7 +179,8 @@ def conv_blocks(draw):
     dtype, channels, outputs = t["z"].dtype, draw.size(1, 3, 4), t["z"].shape[1]
     t["x"] = draw.tensor((t["z"].shape[0], channels, *t["z"].shape[2:]), dtype)
     t |= {name: draw.tensor((outputs, channels, 3, 3), dtype) for name in ("weight", "weight_t")}
-    t["bias"] = draw.tensor((outputs,), dtype) if draw.random.random() < 0.5 else None
+    canceled = kind[0] == 2 or (kind[0] == 1 and kind[1] == outputs)
+    t["bias"] = draw.tensor((outputs,), dtype) if canceled and draw.random.random() < 0.5 else None
     return t, kind
 
 

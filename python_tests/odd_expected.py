@@ -154,7 +154,7 @@ def expected_block_dual_backward(g, gt, gt_more, z, zt, zt_more, stats, gamma, b
 
 
 def expected_conv_block_forward(x, weight, bias, gamma, beta, *kind):
-    (z,) = expected_conv3x3(x, weight, None, False)
+    (z,) = expected_conv3x3(x, weight, bias, False)
     return [expected_block_forward(z, gamma, beta, *kind)[0], None, None, None]
 
 

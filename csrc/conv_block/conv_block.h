@@ -7,8 +7,8 @@
 //   m(q), m(q zh), ...      follow from G = sum P a^T
 //   g_z = r (gamma a - V^T P): the gradient of W is r (gamma G - M V), and the image gets W g_z at each pixel
 // The loops compute n, M, G, and what each pixel gives to its surroundings, by vectors P as they are gathered; one bit
-// of n is kept. The matrices are small and computed in double: so G, which loses digits where M V is subtracted from
-// it, may lose them, and the weight's gradient is several times more exact than one from a stored z. No ATen here.
+// of n is kept. The matrices are small and computed in double, in which M is summed, and G in runs of pixels: so G may
+// lose the digits that it loses where M V is subtracted from it. No ATen here.
 #pragma once
 
 #include <type_traits>

@@ -31,6 +31,10 @@ class ConvBlockChecks : public BlockChecks {
     TORCH_CHECK_VALUE(options.pool != kBlockMaxPool || options.slope == 0,
                       "conv_block: slope must be 0 with maximum pooling, got ", options.slope);
     TORCH_CHECK_VALUE(!per_pixel_, "conv_block: gamma and beta must have shape (channels)");
+    const bool centers =
+        options.norm == kBlockBatchNorm || (options.norm == kBlockSampleNorm && weight.sym_size(0) == options.groups);
+    TORCH_CHECK_VALUE(!bias || centers,
+                      "conv_block: bias must be None where no norm subtracts it again, as batch and instance norm do");
   }
 
   void tangents(const Tensor& weight_t, const OptionalTensor& gamma_t, const OptionalTensor& beta_t) const {

@@ -15,14 +15,14 @@ struct ConvBlockLoops {
   static constexpr Word kFirst = Word(1) << (8 * sizeof(Word) - 1);  // the bit of a piece's first pixel
 
   static constexpr int kLanes = Products::kLanes, kColumns = Products::kColumns, kPixels = kConvBlockPixels;
-  static constexpr int up_to(int number, int multiple) { return (number + multiple - 1) / multiple * multiple; }
-  static constexpr int kAround = 9 * kChannels, kLength = kAround + 1;  // of the surroundings, and with the 1
-  static constexpr int kRows = up_to(kLength, Products::kFewRows);      // as products take them
-  static constexpr int kExact = up_to(kLength, Exact::kColumns), kGiven = up_to(kAround, kColumns);
+  static constexpr int kAround = 9 * kChannels, kLength = kAround + 1;        // of the surroundings, and with the 1
+  static constexpr int kRows = Products::up_to(kLength, Products::kFewRows);  // as products take them
+  static constexpr int kPieces = 16;  // that are added up in T; more round too much where G loses digits
+  static constexpr int kExact = Products::up_to(kLength, Exact::kColumns), kGiven = Products::up_to(kAround, kColumns);
 
   const ConvBlockCall<T>& call;
   const CpuParallel parallel;
-  const bool each = call.norm == kBlockSampleNorm;  // image has matrices of its own
+  const bool per_image = call.norm == kBlockSampleNorm;  // image has matrices of its own
   const int outputs = call.outputs, side = call.pool == kBlockNoPool ? 1 : 2, window = side * side;  // of pixels
   const int out_height = call.height / side, out_width = call.width / side;
   const int64_t pixels = static_cast<int64_t>(call.height) * call.width;
@@ -33,9 +33,10 @@ struct ConvBlockLoops {
   const std::vector<int64_t> places = make_places();
 
   // Images are added up in shares, and these in order: the same bits for any number of threads. What is added up are
-  // moments; or G and Gt; or, where `each` image has matrices of its own, gradients of the weight, of gamma and beta.
-  const int64_t back_size = each ? size + 2 * outputs : (call.gt == nullptr ? 1 : 2) * size;
-  const int64_t shares = std::min<int64_t>(call.batch, 16), share_size = call.g == nullptr ? kRows * kExact : back_size;
+  // moments; or G and Gt; or, where each image has matrices of its own, gradients of the weight, of gamma and beta.
+  const int64_t back_size = (call.gt == nullptr ? 1 : 2) * size;  // of G, and Gt
+  const int64_t shares = std::min<int64_t>(call.batch, 16);
+  const int64_t share_size = call.g == nullptr ? kRows * kExact : per_image ? size + 2 * outputs : back_size;
   Memory<double> sums{shares * share_size, 0.0};
 
   // What the loops take of the matrices: N and Nt; what a pixel gives to its surroundings by a, at and P.
@@ -55,7 +56,7 @@ struct ConvBlockLoops {
     Memory<T> sum;                     // of an image: G and Gt
     Memory<double> exact;              // P of a piece, (kPixels, kExact)
     Memory<double> exact_sum;          // moments of an image, or its G and Gt
-    std::optional<Matrices> matrices;  // where `each` image has its own
+    std::optional<Matrices> matrices;  // where each image has its own
     Factors factors;
 
     explicit Thread(const ConvBlockLoops& all)
@@ -70,7 +71,7 @@ struct ConvBlockLoops {
           exact(kPixels * kExact, 0),
           exact_sum(2 * all.size),
           factors(all) {
-      if (all.each) {
+      if (all.per_image) {
         matrices.emplace(all.call);
       }
     }
@@ -186,12 +187,12 @@ struct ConvBlockLoops {
     Thread thread(*this);
     for (int64_t n = begin; n < end; ++n) {
       set_image(n, thread.image);
-      if (each) {
+      if (per_image) {
         std::fill_n(thread.exact_sum + 0, kRows * kExact, 0.0);
         add_moments(thread, thread.exact_sum);
         set_matrices(thread.exact_sum, n, *thread.matrices, thread.factors);
       }
-      forward_image<kDual, kPool>(n, thread, each ? thread.factors.n : factors.n);
+      forward_image<kDual, kPool>(n, thread, per_image ? thread.factors.n : factors.n);
     }
   }
 
@@ -309,19 +310,24 @@ struct ConvBlockLoops {
     Thread thread(*this);
     for_images(begin, end, [&](int64_t n, double* total) {
       set_image(n, thread.image);
-      std::fill_n(thread.sum + 0, 2 * size, T(0));
-      for (int64_t piece = 0; piece < pieces; ++piece) {
-        gather<kRows>(thread.image, piece * kPixels, thread.around + 0);
-        add_products(n, piece, call.g, thread, thread.sum);
-        if (call.gt != nullptr) {
-          add_products(n, piece, call.gt, thread, thread.sum + size);
+      double* to = per_image ? thread.exact_sum : total;
+      if (per_image) {
+        std::fill_n(to, back_size, 0.0);
+      }
+      for (int64_t first = 0; first < pieces; first += kPieces) {
+        std::fill_n(thread.sum + 0, back_size, T(0));
+        for (int64_t piece = first; piece < std::min(first + kPieces, pieces); ++piece) {
+          gather<kRows>(thread.image, piece * kPixels, thread.around + 0);
+          add_products(n, piece, call.g, thread, thread.sum);
+          if (call.gt != nullptr) {
+            add_products(n, piece, call.gt, thread, thread.sum + size);
+          }
+        }
+        for (int64_t k = 0; k < back_size; ++k) {
+          to[k] += thread.sum[k];
         }
       }
-      double* to = each ? thread.exact_sum : total;
-      for (int64_t k = 0; k < (call.gt == nullptr ? 1 : 2) * size; ++k) {
-        to[k] = (each ? 0 : to[k]) + thread.sum[k];
-      }
-      if (each) {
+      if (per_image) {
         add_gradients(thread.exact_sum, n, *thread.matrices, total, thread.factors);
         spread_image(n, thread, thread.factors);
       }
@@ -399,7 +405,7 @@ struct ConvBlockLoops {
       Products::template over<&ConvBlockLoops::batch_moments>(*this, parallel, shares);
       add_shares();
     }
-    if (!each) {
+    if (!per_image) {
       Matrices matrices(call);
       set_matrices(sums, 0, matrices, factors);
     }
@@ -417,12 +423,12 @@ struct ConvBlockLoops {
     Products::template over<&ConvBlockLoops::backward>(*this, parallel, shares);
     add_shares();
     Memory<double> total{size + 2 * outputs, 0.0};
-    if (!each) {
+    if (!per_image) {
       Matrices matrices(call);
       add_gradients(sums, 0, matrices, total, factors);
       Products::template over<&ConvBlockLoops::spread>(*this, parallel, call.x_grad_t == nullptr ? 0 : call.batch);
     }
-    const double* found = each ? sums : total;
+    const double* found = per_image ? sums : total;
     for (int k = 0; k < outputs; ++k) {
       for (int c = 0; c < kChannels; ++c) {
         for (int j = 0; j < 9; ++j) {

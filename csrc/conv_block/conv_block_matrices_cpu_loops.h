@@ -7,34 +7,34 @@
 template <typename T>
 struct ConvBlockMatrices {
   using Products = CpuProducts<double>;
-  static constexpr int up_to(int number, int multiple) { return (number + multiple - 1) / multiple * multiple; }
 
   const ConvBlockCall<T>& call;
   const int outputs = call.outputs, length = 9 * call.channels + 1;
-  const int rows = up_to(length, Products::kFewRows), columns = up_to(length, Products::kColumns);  // of products
+  const int rows = Products::up_to(length, Products::kFewRows),
+            columns = Products::up_to(length, Products::kColumns);  // of products
   const int64_t size = static_cast<int64_t>(rows) * outputs, across = static_cast<int64_t>(outputs) * columns;
   const int64_t side = static_cast<int64_t>(rows) * columns;
 
-  double count = 1;                                       // of pixels
-  Memory<double> m{side, 0.0}, covariance{side, 0.0};     // M; that of P. Both (rows, columns)
-  Memory<double> means{columns};                          // of P, (length)
-  Memory<double> w{size, 0.0}, w_t{size, 0.0};            // W
-  Memory<double> wide{across, 0.0}, wide_t{across, 0.0};  // its transpose, (outputs, columns)
-  Memory<double> turned{size};                            // the covariance of P times W
-  Memory<double> h{size, 0.0}, h_t{size, 0.0};            // H
+  double count = 1;                                                       // of pixels
+  Memory<double> m{side, 0.0}, covariance{side, 0.0};                     // M; that of P. Both (rows, columns)
+  Memory<double> means{columns};                                          // of P, (length)
+  Memory<double> w{size, 0.0}, w_t{size, 0.0};                            // W
+  Memory<double> w_transposed{across, 0.0}, w_t_transposed{across, 0.0};  // its transpose, (outputs, columns)
+  Memory<double> covariance_w{size};                                      // the covariance of P times W
+  Memory<double> h{size, 0.0}, h_t{size, 0.0};                            // H
   Memory<double> v{size, 0.0}, v_t{size, 0.0}, mv{size};  // V, of g_z_t in place of V, M times one of them
   Memory<double> gamma{outputs}, beta{outputs}, gamma_t{outputs}, beta_t{outputs};
-  Memory<double> mean{outputs}, off{outputs};    // the norm's mean, and how far that of an output is from it
-  Memory<double> r{outputs}, s{outputs};         // r, and m(zh zt)
-  Memory<double> of_a{outputs}, of_at{outputs};  // g_z_t = of_a a + of_at at - ...
+  Memory<double> mean{outputs}, offset{outputs};  // the norm's mean, and how far that of an output is from it
+  Memory<double> r{outputs}, s{outputs};          // r, and m(zh zt)
+  Memory<double> of_a{outputs}, of_at{outputs};   // g_z_t = of_a a + of_at at - ...
   Memory<double> q{outputs}, qz{outputs}, q_t{outputs}, qz_t{outputs};  // the means of the backward pass
 
   explicit ConvBlockMatrices(const ConvBlockCall<T>& call_) : call(call_) {
-    set_weight(call.weight, w, wide);
+    set_weight(call.weight, w, w_transposed);
     set_row(call.gamma, 1, gamma);
     set_row(call.beta, 0, beta);
     if (call.weight_t != nullptr) {
-      set_weight(call.weight_t, w_t, wide_t);
+      set_weight(call.weight_t, w_t, w_t_transposed);
       set_row(call.gamma_t, 0, gamma_t);
       set_row(call.beta_t, 0, beta_t);
     }
@@ -133,11 +133,11 @@ struct ConvBlockMatrices {
         covariance[l * columns + j] = m[l * columns + j] / count - means[l] * means[j];
       }
     }
-    multiply(covariance, w, turned);
-    set_means(w, mean, off);
-    add_up(r, [&](int, int i) { return w[i] * turned[i]; });
+    multiply(covariance, w, covariance_w);
+    set_means(w, mean, offset);
+    add_up(r, [&](int, int i) { return w[i] * covariance_w[i]; });
     for (int k = 0; k < outputs; ++k) {
-      r[k] += off[k] * off[k];
+      r[k] += offset[k] * offset[k];
     }
     over_group(r, 1);
     for (int k = 0; k < outputs; ++k) {
@@ -151,9 +151,9 @@ struct ConvBlockMatrices {
 
   void set_tangent() {
     set_means(w_t, q, qz);  // of zt
-    add_up(s, [&](int, int i) { return w_t[i] * turned[i]; });
+    add_up(s, [&](int, int i) { return w_t[i] * covariance_w[i]; });
     for (int k = 0; k < outputs; ++k) {
-      s[k] += off[k] * qz[k];
+      s[k] += offset[k] * qz[k];
     }
     over_group(s, 1);
     for (int k = 0; k < outputs; ++k) {
@@ -231,15 +231,15 @@ struct ConvBlockMatrices {
     for (int k = 0; k < outputs; ++k) {
       const double own = of_a[k], other = of_at[k];
       for (int l = 0; l + 1 < length; ++l) {
-        const double number = wide[k * columns + l];
-        by_a[k * stride + l] = static_cast<T>(own * number + other * wide_t[k * columns + l]);
+        const double number = w_transposed[k * columns + l];
+        by_a[k * stride + l] = static_cast<T>(own * number + other * w_t_transposed[k * columns + l]);
         by_at[k * stride + l] = static_cast<T>(other * number);
       }
     }
     fill(v + 0, [&](int i, int k) { return r[k] * v[i]; }, [](int) { return 0; });
     for (int l = 0; l < columns; l += Products::kColumns) {
-      Products::multiply({v_t, outputs, 1}, rows, wide + l, columns, outputs, covariance + l, columns, false);
-      Products::multiply({v, outputs, 1}, rows, wide_t + l, columns, outputs, covariance + l, columns, true);
+      Products::multiply({v_t, outputs, 1}, rows, w_transposed + l, columns, outputs, covariance + l, columns, false);
+      Products::multiply({v, outputs, 1}, rows, w_t_transposed + l, columns, outputs, covariance + l, columns, true);
     }
     for (int l = 0; l < length; ++l) {
       for (int j = 0; j + 1 < length; ++j) {

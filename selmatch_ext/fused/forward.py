@@ -41,6 +41,7 @@ class Forward:
                 norm = self.model.get_submodule(block.norm)
                 assert isinstance(norm, nn.BatchNorm2d)
                 z, stats = (x, saved.stats) if isinstance(saved, Saved) else saved
+                assert stats is not None  # of a pass forward
                 _update(norm, z[:, 0].numel(), *stats[0].detach())
             values.append(value)
         return values

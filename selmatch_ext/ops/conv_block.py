@@ -1,6 +1,6 @@
 """A network's first layer on the CPU, `conv3x3` of 1 to 4 channels and the block that takes its result z, in one
-operation without z, the largest tensor of a network: csrc/conv_block/conv_block.h says how. The gradients of the weight
-are several times more exact than those from a stored z in float32."""
+operation without z, the largest tensor of a network: csrc/conv_block/conv_block.h says how. In float32 the weight's
+gradient is several times more exact than one from a stored z."""
 
 from __future__ import annotations
 
@@ -9,15 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from selmatch_ext.ops.block import (
-    BATCH_NORM,
-    MAX_POOL,
-    PIECEWISE,
-    SAMPLE_NORM,
-    Affine,
-    BlockKind,
-    no_double_backward,
-)
+from selmatch_ext.ops.block import MAX_POOL, PIECEWISE, Affine, BlockKind, no_double_backward
 
 
 def conv_block_suits(affine: Affine, kind: BlockKind) -> bool:
@@ -30,8 +22,9 @@ def conv_block_suits(affine: Affine, kind: BlockKind) -> bool:
 class Saved(NamedTuple):
     """What a pass back takes of the pass forward.
 
-    bits: (B, P, K) integers, a bit for each number of z; moments: (B or 1, 9 C + 1, 9 C + 1) float64, those of the
-    images' 3 x 3 surroundings; stats: (B or 1, 2, K) float64, z's means and 1 / deviations, None of a dual pass."""
+    bits: (B, P, K) integers, one for each 32 pixels, with a bit for each number of z; moments: (B or 1, 9 C + 1, 9 C +
+    1) float64, those of the images' 3 x 3 surroundings; stats: (B or 1, 2, K) float64, z's means and 1 / deviations,
+    or None after a dual pass."""
 
     bits: Tensor
     moments: Tensor
@@ -40,13 +33,15 @@ class Saved(NamedTuple):
 
 def conv_block(x: Tensor, weight: Tensor, bias: Tensor | None, affine: Affine, kind: BlockKind) -> tuple[Tensor, Saved]:
     """The block's result y, and what `conv_block_backward` takes; y is differentiable once, in the parameters. x gets
-    no gradient. The bias counts in the means of `Saved.stats` alone and gets a gradient of zeros, which is right for a
-    norm that subtracts every channel's mean: batch norm, instance norm; behind another one a bias that needs a gradient
-    is an error in the pass back.
+    no gradient. A bias is allowed where the norm subtracts every channel's mean, as batch norm and instance norm do: it
+    counts in the means of `Saved.stats` alone, and its gradient is zeros.
 
-    x: (B, C, H, W) float32 or float64, C 1 to 4; weight: (K, C, 3, 3), K a multiple of 32; bias: (K,); affine, kind: of
-    `block_forward`, where `conv_block_suits`. Raises ValueError or TypeError for shapes, dtypes or kinds that do not
-    fit."""
+    The norm's variance comes from the images' second moments in float64: where the images' mean is 10^k times their
+    deviation, it has 2 k digits less than float64's 16.
+
+    x: (B, C, H, W) float32 or float64, C 1 to 4; weight: (K, C, 3, 3), K a multiple of 32; bias: (K,) or None; affine,
+    kind: of `block_forward`, where `conv_block_suits`. Raises ValueError or TypeError for shapes, dtypes or kinds that
+    do not fit."""
     y, *saved = torch.ops.selmatch_ext.conv_block_forward(x, weight, bias, *affine, *kind)
     return y, Saved(*saved)
 
@@ -99,12 +94,9 @@ def _backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     x, weight, bits, moments, bias, gamma, beta = ctx.saved_tensors
     if ctx.needs_input_grad[0]:
         raise RuntimeError("conv_block: x, the images, gets no gradient")
-    kind, centered = ctx.kind, ((BATCH_NORM, ctx.kind.groups), (SAMPLE_NORM, len(weight)))
-    if ctx.needs_input_grad[2] and (kind.norm, kind.groups) not in centered:
-        raise RuntimeError("conv_block: bias gets a gradient only before batch norm or instance norm, which cancel it")
     if g is None:
         return (None,) * 11
-    of_weight, *found = conv_block_backward(g, x, weight, Saved(bits, moments), (gamma, beta), kind)
+    of_weight, *found = conv_block_backward(g, x, weight, Saved(bits, moments), (gamma, beta), ctx.kind)
     of_bias = None if bias is None else torch.zeros_like(bias)
     affine = (None if p is None else d for p, d in zip((gamma, beta), found, strict=True))
     return None, of_weight, of_bias, *affine, *[None] * 6

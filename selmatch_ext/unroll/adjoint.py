@@ -50,8 +50,8 @@ class Derivative:
 class Stepper(Protocol):
     """An engine: one step's gradient, and the derivative of that gradient along a direction.
 
-    keeps_last: whether it is given keep="all" for the last step, with which the backward pass begins: what is kept of
-    that one step would be there again at once, in the largest moment of the pass, so it costs no memory."""
+    keeps_last: whether it is given keep="activations" for the last step at least, with which the backward pass begins.
+    That adds nothing to the most memory of the pass, which needs these activations of the step that it is at."""
 
     keeps_last: bool
 
@@ -205,7 +205,7 @@ def _forward(job: _Job, inputs: Inputs) -> Tensor:
     for i in range(len(plan.batches)):
         x, y = _batch(plan, i, inputs.images.detach(), inputs.labels.detach())
         wanted = wanted_of_step(plan.gradient, i, tape.needs) if needed else None
-        keep = "all" if i == last and stepper.keeps_last else plan.keep
+        keep = "activations" if plan.keep == "nothing" and i == last and stepper.keeps_last else plan.keep
         gradient, kept = stepper.gradient(theta, x, y, wanted, keep if needed else "nothing")
         if needed:
             tape.thetas.append(theta)

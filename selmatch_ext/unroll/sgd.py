@@ -102,11 +102,11 @@ def unrolled_sgd(
         augmentations: None, or N results of `sample_augmentation`, one a step.
         engine: "fused" (networks of known operations, on the CPU and CUDA; float32, float64 and bfloat16), "autograd"
             (any module), or "auto": fused where it can run the model, else autograd. `explain_engine` says which.
-        keep: "nothing" recomputes each step in the backward pass, on the fused engine all but the last; "activations"
-            caches what is expensive to recompute: faster, same gradient, memory grows with N; "all" is a little faster
-            still on the fused engine, and caches about twice as much. Autograd keeps every step's graph, the fused
-            engine the results of convolutions and, with "all", the gradients of their inputs, except where a
-            convolution has 4 input channels or fewer, such as the images'.
+        keep: "nothing" recomputes each step in the backward pass (the fused engine without CUDA graphs keeps the
+            activations of the last one); "activations" caches what is expensive to recompute: faster, same gradient,
+            memory grows with N; "all" is a little faster still on the fused engine, and caches about twice as much.
+            Autograd keeps every step's graph, the fused engine the results of convolutions and, with "all", the
+            gradients of their inputs, except where a convolution has 4 input channels or fewer, such as the images'.
         gradient: "exact", or "tesla": the estimate of TESLA (arXiv 2211.10586), which holds theta_i fixed.
         precision: "float32" (everything in the dtype of start), "tf32" (GPU only: TF32 in convolutions and products),
             or "bfloat16" (fused: convolutions and what lies between them in bfloat16, linear layers in the dtype of
