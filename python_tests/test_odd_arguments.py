@@ -10,6 +10,10 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
+from selmatch_ext.ops.block import BATCH_NORM, BlockKind, block
+from selmatch_ext.ops.conv3x3 import conv3x3, conv3x3_input_gradient, conv3x3_weight_gradient
+from selmatch_ext.ops.conv_block import conv_block
+
 
 def test_odd_arguments_are_refused_or_right():
     """In a process of its own, so that a crash is seen."""
@@ -46,3 +50,27 @@ def test_no_operator_loses_a_tangent(operator):
             tensors[index] = forward_ad.make_dual(tensors[index], torch.ones_like(tensors[index]))
             with pytest.raises((NotImplementedError, RuntimeError), match="forward-mode|jvp is not implemented"):
                 getattr(torch.ops.selmatch_ext, name)(*args)
+
+
+KIND = BlockKind(BATCH_NORM, slope=0.0)
+LAYER, IMAGES, WEIGHT, MAP = ((None, None), *map(torch.ones, ((2, 3, 4, 4), (32, 3, 3, 3), (2, 32, 4, 4))))
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["jvp", "vmap of jvp"])
+@pytest.mark.parametrize(
+    "function, argument",
+    [
+        (lambda z: block(z, None, None, KIND), MAP),
+        (lambda weight: conv_block(IMAGES, weight, None, LAYER, KIND)[0], WEIGHT),
+        (lambda x: conv3x3(x, WEIGHT), IMAGES),
+        (lambda g: conv3x3_input_gradient(g, WEIGHT), MAP),
+        (lambda g: conv3x3_weight_gradient(IMAGES, g), MAP),
+    ],
+    ids=["block", "conv_block", "conv3x3", "input_gradient", "weight_gradient"],
+)
+def test_no_function_loses_a_tangent_under_torch_func(function, argument, inside):
+    def derivative(x):
+        return torch.func.jvp(function, (x,), (torch.ones_like(x),))[1]
+
+    with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+        torch.func.vmap(derivative)(argument[None]) if inside else derivative(argument)

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from selmatch_ext.ops.functorch import refuse_tangents
+
 NO_NORM, SAMPLE_NORM, BATCH_NORM = range(3)
 PIECEWISE, SIGMOID, SWISH = range(3)
 NO_POOL, AVERAGE_POOL, MAX_POOL = range(3)
@@ -72,7 +74,9 @@ def block_dual_backward(
 
 
 def block(z: Tensor, gamma: Tensor | None, beta: Tensor | None, kind: BlockKind) -> Tensor:
-    """y of `block_forward`, differentiable once in z, gamma and beta: differentiating again raises RuntimeError."""
+    """y of `block_forward`, differentiable once in z, gamma and beta by torch.autograd: differentiating again raises
+    RuntimeError, and a tangent of forward mode NotImplementedError."""
+    refuse_tangents("block", z, gamma, beta)
     return torch.ops.selmatch_ext.block_forward(z, gamma, beta, *kind)[0]
 
 

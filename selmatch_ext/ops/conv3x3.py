@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selmatch_ext.ops.functorch import refuse_tangents
+
 MULTIPLE, FEW = 32, 4  # numbers of channels are multiples of the first; the input may also have 1 to FEW
 
 
@@ -24,14 +26,17 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     x: (B, C, H, W) float32 or float64 on the CPU, best in channels-last memory (else it is copied); weight: (K, C, 3,
     3); bias: (K,); K a multiple of 32, C as well or 1 to 4. The result, (B, K, H, W), is in channels-last memory.
-    Differentiable any number of times, as its two gradients are. Raises ValueError or TypeError for shapes and dtypes
-    that do not fit."""
+    Differentiable any number of times, as its two gradients are, in reverse mode by torch.autograd, not by torch.func.
+    Raises ValueError or TypeError for shapes and dtypes that do not fit, NotImplementedError for a tangent of forward
+    mode."""
+    refuse_tangents("conv3x3", x, weight, bias)
     return torch.ops.selmatch_ext.conv3x3(x, weight, bias, False)
 
 
 def conv3x3_input_gradient(g: Tensor, weight: Tensor) -> Tensor:
     """The gradient of the input of `conv3x3`, (B, C, H, W). g: the gradient of its result, (B, K, H, W); weight: (K,
     C, 3, 3), as in the convolution."""
+    refuse_tangents("conv3x3_input_gradient", g, weight)
     return torch.ops.selmatch_ext.conv3x3(g, weight, None, True)
 
 
@@ -56,6 +61,7 @@ def conv3x3_dual(
 
 def conv3x3_weight_gradient(x: Tensor, g: Tensor) -> Tensor:
     """The gradient (K, C, 3, 3) of the weight; sums are taken in a fixed order, whatever the number of threads."""
+    refuse_tangents("conv3x3_weight_gradient", x, g)
     return torch.ops.selmatch_ext.conv3x3_weight_gradient(x, g)
 
 

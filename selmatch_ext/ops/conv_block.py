@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from selmatch_ext.ops.block import MAX_POOL, PIECEWISE, Affine, BlockKind, no_double_backward
+from selmatch_ext.ops.functorch import refuse_tangents
 
 
 def conv_block_suits(affine: Affine, kind: BlockKind) -> bool:
@@ -41,7 +42,8 @@ def conv_block(x: Tensor, weight: Tensor, bias: Tensor | None, affine: Affine, k
 
     x: (B, C, H, W) float32 or float64, C 1 to 4; weight: (K, C, 3, 3), K a multiple of 32; bias: (K,) or None; affine,
     kind: of `block_forward`, where `conv_block_suits`. Raises ValueError or TypeError for shapes, dtypes or kinds that
-    do not fit."""
+    do not fit, NotImplementedError for a tangent of forward mode."""
+    refuse_tangents("conv_block", x, weight, bias, *affine)
     y, *saved = torch.ops.selmatch_ext.conv_block_forward(x, weight, bias, *affine, *kind)
     return y, Saved(*saved)
 

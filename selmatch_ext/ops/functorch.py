@@ -20,6 +20,13 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def refuse_tangents(operation: str, *tensors: Tensor | None) -> None:
+    """NotImplementedError where one of the tensors has a tangent of forward mode: the operators behind the operation
+    would lose it in silence under `torch.func.jvp`."""
+    if transformed() and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(f"{operation} has no forward-mode derivative; use reverse mode")
+
+
 # --- augmentation -----------------------------------------------------------------------------------------------------
 
 
