@@ -2,7 +2,7 @@
 operation, which has no result of the convolution (ops/conv_block.py), against the two operations one after the other.
 
 Width 128, batch 50, 32 x 32 images, relu and average pooling, float32. The share of the peak is that of the products of
-matrices with the pixels' surroundings that a pass needs: 1 forward and 1 back, 2 and 4 with tangents, each as large as
+matrices with the pixels' patches that a pass needs: 1 forward and 1 back, 2 and 4 with tangents, each as large as
 the convolution. Memory of results is used again on both sides, as in a run.
 """
 

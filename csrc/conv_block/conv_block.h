@@ -1,14 +1,14 @@
 // The first layer of a network on the CPU, a 3 x 3 convolution of images of few channels and the block behind it (norm,
-// rectifier, pooling), without the convolution's result z, the largest tensor of a network. With P the 3 x 3
-// surroundings of a pixel and a 1 behind them, as a vector, everything is linear in P but the rectifier. With the
-// formulas and names of block/block.h (a tangent is marked t; m(.) is the norm's mean):
+// activation, pooling), without the convolution's result z, the largest tensor of a network. With P the 3 x 3 patch of a
+// pixel and a 1 behind it, as a vector, everything is linear in P but the activation. With the formulas and names of
+// block/block.h (a tangent is marked t; m(.) is the norm's mean):
 //   z = W^T P,  zh = H^T P,  n = N^T P,  and their tangents, by matrices of a row for each number of P
 //   m(z), m(z^2), m(z zt)   follow from the moments M = sum P P^T
 //   m(q), m(q zh), ...      follow from G = sum P a^T
-//   g_z = r (gamma a - V^T P): the gradient of W is r (gamma G - M V), and the image gets W g_z at each pixel
-// The loops compute n, M, G, and what each pixel gives to its surroundings, by vectors P as they are gathered; one bit
-// of n is kept. The matrices are small and computed in double, in which M is summed, and G in runs of pixels: so G may
-// lose the digits that it loses where M V is subtracted from it. No ATen here.
+//   g_z = r (gamma a - V^T P): the gradient of W is r (gamma G - M V); that of the images gets W g_z at each pixel
+// The loops compute n, M, G, and what each pixel gives to its patch, by vectors P as they are gathered; one bit of n is
+// kept. The matrices are small and computed in double. M V cancels most of G: M is summed in double as well, and G in
+// runs of pixels, so that this costs no accuracy. No ATen here.
 #pragma once
 
 #include <type_traits>
@@ -23,7 +23,7 @@ namespace selmatch {
 constexpr int kConvBlockPixels = 32;
 
 // One call. Images are stored pixel by pixel, the channels of a pixel side by side (torch's channels-last); T is float
-// or double. Number (3 i + j) channels + c of P is channel c at row i and column j of the surroundings; with the 1
+// or double. Number (3 i + j) channels + c of P is channel c at row i and column j of the patch; with the 1
 // there are `length`, 9 channels + 1. What a pass does not use is null.
 template <typename T>
 struct ConvBlockCall {
@@ -32,7 +32,7 @@ struct ConvBlockCall {
   int norm;    // BlockNorm
   int groups;  // of the sample norm
   double eps;
-  T slope;   // of the rectifier: n > 0 ? n : slope n; with maximum pooling it has to be 0
+  T slope;   // of the activation: n > 0 ? n : slope n; with maximum pooling it has to be 0
   int pool;  // BlockPool
   int64_t batch;
   int channels, outputs, height, width;  // outputs: a multiple of 32

@@ -15,7 +15,7 @@ struct ConvBlockLoops {
   static constexpr Word kFirst = Word(1) << (8 * sizeof(Word) - 1);  // the bit of a piece's first pixel
 
   static constexpr int kLanes = Products::kLanes, kColumns = Products::kColumns, kPixels = kConvBlockPixels;
-  static constexpr int kAround = 9 * kChannels, kLength = kAround + 1;        // of the surroundings, and with the 1
+  static constexpr int kAround = 9 * kChannels, kLength = kAround + 1;        // of a patch, and with the 1
   static constexpr int kRows = Products::up_to(kLength, Products::kFewRows);  // as products take them
   static constexpr int kPieces = 16;  // that are added up in T; more round too much where G loses digits
   static constexpr int kExact = Products::up_to(kLength, Exact::kColumns), kGiven = Products::up_to(kAround, kColumns);
@@ -39,7 +39,7 @@ struct ConvBlockLoops {
   const int64_t share_size = call.g == nullptr ? kRows * kExact : per_image ? size + 2 * outputs : back_size;
   Memory<double> sums{shares * share_size, 0.0};
 
-  // What the loops take of the matrices: N and Nt; what a pixel gives to its surroundings by a, at and P.
+  // What the loops take of the matrices: N and Nt; what a pixel gives to its patch by a, at and P.
   struct Factors {
     Memory<T> n, by_a, by_at, by_p;
     explicit Factors(const ConvBlockLoops& all)
@@ -77,7 +77,7 @@ struct ConvBlockLoops {
     }
   };
 
-  // Where the surroundings of each pixel begin in an image with its border: the pixels of windows, window by window,
+  // Where the patch of each pixel begins in an image with its border: the pixels of windows, window by window,
   // then those that pooling leaves out.
   std::vector<int64_t> make_places() const {
     std::vector<int64_t> found;
@@ -107,7 +107,7 @@ struct ConvBlockLoops {
     }
   }
 
-  // The surroundings of pixels first to first + kPixels - 1, a row of kStride numbers for each: the last one of kLength
+  // The patches of pixels first to first + kPixels - 1, a row of kStride numbers for each: the last one of kLength
   // is 1, and what is behind it stays. Rows of pixels that there are not are 0.
   template <int kStride, typename To>
   void gather(const T* image, int64_t first, To* to) const {

@@ -225,7 +225,7 @@ struct ConvBlockMatrices {
         [](int) { return 0; });
   }
 
-  // What a pixel gives to the tangent of the images' gradient, at its surroundings: a by the first matrix, at by the
+  // What a pixel gives to the tangent of the images' gradient, at its patch: a by the first matrix, at by the
   // second, (outputs, stride), and P by the third, (length, stride).
   void set_given(T* by_a, T* by_at, T* by_p, int stride) {
     for (int k = 0; k < outputs; ++k) {

@@ -1,6 +1,6 @@
 """A network's first layer on the CPU, `conv3x3` of 1 to 4 channels and the block that takes its result z, in one
-operation without z, the largest tensor of a network: csrc/conv_block/conv_block.h says how. In float32 the weight's
-gradient is several times more exact than one from a stored z."""
+operation without z, the largest tensor of a network: csrc/conv_block/conv_block.h says how. With batch or instance norm
+the weight's gradient in float32 is more exact than one from a stored z."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def conv_block_suits(affine: Affine, kind: BlockKind) -> bool:
 class Saved(NamedTuple):
     """What a pass back takes of the pass forward.
 
-    bits: (B, P, K) integers, one for each 32 pixels, with a bit for each number of z; moments: (B or 1, 9 C + 1, 9 C +
-    1) float64, those of the images' 3 x 3 surroundings; stats: (B or 1, 2, K) float64, z's means and 1 / deviations,
+    bits: (B, I, K) integers, one for each 32 pixels, with a bit for each number of z; moments: (B or 1, 9 C + 1, 9 C +
+    1) float64, those of the images' 3 x 3 patches; stats: (B or 1, 2, K) float64, z's means and 1 / deviations,
     or None after a dual pass."""
 
     bits: Tensor
@@ -33,9 +33,10 @@ class Saved(NamedTuple):
 
 
 def conv_block(x: Tensor, weight: Tensor, bias: Tensor | None, affine: Affine, kind: BlockKind) -> tuple[Tensor, Saved]:
-    """The block's result y, and what `conv_block_backward` takes; y is differentiable once, in the parameters. x gets
-    no gradient. A bias is allowed where the norm subtracts every channel's mean, as batch norm and instance norm do: it
-    counts in the means of `Saved.stats` alone, and its gradient is zeros.
+    """The block's result y, and what `conv_block_backward` takes; y is differentiable once, in the parameters; where x
+    requires a gradient, the backward pass raises RuntimeError. A bias is allowed where the norm subtracts every
+    channel's mean, as batch norm and instance norm do: it counts in the means of `Saved.stats` alone, and its gradient
+    is zeros.
 
     The norm's variance comes from the images' second moments in float64: where the images' mean is 10^k times their
     deviation, it has 2 k digits less than float64's 16.
