@@ -1,6 +1,6 @@
 // The first layer of a network on the CPU, a 3 x 3 convolution of images of few channels and the block behind it (norm,
-// activation, pooling), without the convolution's result z, the largest tensor of a network. With P the 3 x 3 patch of a
-// pixel and a 1 behind it, as a vector, everything is linear in P but the activation. With the formulas and names of
+// activation, pooling), without the convolution's result z, the largest tensor of a network. With P the 3 x 3 patch of
+// a pixel and a 1 behind it, as a vector, everything is linear in P but the activation. With the formulas and names of
 // block/block.h (a tangent is marked t; m(.) is the norm's mean):
 //   z = W^T P,  zh = H^T P,  n = N^T P,  and their tangents, by matrices of a row for each number of P
 //   m(z), m(z^2), m(z zt)   follow from the moments M = sum P P^T
