@@ -84,3 +84,18 @@ struct CpuProducts {
              [](void* self, int64_t begin, int64_t end) { (static_cast<Work*>(self)->*kStage)(begin, end); });
   }
 };
+
+// Calls with the number of channels of an image, 1 to 4, known when it is compiled.
+template <typename Call>
+void with_few(int channels, const Call& call) {
+  switch (channels) {
+    case 1:
+      return call(std::integral_constant<int, 1>());
+    case 2:
+      return call(std::integral_constant<int, 2>());
+    case 3:
+      return call(std::integral_constant<int, 3>());
+    default:
+      return call(std::integral_constant<int, 4>());
+  }
+}

@@ -277,14 +277,5 @@ void run_of(const Conv3x3GradientCall<T>& call, CpuParallel parallel) {
 template <typename T, template <typename> typename Call>
 void run_few(const Call<T>& call, int channels, CpuParallel parallel) {
   static_assert(kConv3x3Few == 4);
-  switch (channels) {
-    case 1:
-      return run_of<T, 1>(call, parallel);
-    case 2:
-      return run_of<T, 2>(call, parallel);
-    case 3:
-      return run_of<T, 3>(call, parallel);
-    default:
-      return run_of<T, 4>(call, parallel);
-  }
+  with_few(channels, [&](auto few) { run_of<T, few>(call, parallel); });
 }

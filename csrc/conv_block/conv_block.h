@@ -40,7 +40,8 @@ struct ConvBlockCall {
   const T* x;                                // (batch, height, width, channels)
   const T *weight, *weight_t;                // (outputs, channels, 3, 3)
   const T *gamma, *beta, *gamma_t, *beta_t;  // (outputs) or null: 1 for gamma, 0 for the others
-  double* moments;                           // (rows, length, length), M; written by forward
+  double* moments;                           // (rows, length, length), M; written by forward. Rows: one per image
+                                             // with the sample norm, else one for the batch
   double* stats;                             // (rows, 2, outputs), mean and r of z; written by forward
   T *y, *yt;                                 // (batch, height / 2, width / 2, outputs), or unpooled
   Word* bits;                                // (batch, pieces, outputs), written by forward: whether a pixel's n is
@@ -50,12 +51,6 @@ struct ConvBlockCall {
   T *weight_grad, *gamma_grad, *beta_grad;   // in the dual pass their tangents
   T* x_grad_t;                               // like x; dual alone, null: not asked for
 };
-
-// Rows of moments and statistics: one per image, or one for the whole batch, which is also what no norm has.
-template <typename T>
-int64_t conv_block_rows(const ConvBlockCall<T>& call) {
-  return call.norm == kBlockSampleNorm ? call.batch : 1;
-}
 
 inline int64_t conv_block_pieces(int height, int width, int pool) {
   const int64_t in_windows = int64_t{4} * (height / 2) * (width / 2), all = static_cast<int64_t>(height) * width;

@@ -6,7 +6,6 @@
 #include <optional>
 #include <vector>
 
-#include "conv3x3/conv3x3.h"
 #include "conv_block/conv_block.h"
 #include "cpu_levels.h"
 

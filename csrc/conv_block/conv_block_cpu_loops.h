@@ -458,15 +458,5 @@ void run_of(const ConvBlockCall<T>& call, int pass, CpuParallel parallel) {
 
 template <typename T>
 void run(const ConvBlockCall<T>& call, int pass, CpuParallel parallel) {
-  static_assert(kConv3x3Few == 4);
-  switch (call.channels) {
-    case 1:
-      return run_of<T, 1>(call, pass, parallel);
-    case 2:
-      return run_of<T, 2>(call, pass, parallel);
-    case 3:
-      return run_of<T, 3>(call, pass, parallel);
-    default:
-      return run_of<T, 4>(call, pass, parallel);
-  }
+  with_few(call.channels, [&](auto few) { run_of<T, few>(call, pass, parallel); });
 }

@@ -29,7 +29,7 @@ class Forward:
             return self.values(x)[-1]
 
     def values(self, x: Tensor) -> list[Tensor]:
-        """The result of every step."""
+        """The results of all steps of the network for images x (B, C, H, W), in order; the last one is the logits."""
         filters = {rule.weight for rule in map(_convolution, self.steps) if rule is not None}
         p = {name: t.to(self.dtype) if name in filters else t for name, t in self.parameters.items()}
         values: list[Tensor] = []

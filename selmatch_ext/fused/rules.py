@@ -67,8 +67,9 @@ class Rule(Protocol):
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """x (B, C, H, W) in channels-last memory. With one channel both layouts are the same memory, and torch takes the
-    strides for the other one: then a convolution's result would have to be copied for the block that follows."""
+    """x (B, C, H, W) in channels-last memory. An image of one channel lies the same way in both formats, and torch then
+    takes it for contiguous: its convolution would return a contiguous result, which the next block would have to copy.
+    So its strides are set to those of channels-last."""
     x = x.contiguous(memory_format=torch.channels_last)
     _, channels, height, width = x.shape
     return x.as_strided(x.shape, (height * width, 1, width, 1)) if channels == 1 else x

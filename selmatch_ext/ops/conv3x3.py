@@ -60,7 +60,8 @@ def conv3x3_dual(
 
 
 def conv3x3_weight_gradient(x: Tensor, g: Tensor) -> Tensor:
-    """The gradient (K, C, 3, 3) of the weight; sums are taken in a fixed order, whatever the number of threads."""
+    """The gradient of the weight of `conv3x3`, (K, C, 3, 3). x: (B, C, H, W), its input; g: (B, K, H, W), the gradient
+    of its result. Sums are taken in a fixed order: the same bits for any number of threads."""
     refuse_tangents("conv3x3_weight_gradient", x, g)
     return torch.ops.selmatch_ext.conv3x3_weight_gradient(x, g)
 

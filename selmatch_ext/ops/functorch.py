@@ -104,7 +104,7 @@ def differences(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
 
 
 def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
-    """The scalar product of two lists as long vectors, in double."""
+    """The sum of x * y over all elements of both lists' tensors, 0-d float64; xs and ys have the same shapes."""
     return torch.stack([(x.double() * y.double()).sum() for x, y in zip(xs, ys, strict=True)]).sum()
 
 
